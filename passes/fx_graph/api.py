@@ -1,0 +1,122 @@
+"""The pass as users call it: find, apply, remove."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from tract_fx.errors import UnsupportedModelError
+from tract_fx.modules import copy_tree, to_plain
+from tract_fx.passes.fx_graph.choose import LayerChoice, choose, named_lambdas
+from tract_fx.passes.fx_graph.find import locate
+from tract_fx.passes.fx_graph.rewrite import remove_from_graph, rewrite_graph
+from tract_fx.passes.records import Findings
+
+__all__ = ["find_input_layers", "remove_tract", "tract_pass"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def find_input_layers(gm: fx.GraphModule | ExportedProgram) -> Findings:
+    """Say which layers the pass would take, and for everything else on the input why not.
+
+    Args:
+        gm: A GraphModule from `torch.fx.symbolic_trace` or from `torch.export(…).module()`, or an
+            ExportedProgram. Not changed.
+
+    Returns:
+        The calls that consume the input, and refusals.
+
+    Raises:
+        UnsupportedModelError: `gm` is something else.
+    """
+    return locate(_graph_module(gm)).findings
+
+
+def tract_pass(
+    gm: fx.GraphModule | ExportedProgram,
+    *,
+    lambda_: float = 0.1,
+    layers: LayerChoice = None,
+) -> fx.GraphModule:
+    """Rewrite a model so that its input layer trains with TrAct's gradient.
+
+    The weight gradient of each call of that layer becomes gW (XᵀX/R + λI)⁻¹ (arXiv 2410.23970,
+    section 3), X being the rows that this call multiplies its weight with. Forward pass, all other
+    gradients, parameters and state_dict stay as they are.
+
+    Applied again it changes λ, or adds the layers that are named; `remove_tract` takes it out.
+
+    Args:
+        gm: A GraphModule from `torch.fx.symbolic_trace` or from `torch.export(…).module()`, or an
+            ExportedProgram. Not changed.
+        lambda_: λ > 0. The paper uses 0.05, 0.1 and 0.2.
+        layers: Which layers to treat, where the choice is yours: module paths, weights' names or
+            nodes' names; or a mapping of such names to λ. By default the one layer that consumes
+            the model's input.
+
+    Returns:
+        A new GraphModule that shares parameters and buffers with `gm`.
+
+    Raises:
+        UnsupportedModelError: `gm` is something else.
+        InvalidLambdaError: A λ is not a finite number above zero.
+        NoInputLayerError: No layer consumes the input.
+        AmbiguousInputLayerError: Several do.
+        UnsupportedLayerError: What consumes the input can't be treated exactly.
+        UnknownLayerError: A name in `layers` matches nothing that can be treated.
+    """  # noqa: DOC502 (raised by what it calls)
+    named_lambdas(layers, lambda_)  # a wrong λ is the user's first concern, before any tracing
+    gm = _graph_module(gm)
+    located = locate(gm)
+    records = [record for record, _ in located.eligible]
+    return rewrite_graph(gm, choose(located.findings, records, lambda_, layers))
+
+
+def remove_tract(model: ModuleT) -> ModuleT:
+    """Give the plain model back.
+
+    Args:
+        model: What `tract_pass` or `tract_module` returned, or any module that holds it. Not
+            changed.
+
+    Returns:
+        A new module tree without TrAct that shares parameters and buffers with `model`.
+
+    Raises:
+        UnsupportedModelError: `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"a {type(model).__name__}", "TrAct lives in modules", "Give an nn.Module"
+        )
+    result = copy_tree(model)
+    for module in result.modules():
+        to_plain(module)
+        if isinstance(module, fx.GraphModule):
+            remove_from_graph(module.graph)
+            module.recompile()
+    return result
+
+
+def _graph_module(gm: object) -> fx.GraphModule:
+    if isinstance(gm, ExportedProgram):
+        module = gm.module()
+        assert isinstance(module, fx.GraphModule)
+        return module
+    if isinstance(gm, fx.GraphModule):
+        return gm
+    if isinstance(gm, nn.Module):
+        raise UnsupportedModelError(
+            f"a module of class {type(gm).__name__}",
+            "the pass works on a graph",
+            "Trace it first: tract_pass(torch.fx.symbolic_trace(model)). Where fx can't trace it, "
+            "use torch.export.export(model, inputs) or tract_fx.tract_module(model, inputs)",
+        )
+    raise UnsupportedModelError(
+        f"a {type(gm).__name__}",
+        "the pass works on a graph",
+        "Give a torch.fx.GraphModule or an ExportedProgram",
+    )

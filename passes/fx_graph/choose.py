@@ -1,0 +1,150 @@
+"""Choose: which of the located calls TrAct goes on, by the user's names or by the one rule."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+from tract_fx.errors import (
+    AmbiguousInputLayerError,
+    FrozenLayerWarning,
+    NoInputLayerError,
+    TractError,
+    UnknownLayerError,
+    UnsupportedLayerError,
+)
+from tract_fx.passes.records import Findings, InputLayer
+from tract_fx.preconditioner import check_lambda
+
+__all__ = ["LayerChoice", "choose", "named_lambdas"]
+
+LayerChoice = str | Iterable[str] | Mapping[str, float] | None
+"""What `layers=` takes: names, or names with a λ each, or None for the one input layer."""
+
+
+def named_lambdas(layers: LayerChoice, lambda_: float) -> dict[str, float] | None:
+    """Bring `layers=` and `lambda_=` to one form, both checked.
+
+    Args:
+        layers: What the user gave.
+        lambda_: λ of layers named without one.
+
+    Returns:
+        λ by name, None where the user named no layers.
+
+    Raises:
+        UnknownLayerError: `layers` is empty or holds something else than names.
+    """
+    lambda_ = check_lambda(lambda_)
+    if layers is None:
+        return None
+    if isinstance(layers, str):
+        layers = [layers]
+    given = layers if isinstance(layers, Mapping) else dict.fromkeys(layers, lambda_)
+    if not given or not all(isinstance(name, str) for name in given):
+        raise UnknownLayerError(
+            f"layers={layers!r}",
+            "layers takes one or more names",
+            "Give names of layers, a mapping of name to λ, or leave it out",
+        )
+    return {name: check_lambda(value) for name, value in given.items()}
+
+
+def choose(
+    findings: Findings,
+    eligible: Iterable[InputLayer],
+    lambda_: float,
+    layers: LayerChoice,
+) -> dict[str, float]:
+    """Choose the calls to treat.
+
+    Without names: the TrAct calls that the graph has already, else the one layer that consumes the
+    input (in all its calls that do). With names: those, beside the TrAct calls already there.
+
+    Args:
+        findings: What locating found.
+        eligible: Every call that could be treated.
+        lambda_: λ of layers without one of their own.
+        layers: The user's choice: module paths, weights' names or nodes' names.
+
+    Returns:
+        λ by name of the calling node.
+    """
+    by_name = named_lambdas(layers, lambda_)
+    eligible = list(eligible)
+    present = {r.node: r.lambda_ for r in eligible if r.lambda_ is not None}
+    if by_name is not None:
+        chosen = {**present, **_named(by_name, findings, eligible)}
+    elif present:
+        chosen = dict.fromkeys(present, lambda_)
+    else:
+        chosen = {r.node: lambda_ for r in _the_input_layer(findings)}
+    for name in dict.fromkeys(r.name for r in eligible if r.node in chosen and r.frozen):
+        warnings.warn(
+            f"{name}: its weight does not require a gradient, so that TrAct is idle until it does. "
+            "If a later layer is the first one trained, name that with layers=[…].",
+            FrozenLayerWarning,
+            stacklevel=4,
+        )
+    return chosen
+
+
+def _the_input_layer(findings: Findings) -> tuple[InputLayer, ...]:
+    """The one layer that consumes the input, or the error that says why there is none."""
+    layers = findings.layers
+    rivals = [r for r in findings.refusals if r.competes]
+    if len({r.weight for r in layers}) == 1 and not rivals:
+        return layers
+    if not layers:
+        raise _nothing_found(findings)
+    raise AmbiguousInputLayerError(
+        f"{len({r.weight for r in layers})} layers consume the model's input"
+        + (f", and {len(rivals)} operations that can't be treated" if rivals else "")
+        + f":\n{findings}\n",
+        "TrAct is meant for the one that reads the image, and a pass can't tell which that is",
+        f"Say which with layers=, for example layers=[{layers[0].name!r}]",
+    )
+
+
+def _nothing_found(findings: Findings) -> TractError:
+    if not findings.refusals:
+        return NoInputLayerError(
+            "no linear layer or convolution consumes the model's input",
+            "TrAct preconditions the weight gradient of that layer",
+            "Name the layer to treat with layers=[…], if the model has one",
+        )
+    first = findings.refusals[0]
+    others = "".join(f"\nAlso: {refusal}" for refusal in findings.refusals[1:])
+    return UnsupportedLayerError(
+        f"{first.op} (node {first.node!r}) consumes the model's input",
+        first.reason,
+        first.remedy + others,
+    )
+
+
+def _named(
+    by_name: Mapping[str, float], findings: Findings, eligible: list[InputLayer]
+) -> dict[str, float]:
+    chosen: dict[str, float] = {}
+    on_input = {r.node for r in findings.layers}
+    for name, value in by_name.items():
+        calls = [r for r in eligible if name in (r.name, *r.weight)]
+        # Of a layer that is called on the input and again on features, the first is meant.
+        calls = [r for r in calls if r.node in on_input] or calls
+        calls = calls or [r for r in eligible if r.node == name]
+        if not calls:
+            raise _unknown(name, findings, eligible)
+        chosen.update((r.node, value) for r in calls)
+    return chosen
+
+
+def _unknown(name: str, findings: Findings, eligible: list[InputLayer]) -> TractError:
+    for refusal in findings.refusals:
+        if name == refusal.node:
+            return UnsupportedLayerError(f"layers names {name!r}", str(refusal), refusal.remedy)
+    names = ", ".join(dict.fromkeys(repr(r.name) for r in eligible)) or "none"
+    return UnknownLayerError(
+        f"layers names {name!r}",
+        "no linear layer or convolution that can be treated has that name",
+        f"Layers of this model that can be: {names}",
+    )

@@ -1,0 +1,120 @@
+"""Rewrite: put TrAct's op into a copy of an fx graph, and take it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx
+from torch.fx import Node
+
+from tract_fx.modules import TractLayer, copy_tree, to_tract
+from tract_fx.passes.fx_graph.calls import is_precondition_grad, match_function
+from tract_fx.preconditioner import PRECONDITION_GRAD_OPERATOR, precondition_grad
+
+__all__ = ["PROVENANCE", "read_lambda", "remove_from_graph", "rewrite_graph"]
+
+PROVENANCE = "tract"
+"""Key in `node.meta["custom"]` of every node that the pass made or changed."""
+
+
+def rewrite_graph(gm: fx.GraphModule, lambdas: Mapping[str, float]) -> fx.GraphModule:
+    """Put TrAct on calls of layers.
+
+    A `call_module` stays one, on a copy of its module in a TrAct class; other calls of the same
+    module are marked `tract=False`. Before a `call_function` goes a node of its own on the weight.
+
+    Args:
+        gm: The model. Not changed; parameters and buffers are shared with the result.
+        lambdas: λ of each call, by the calling node's name. Calls of one module need one λ.
+
+    Returns:
+        The rewritten model.
+    """
+    result = copy_tree(gm)
+    for node in list(result.graph.nodes):
+        if node.op == "call_module":
+            _rewrite_module_call(result, node, lambdas.get(node.name))
+        elif node.name in lambdas:
+            _rewrite_function_call(result.graph, node, lambdas[node.name])
+    result.recompile()
+    return result
+
+
+def _rewrite_module_call(gm: fx.GraphModule, node: Node, lambda_: float | None) -> None:
+    """Make the called module a TrAct layer; or mark a call of one that stays plain."""
+    module = gm.get_submodule(str(node.target))
+    if lambda_ is not None:
+        to_tract(module, lambda_)
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "tract"}
+        _mark(node, lambda_)
+    elif isinstance(module, TractLayer):
+        node.kwargs = {**node.kwargs, "tract": False}
+
+
+def _rewrite_function_call(graph: fx.Graph, node: Node, lambda_: float) -> None:
+    """Put TrAct's op on the weight of a call; where there is one, give it the λ."""
+    call = match_function(node)
+    assert call is not None and call.weight is not None
+    if call.precondition is not None:
+        _write_lambda(call.precondition, lambda_)
+        _mark(call.precondition, lambda_)
+        return
+    with graph.inserting_before(node):
+        op = graph.create_node(
+            "call_function",
+            precondition_grad,
+            (call.weight, call.input),
+            {"lambda_": lambda_, **call.geometry},
+            name=f"tract_{node.name}",
+        )
+    op.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+    if "val" in call.weight.meta:
+        op.meta["val"] = call.weight.meta["val"]
+    _mark(op, lambda_)
+    if "weight" in node.kwargs:
+        node.update_kwarg("weight", op)
+    else:
+        node.update_arg(1, op)
+
+
+def read_lambda(op: Node) -> float:
+    """Read λ off a node of TrAct's op.
+
+    Args:
+        op: The node, function or operator.
+
+    Returns:
+        λ.
+    """
+    return float(op.args[2] if op.target is PRECONDITION_GRAD_OPERATOR else op.kwargs["lambda_"])  # type: ignore[arg-type]
+
+
+def _write_lambda(op: Node, lambda_: float) -> None:
+    if op.target is PRECONDITION_GRAD_OPERATOR:
+        op.update_arg(2, lambda_)
+    else:
+        op.update_kwarg("lambda_", lambda_)
+
+
+def _mark(node: Node, lambda_: float) -> None:
+    """Say on a node that the pass made or changed it."""
+    custom = dict(node.meta.get("custom") or {})
+    custom[PROVENANCE] = {"lambda": lambda_}
+    node.meta["custom"] = custom
+
+
+def remove_from_graph(graph: fx.Graph) -> None:
+    """Take TrAct's nodes and marks out of a graph, in place.
+
+    Args:
+        graph: The graph of a copied model.
+    """
+    for node in list(graph.nodes):
+        custom = dict(node.meta.get("custom") or {})
+        if custom.pop(PROVENANCE, None) is not None:
+            node.meta["custom"] = custom
+        if is_precondition_grad(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.op == "call_module":
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "tract"}

@@ -1,0 +1,143 @@
+"""What the value of an fx node is made of: the model's input, parameters, features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import Node
+from torch.nn.utils.parametrize import is_parametrized
+
+__all__ = ["Value", "attribute_value", "lookup", "node_shape", "static_shape"]
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a node's value is made of.
+
+    Attributes:
+        path: Names of nodes from a placeholder to here, while no trainable parameter has met it;
+            empty where the value has nothing of the raw input.
+        parameters: Names of the parameters in it.
+        trainable: Whether one of these requires a gradient.
+        from_layers: Whether it holds features: outputs of operations that have parameters.
+        stale: Whether it is a tensor that a tracer kept from a computation on parameters.
+    """
+
+    path: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    trainable: bool = False
+    from_layers: bool = False
+    stale: bool = False
+
+    @staticmethod
+    def join(values: Iterable[Value]) -> Value:
+        """Combine the operands of an operation that has no parameters of its own.
+
+        Args:
+            values: The operands' values.
+
+        Returns:
+            The value of the result, with the first operand's path.
+        """
+        values = list(values)
+        features = any(v.from_layers for v in values)
+        return Value(
+            path=next((v.path for v in values if v.path), ()),
+            parameters=tuple(dict.fromkeys(p for v in values for p in v.parameters)),
+            trainable=any(v.trainable for v in values),
+            from_layers=features,
+            stale=any(v.stale for v in values),
+        )
+
+    def with_parameters(self, prefix: str, module: nn.Module) -> Value:
+        """Add a module's parameters.
+
+        Args:
+            prefix: The module's path.
+            module: The module.
+
+        Returns:
+            The value with them.
+        """
+        own = dict(module.named_parameters(prefix))
+        return replace(
+            self,
+            parameters=(*self.parameters, *own),
+            trainable=self.trainable or any(p.requires_grad for p in own.values()),
+        )
+
+
+def lookup(gm: fx.GraphModule, node: Node) -> Any:
+    """Resolve the target of a `get_attr` or `call_module` node.
+
+    Args:
+        gm: The module that the graph belongs to.
+        node: The node.
+
+    Returns:
+        What the target names, None where nothing is there.
+    """
+    value: Any = gm
+    for atom in str(node.target).split("."):
+        value = getattr(value, atom, None)
+    return value
+
+
+def attribute_value(gm: fx.GraphModule, node: Node) -> Value:
+    """Tell what a `get_attr` node holds: a parameter, a parametrized weight, a constant.
+
+    Args:
+        gm: The module that the graph belongs to.
+        node: The node.
+
+    Returns:
+        Its value.
+    """
+    target = str(node.target)
+    owner_path, _, name = target.rpartition(".")
+    owner = gm.get_submodule(owner_path) if owner_path else gm
+    if is_parametrized(owner, name):
+        own = owner.parametrizations[name]  # type: ignore[index]
+        prefix = ".".join(filter(None, (owner_path, "parametrizations", name)))
+        return Value().with_parameters(prefix, own)
+    value = lookup(gm, node)
+    if isinstance(value, nn.Parameter):
+        return Value(parameters=(target,), trainable=value.requires_grad)
+    if isinstance(value, nn.Module):
+        return Value().with_parameters(target, value)
+    if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+        return Value(parameters=(target,), trainable=True, stale=True)
+    return Value()
+
+
+def node_shape(gm: fx.GraphModule, node: Node) -> tuple[int, ...] | None:
+    """Give the static shape of a node's tensor, where the graph tells it.
+
+    Args:
+        gm: The module that the graph belongs to.
+        node: The node.
+
+    Returns:
+        The shape, None where it is not known before running.
+    """
+    if node.op == "get_attr":
+        return static_shape(lookup(gm, node))
+    return static_shape(node.meta.get("val"))
+
+
+def static_shape(value: object) -> tuple[int, ...] | None:
+    """Give a tensor's shape.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        The shape, None for anything but a tensor of static shape.
+    """
+    if not isinstance(value, torch.Tensor) or not all(isinstance(s, int) for s in value.shape):
+        return None
+    return tuple(value.shape)

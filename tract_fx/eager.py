@@ -1,0 +1,163 @@
+"""TrAct on models that fx can't trace: located through torch.export, applied to the eager model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from tract_fx.errors import UnknownLayerError, UnsupportedLayerError, UnsupportedModelError
+from tract_fx.errors import UntraceableModelError
+from tract_fx.modules import TractLayer, copy_tree, to_tract, why_not
+from tract_fx.passes.fx_graph import LayerChoice, Located, choose, locate, named_lambdas, tract_pass
+
+__all__ = ["tract_module"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def tract_module(
+    model: ModuleT,
+    example_inputs: Any = None,
+    *,
+    lambda_: float = 0.1,
+    layers: LayerChoice = None,
+) -> ModuleT:
+    """Make a model's input layer train with TrAct's gradient, without tracing the model for use.
+
+    The layer is located in the graph that `torch.export` makes; what comes back is the eager model
+    itself with that layer in a TrAct class. See `tract_pass` for what changes in training.
+
+    Args:
+        model: An eager model. Not changed.
+        example_inputs: A batch as the model takes it: a tuple of positional arguments, a mapping of
+            keyword arguments, or one tensor. Only needed to locate the layer: not where `layers`
+            names it.
+        lambda_: λ > 0. The paper uses 0.05, 0.1 and 0.2.
+        layers: Paths of the modules to treat, in all their calls; or a mapping of paths to λ.
+
+    Returns:
+        A new module tree of the same classes that shares parameters and buffers with `model`.
+
+    Raises:
+        UnsupportedModelError: `model` is no eager module, or `example_inputs` is missing.
+        UntraceableModelError: `torch.export` fails on the model.
+        InvalidLambdaError: A λ is not a finite number above zero.
+        NoInputLayerError: No layer consumes the input.
+        AmbiguousInputLayerError: Several do.
+        UnsupportedLayerError: What consumes the input can't be treated exactly, or not in an eager
+            model.
+        UnknownLayerError: A name in `layers` names no module.
+    """  # noqa: DOC502 (some are raised by what it calls)
+    by_name = named_lambdas(layers, lambda_)
+    if isinstance(model, fx.GraphModule):
+        return tract_pass(model, lambda_=lambda_, layers=layers)
+    _check_model(model)
+    present = {name: m for name, m in model.named_modules() if isinstance(m, TractLayer)}
+    if by_name is None and present:
+        by_name = dict.fromkeys(present, lambda_)
+    elif by_name is None:
+        by_name = _locate(model, example_inputs, lambda_)
+    result = copy_tree(model)
+    for name, value in by_name.items():
+        to_tract(_treatable(result, name), value)
+    return result
+
+
+def _check_model(model: object) -> None:
+    """Refuse what is no eager module, or one that is wrapped already."""
+    if isinstance(model, ExportedProgram):
+        remedy = "Give it to tract_pass, which takes graphs"
+    elif not isinstance(model, nn.Module):
+        remedy = "Give an nn.Module"
+    elif isinstance(model, torch.jit.ScriptModule):
+        remedy = "Apply TrAct to the module that it was made from: TorchScript keeps no gradient"
+    elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        remedy = "Apply TrAct first, then wrap the result for parallel training"
+    elif hasattr(model, "_orig_mod"):
+        remedy = "Apply TrAct first, then torch.compile the result"
+    else:
+        return
+    raise UnsupportedModelError(
+        f"model is a {type(model).__name__}", "tract_module treats eager modules", remedy
+    )
+
+
+def _locate(model: nn.Module, example_inputs: Any, lambda_: float) -> dict[str, float]:
+    """Find the module that consumes the input; its name with λ."""
+    located = locate(_export(model, example_inputs))
+    records = [record for record, _ in located.eligible]
+    chosen = choose(located.findings, records, lambda_, None)
+    _refuse_other_calls(located, chosen)
+    return {r.name: chosen[r.node] for r in records if r.node in chosen}
+
+
+def _export(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
+    args, kwargs = _arguments(example_inputs)
+    # The copy keeps what tracing leaves in a model's attributes away from the user's model.
+    twin = copy_tree(model)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            graph = torch.export.export(twin, args, kwargs, strict=False).module()
+    except Exception as error:
+        raise UntraceableModelError(
+            f"torch.export failed on {type(model).__name__} ({type(error).__name__}: {error})",
+            "without a graph the layer that consumes the input can't be located",
+            "Name it: tract_module(model, layers=['path.of.the.layer'])",
+        ) from error
+    assert isinstance(graph, fx.GraphModule)
+    return graph
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    raise UnsupportedModelError(
+        f"example_inputs={example_inputs!r}",
+        "the model is exported on a batch to find the layer that consumes it",
+        "Give a tuple of positional arguments, a mapping of keyword arguments or a tensor; or name "
+        "the layer with layers=[…]",
+    )
+
+
+def _refuse_other_calls(located: Located, chosen: Mapping[str, float]) -> None:
+    """Refuse a layer that also has calls that are not to be treated: a module can't tell them."""
+    treated = {r.weight: r for r, _ in located.eligible if r.node in chosen}
+    for record, _ in located.eligible:
+        if record.weight in treated and record.node not in chosen:
+            raise UnsupportedLayerError(
+                f"{record.name} is called on the input and again on features ({record.node!r})",
+                "in an eager model TrAct would apply to both calls",
+                "Use tract_pass on a traced or exported graph, where each call is a node; or take "
+                f"both with layers=[{record.name!r}]",
+            )
+
+
+def _treatable(model: nn.Module, name: str) -> nn.Module:
+    """Get the module of that name, or the error that says why it can't be treated."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        names = ", ".join(repr(n) for n, m in model.named_modules() if why_not(m) is None)
+        raise UnknownLayerError(
+            f"the layer is named {name!r}",
+            "the model has no module of that name, and an eager model has nothing else to treat",
+            f"Modules that can be treated: {names or 'none'}. A layer that is a function call can "
+            "be treated in a graph: tract_pass(torch.export.export(model, inputs))",
+        ) from None
+    why = why_not(module)
+    if why is not None:
+        raise UnsupportedLayerError(
+            f"{name} ({type(module).__name__})",
+            why,
+            "Use tract_pass on torch.export.export(model, inputs), which treats the call itself, "
+            "or name another module with layers=[…]",
+        )
+    return module

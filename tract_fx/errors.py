@@ -1,0 +1,80 @@
+"""Errors and warnings that a user may see, all children of `TractError` and `TractWarning`.
+
+Every message has three parts: what was found (node, operation, value), why it can't be, what to do
+instead.
+"""
+
+__all__ = [
+    "AmbiguousInputLayerError",
+    "FrozenLayerWarning",
+    "InvalidLambdaError",
+    "NoInputLayerError",
+    "TractError",
+    "TractWarning",
+    "UnknownLayerError",
+    "UnsupportedLayerError",
+    "UnsupportedModelError",
+    "UnsupportedTransformError",
+    "UntraceableModelError",
+]
+
+
+class TractError(Exception):
+    """Root of all errors that `tract_fx` raises.
+
+    Args:
+        found: What was found: the node, the operation and the value, without a full stop.
+        reason: Why that can't be.
+        remedy: What to do instead.
+    """
+
+    def __init__(self, found: str, reason: str, remedy: str) -> None:
+        super().__init__(found, reason, remedy)
+        self.found = found
+        self.reason = reason
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.found}: {self.reason}. {self.remedy}."
+
+
+class NoInputLayerError(TractError, ValueError):
+    """No convolution or linear layer consumes the model's input."""
+
+
+class AmbiguousInputLayerError(TractError, ValueError):
+    """Several layers consume the model's input, and the choice is the user's."""
+
+
+class UnknownLayerError(TractError, KeyError):
+    """A name in `layers` matches nothing that can be treated."""
+
+    __str__ = TractError.__str__
+
+
+class UnsupportedLayerError(TractError, ValueError):
+    """The layer that consumes the input can't be treated exactly."""
+
+
+class UnsupportedModelError(TractError, TypeError):
+    """The object is not a model of a kind that the call takes."""
+
+
+class UntraceableModelError(TractError, RuntimeError):
+    """The model can't be turned into a graph, so that its input layer can't be located."""
+
+
+class UnsupportedTransformError(TractError, RuntimeError):
+    """A program transformation would lose TrAct's gradient."""
+
+
+class InvalidLambdaError(TractError, ValueError):
+    """The regularisation strength λ is not a finite number above zero."""
+
+
+class TractWarning(UserWarning):
+    """Root of all warnings that `tract_fx` gives."""
+
+
+class FrozenLayerWarning(TractWarning):
+    """The input layer's weight does not require a gradient, so that TrAct is idle."""

@@ -1,0 +1,22 @@
+"""TrAct's preconditioner: patch geometry, Gram, solve, and the op that carries it in a graph.
+
+Imports nothing from the rest of the package but errors and the list of private torch functions.
+"""
+
+from tract_fx.preconditioner.geometry import PatchGeometry
+from tract_fx.preconditioner.gram import gram
+from tract_fx.preconditioner.op import (
+    PRECONDITION_GRAD_OPERATOR,
+    check_lambda,
+    precondition_grad,
+)
+from tract_fx.preconditioner.solve import precondition_weight_gradient
+
+__all__ = [
+    "PRECONDITION_GRAD_OPERATOR",
+    "PatchGeometry",
+    "check_lambda",
+    "gram",
+    "precondition_grad",
+    "precondition_weight_gradient",
+]

@@ -1,0 +1,157 @@
+"""The solve: a weight gradient times (XᵀX/R + λI)⁻¹, in the form that suits the shape of X.
+
+Rows ≥ columns: Cholesky of the regularised Gram. Rows < columns: QR of Xᵀ, in X's row space, where
+no n × n matrix is formed and nothing is squared.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tract_fx import torch_private
+from tract_fx.preconditioner.geometry import PatchGeometry
+from tract_fx.preconditioner.gram import gram
+from tract_fx.preconditioner.patches import patch_matrix
+
+__all__ = ["precondition_weight_gradient"]
+
+# The Gram in float32 carries an error of about eps·trace, which the solve magnifies by 1/λ. Past
+# this product (an input in [0, 255], say) a CPU computes Gram and factor in float64 at once.
+_MAX_FLOAT32_AMPLIFICATION = 1e-3
+
+# A weight gradient's part outside X's row space is rounding noise where it is smaller than this
+# many units of the dtype that the gradient was computed in; see `_row_space_solve`.
+_NOISE_UNITS = 64.0
+
+
+def precondition_weight_gradient(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    lambda_: float,
+    geometry: PatchGeometry,
+    input_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Compute gW (XᵀX/R + λI)⁻¹ per group (arXiv 2410.23970, section 3).
+
+    float64 where `grad` or `x` has it, else float32, whatever the global precision flags and
+    autocast say. On the CPU, what can't be done well in float32 is done in float64.
+
+    Args:
+        grad: The weight's gradient gW, (out, C/groups, *kernel), floating.
+        x: The layer's input: (*, C) for a linear layer, (N, C, *spatial) or (C, *spatial) for a
+            convolution. Rounded to `input_dtype` first.
+        lambda_: λ > 0.
+        geometry: How the layer reads `x`.
+        input_dtype: The dtype in which the layer multiplied (autocast's), None for `x`'s own.
+
+    Returns:
+        The preconditioned gradient, shape and dtype of `grad`. All NaN where `x` is not finite or
+        the factorisation failed; gW/λ where there are no rows.
+    """
+    dtype = torch.promote_types(torch.promote_types(grad.dtype, x.dtype), torch.float32)
+    noise = torch.finfo(_coarser(grad.dtype, input_dtype)).eps * _NOISE_UNITS
+    with torch.no_grad(), torch_private.full_precision(x.device):
+        if input_dtype is not None:
+            x = x.to(input_dtype)
+        x = geometry.batched(x)
+        rows, columns = geometry.rows(x), geometry.columns(x)
+        matrix = grad.reshape(geometry.groups, -1, columns)
+        if rows == 0:
+            result = matrix.to(dtype) / lambda_
+        elif rows < columns:
+            result = _row_space_solve(matrix.to(dtype), x, lambda_, geometry, noise)
+        else:
+            result = _gram_solve(matrix, x, lambda_, geometry, dtype)
+        return result.to(grad.dtype).reshape(grad.shape)
+
+
+def _coarser(a: torch.dtype, b: torch.dtype | None) -> torch.dtype:
+    """The dtype of larger rounding unit."""
+    return a if b is None or torch.finfo(a).eps >= torch.finfo(b).eps else b
+
+
+def _gram_solve(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    lambda_: float,
+    geometry: PatchGeometry,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Solve by Cholesky of the Gram: (groups, out, n) to the same."""
+    on_cpu = x.device.type == "cpu"
+    if on_cpu and dtype == torch.float32 and _float32_is_too_coarse(x, lambda_, geometry):
+        dtype = torch.float64
+    factor, ok = _factorise(x, lambda_, geometry, dtype)
+    if on_cpu and dtype == torch.float32 and not bool(ok.all()):
+        dtype = torch.float64
+        factor, ok = _factorise(x, lambda_, geometry, dtype)
+    # cholesky_solve wants the unknown on the right: P is symmetric, so gW P = (P gWᵀ)ᵀ.
+    solved = torch.cholesky_solve(grad.to(dtype).mT, factor).mT
+    return torch.where(ok, solved, torch.nan)
+
+
+def _factorise(
+    x: torch.Tensor, lambda_: float, geometry: PatchGeometry, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factor G + λI; also say per group, (groups, 1, 1), whether the factor may be used.
+
+    After a failure LAPACK's factor is finite and solves to a finite wrong answer, hence the flag.
+    It stays on the device: no synchronisation.
+    """
+    matrix = gram(x, geometry, dtype)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    # The diagonal sums squares: it is not finite if and only if a column is not, or overflowed.
+    finite = diagonal.isfinite().all(-1)
+    diagonal += lambda_
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return factor, ((info == 0) & finite)[:, None, None]
+
+
+def _float32_is_too_coarse(x: torch.Tensor, lambda_: float, geometry: PatchGeometry) -> bool:
+    """Judge from the mean square of the input, which bounds the Gram's trace closely."""
+    trace = x.double().square().mean().item() * geometry.columns(x)
+    return not torch.finfo(torch.float32).eps * trace / lambda_ <= _MAX_FLOAT32_AMPLIFICATION
+
+
+def _row_space_solve(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    lambda_: float,
+    geometry: PatchGeometry,
+    noise: float,
+) -> torch.Tensor:
+    """Solve by QR of Xᵀ: (groups, out, n) to the same.
+
+    With Xᵀ/√R = Q T, P = Q (T Tᵀ + λI)⁻¹ Qᵀ + (I - Q Qᵀ)/λ. T Tᵀ + λI is itself factored without
+    squaring, as Uᵀ U with U from the QR of [Tᵀ; √λ I], which can't fail.
+
+    A layer's own gradient lies in the row space of X, and what it has outside is rounding, which
+    1/λ would only magnify. A gradient penalty's does not lie there. So the outside part counts
+    where it rises above `noise` relative to the whole, per group, decided on the device.
+
+    Args:
+        grad: gW in the working dtype, (groups, out, n).
+        x: The input, (N, C, *spatial).
+        lambda_: λ > 0.
+        geometry: How the layer reads `x`.
+        noise: Relative size below which the outside part is rounding.
+
+    Returns:
+        gW P, (groups, out, n); all NaN for a group whose X is not finite.
+    """
+    dtype = grad.dtype
+    columns = patch_matrix(x, geometry, dtype) / geometry.rows(x) ** 0.5
+    finite = columns.isfinite().all(-1).all(-1)[:, None, None]
+    q, t = torch.linalg.qr(columns)
+    eye = torch.eye(t.shape[-1], dtype=dtype, device=x.device).expand_as(t)
+    _, u = torch.linalg.qr(torch.cat([t.mT, lambda_**0.5 * eye], dim=-2))
+    inside = grad @ q
+    outside = grad - inside @ q.mT
+    # A second projection: after one, cancellation leaves rounding errors inside the row space.
+    outside = outside - (outside @ q) @ q.mT
+    size = torch.linalg.matrix_norm(grad)[:, None, None]
+    is_noise = torch.linalg.matrix_norm(outside)[:, None, None] <= noise * size
+    half = torch.linalg.solve_triangular(u, inside, upper=True, left=False)
+    solved = torch.linalg.solve_triangular(u.mT, half, upper=False, left=False)
+    result = solved @ q.mT + torch.where(is_noise, 0.0, outside / lambda_)
+    return torch.where(finite, result, torch.nan)

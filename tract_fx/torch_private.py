@@ -1,0 +1,62 @@
+"""Every private function of PyTorch in use, in one place, with the reason.
+
+Tested with the torch versions that pyproject.toml names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["full_precision", "inside_dual_level", "inside_functorch"]
+
+
+def inside_functorch() -> bool:
+    """Tell whether a `torch.func` transform (grad, vmap, jvp, …) is running.
+
+    There is no public question of that kind; custom operators refuse such tensors.
+
+    Returns:
+        True between the transform's entry and exit, at any depth.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def inside_dual_level() -> bool:
+    """Tell whether a forward-mode level (`torch.autograd.forward_ad.dual_level`) is open.
+
+    A custom operator would give a zero tangent there without a word.
+
+    Returns:
+        True inside the level.
+    """
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Turn autocast and reduced-precision float32 products off.
+
+    The flags for TF32 (CUDA) and bfloat16 (oneDNN) products are global to the process; they are
+    read and put back through the getter and setter beneath both of PyTorch's public interfaces,
+    which refuse to be mixed.
+
+    Args:
+        device: Where the products run.
+
+    Yields:
+        Nothing; the flags are restored at exit.
+    """
+    backend = {"cuda": "cuda", "cpu": "mkldnn"}.get(device.type)
+    with torch.autocast(device.type, enabled=False):
+        if backend is None:
+            yield
+            return
+        before = torch._C._get_fp32_precision_getter(backend, "matmul")
+        torch._C._set_fp32_precision_setter(backend, "matmul", "ieee")
+        try:
+            yield
+        finally:
+            torch._C._set_fp32_precision_setter(backend, "matmul", before)
