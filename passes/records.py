@@ -20,10 +20,12 @@ class InputLayer:
         weight: Names of the parameters that the weight is computed from; one for most layers.
         weight_shape: Shape of the weight that is multiplied with, None where it is not known
             before running.
-        geometry: How the layer reads its input.
+        geometry: How the layer reads its input, None where it is not known before running.
         path: Names of the nodes from the placeholder to the layer, both included.
         frozen: No parameter of the weight requires a gradient, so that TrAct is idle.
         lambda_: λ where the call is a TrAct call already, else None.
+        module: Path of the linear or convolution module whose forward this call is, None where it
+            is a function call that another module makes.
     """
 
     name: str
@@ -31,10 +33,11 @@ class InputLayer:
     op: str
     weight: tuple[str, ...]
     weight_shape: tuple[int, ...] | None
-    geometry: PatchGeometry
+    geometry: PatchGeometry | None
     path: tuple[str, ...]
     frozen: bool
     lambda_: float | None
+    module: str | None = None
 
     def __str__(self) -> str:
         shape = "" if self.weight_shape is None else f", weight {self.weight_shape}"
@@ -53,6 +56,7 @@ class Refusal:
         remedy: What to do instead.
         competes: Whether the operation stands where an input layer would, so that another layer
             beside it is no longer the one obvious choice. A look-up by integers does not.
+        module: Path of the module that the operation is or lies in, where the graph tells it.
     """
 
     node: str
@@ -61,6 +65,7 @@ class Refusal:
     reason: str
     remedy: str
     competes: bool = True
+    module: str | None = None
 
     def __str__(self) -> str:
         return f"{self.op} (node {self.node!r}): {self.reason}. {self.remedy}."

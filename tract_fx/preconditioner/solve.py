@@ -19,9 +19,10 @@ __all__ = ["precondition_weight_gradient"]
 # this product (an input in [0, 255], say) a CPU computes Gram and factor in float64 at once.
 _MAX_FLOAT32_AMPLIFICATION = 1e-3
 
-# A weight gradient's part outside X's row space is rounding noise where it is smaller than this
-# many units of the dtype that the gradient was computed in; see `_row_space_solve`.
-_NOISE_UNITS = 64.0
+# What a weight gradient has outside X's row space is rounding noise where it is smaller, relative to
+# the whole, than two units of the dtype it was rounded to and 64 of the dtype it was added up in.
+_ROUNDING_UNITS = 2.0
+_SUMMATION_UNITS = 64.0
 
 
 def precondition_weight_gradient(
@@ -49,7 +50,8 @@ def precondition_weight_gradient(
         the factorisation failed; gW/λ where there are no rows.
     """
     dtype = torch.promote_types(torch.promote_types(grad.dtype, x.dtype), torch.float32)
-    noise = torch.finfo(_coarser(grad.dtype, input_dtype)).eps * _NOISE_UNITS
+    rounded = max(torch.finfo(t).eps for t in (grad.dtype, input_dtype or grad.dtype))
+    noise = _ROUNDING_UNITS * rounded + _SUMMATION_UNITS * torch.finfo(dtype).eps
     with torch.no_grad(), torch_private.full_precision(x.device):
         if input_dtype is not None:
             x = x.to(input_dtype)
@@ -63,11 +65,6 @@ def precondition_weight_gradient(
         else:
             result = _gram_solve(matrix, x, lambda_, geometry, dtype)
         return result.to(grad.dtype).reshape(grad.shape)
-
-
-def _coarser(a: torch.dtype, b: torch.dtype | None) -> torch.dtype:
-    """The dtype of larger rounding unit."""
-    return a if b is None or torch.finfo(a).eps >= torch.finfo(b).eps else b
 
 
 def _gram_solve(
@@ -108,9 +105,10 @@ def _factorise(
 
 
 def _float32_is_too_coarse(x: torch.Tensor, lambda_: float, geometry: PatchGeometry) -> bool:
-    """Judge from the mean square of the input, which bounds the Gram's trace closely."""
-    trace = x.double().square().mean().item() * geometry.columns(x)
-    return not torch.finfo(torch.float32).eps * trace / lambda_ <= _MAX_FLOAT32_AMPLIFICATION
+    """Judge from the mean square of the input, which the Gram's trace is n times of, about."""
+    mean_square = float(torch.linalg.vector_norm(x.float())) ** 2 / x.numel()
+    amplification = torch.finfo(torch.float32).eps * mean_square * geometry.columns(x) / lambda_
+    return not amplification <= _MAX_FLOAT32_AMPLIFICATION  # also where it is NaN
 
 
 def _row_space_solve(
@@ -147,10 +145,9 @@ def _row_space_solve(
     _, u = torch.linalg.qr(torch.cat([t.mT, lambda_**0.5 * eye], dim=-2))
     inside = grad @ q
     outside = grad - inside @ q.mT
-    # A second projection: after one, cancellation leaves rounding errors inside the row space.
-    outside = outside - (outside @ q) @ q.mT
     size = torch.linalg.matrix_norm(grad)[:, None, None]
     is_noise = torch.linalg.matrix_norm(outside)[:, None, None] <= noise * size
+    # Uᵀ U from the right: first the upper factor, then the lower.
     half = torch.linalg.solve_triangular(u, inside, upper=True, left=False)
     solved = torch.linalg.solve_triangular(u.mT, half, upper=False, left=False)
     result = solved @ q.mT + torch.where(is_noise, 0.0, outside / lambda_)

@@ -1,0 +1,57 @@
+# Everything happens in .venv, made on first use; a second run starts at once.
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+DATA ?=
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+SOURCES := $(wildcard tract_fx passes tests examples benchmarks)
+BENCHMARKS := $(wildcard benchmarks/bench_*.py)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check lint types bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/.demo ## train with and without TrAct, print the table, save the plot (DATA=folder of images, ARGS=options)
+	$(BIN)/python examples/demo.py $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+test: check ## the linters and types, then the tests (ARGS=pytest's options)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 $(ARGS)
+
+check: lint types ## ruff and mypy
+
+lint: .venv/.dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+# passes/ is installed inside tract_fx/; mypy gets to see it there, through links.
+types: .venv/.dev
+	@rm -rf build/typing && mkdir -p build/typing/tract_fx
+	@ln -s $(addprefix ../../../,$(wildcard tract_fx/*) passes) build/typing/tract_fx/
+	$(BIN)/mypy build/typing/tract_fx $(filter-out tract_fx passes,$(SOURCES))
+
+# glibc's allocator alone changes a layer's time severalfold unless it keeps what it has.
+bench: .venv/.dev ## the benchmarks, one after the other
+	@test -n "$(BENCHMARKS)" || { echo "no benchmarks/bench_*.py here" >&2; exit 1; }
+	set -e; for script in $(BENCHMARKS); do \
+		MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456 \
+		$(BIN)/python $$script $(ARGS); done
+
+clean: ## remove the environment and everything built
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes in first and by itself: resolved along with the rest, it may come as a build for CUDA, gigabytes large.
+.venv/.torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv .venv
+	$(PIP) $(shell grep '^torch==' constraints.txt)
+	@touch $@
+
+# torch has brought setuptools along, so the build needs no environment of its own.
+.venv/.demo .venv/.dev: .venv/.%: .venv/.torch pyproject.toml
+	$(PIP) --no-build-isolation --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,139 @@
+"""The demo's data: scikit-learn's digits, or a folder of images, as standardised tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+
+
+class DataError(Exception):
+    """The data that was asked for can't be read; the message is for the person at the shell."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and labels of one half of a data set.
+
+    Attributes:
+        images: `(N, C, H, W)`, float32.
+        labels: `(N,)`, int64.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training and a test split, standardised per channel over the training split."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+
+
+def read_digits() -> Dataset:
+    """Read scikit-learn's 1,797 digits of 8 × 8 pixels; a fixed quarter is the test split."""
+    digits = load_digits()
+    halves = train_test_split(
+        digits.images, digits.target, test_size=0.25, random_state=0, stratify=digits.target
+    )
+    train_images, test_images, train_labels, test_labels = (torch.tensor(half) for half in halves)
+    return _standardise(
+        "digits",
+        tuple(str(label) for label in range(10)),
+        Split(train_images.float().unsqueeze(1), train_labels.long()),
+        Split(test_images.float().unsqueeze(1), test_labels.long()),
+    )
+
+
+def read_image_folder(
+    folder: Path, *, image_size: int, train_limit: int, test_limit: int
+) -> Dataset:
+    """Read `folder/train/CLASS/*.jpg` and `folder/test/CLASS/*.jpg`.
+
+    Args:
+        folder: Holds `train` and `test`, each with one folder per class.
+        image_size: Images are scaled to this height and width, in pixels.
+        train_limit: Number of training images to keep, spread evenly over the classes; 0 keeps all.
+        test_limit: The same for the test images.
+
+    Returns:
+        The data set; a class's label is its place in the sorted names of the folders under `train`.
+
+    Raises:
+        DataError: A folder is missing or empty, the classes differ, or an image can't be read.
+    """
+    if not folder.is_dir():
+        raise DataError(f"no such folder: {folder}")
+    classes = _class_names(folder / "train")
+    if len(classes) < 2:
+        raise DataError(
+            f"{folder / 'train'}: one class alone ({classes[0]}) leaves nothing to learn"
+        )
+    unknown = sorted(set(_class_names(folder / "test")) - set(classes))
+    if unknown:
+        raise DataError(f"{folder / 'test'}: classes that train/ lacks: {', '.join(unknown)}")
+    return _standardise(
+        folder.resolve().name,
+        classes,
+        _read_split(folder / "train", classes, image_size, train_limit),
+        _read_split(folder / "test", classes, image_size, test_limit),
+    )
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    if not folder.is_dir():
+        raise DataError(f"no such folder: {folder} (expected {folder.name}/CLASS/*.jpg)")
+    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
+    if not names:
+        raise DataError(f"{folder}: no class folders in it (expected {folder.name}/CLASS/*.jpg)")
+    return names
+
+
+def _read_split(folder: Path, classes: tuple[str, ...], image_size: int, limit: int) -> Split:
+    """Read every class's images, or an even share of `limit` from each."""
+    share = -(-limit // len(classes))
+    images: list[torch.Tensor] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        files = sorted(
+            file for file in (folder / name).glob("*") if file.suffix.lower() in IMAGE_SUFFIXES
+        )
+        for file in files[:share] if limit else files:
+            images.append(_read_image(file, image_size))
+            labels.append(label)
+    if not images:
+        raise DataError(f"{folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return Split(torch.stack(images).float() / 255, torch.tensor(labels))
+
+
+def _read_image(file: Path, image_size: int) -> torch.Tensor:
+    """Read one image as uint8 `(3, image_size, image_size)`."""
+    try:
+        with Image.open(file) as image:
+            scaled = image.convert("RGB").resize((image_size, image_size))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{file}: not a readable image ({error})") from error
+    return torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
+
+
+def _standardise(name: str, classes: tuple[str, ...], train: Split, test: Split) -> Dataset:
+    """Subtract each channel's mean and divide by its deviation, both of the training split."""
+    deviation, mean = torch.std_mean(train.images, dim=(0, 2, 3), keepdim=True)
+    deviation = deviation.clamp_min(1e-6)
+    return Dataset(
+        name,
+        classes,
+        Split((train.images - mean) / deviation, train.labels),
+        Split((test.images - mean) / deviation, test.labels),
+    )

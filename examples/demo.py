@@ -1,0 +1,89 @@
+"""Train a small convolutional net with the plain gradient and with TrAct's, and compare.
+
+`make demo` runs this on scikit-learn's digits; `make demo DATA=FOLDER` on the images in
+`FOLDER/train/CLASS/*.jpg` and `FOLDER/test/CLASS/*.jpg`. Both arms of a seed start from the same
+weights and see the same batches. Whatever comes out is reported as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from _demo_data import DataError, Dataset, read_digits, read_image_folder
+from _demo_report import accuracy_table, compare, epochs_table, save_json, save_plot, verdict
+from _demo_training import Histories, Settings, train_arms
+from tract_fx import TractError
+
+# The best of seven for the *plain* gradient on the digits; its mean final test accuracy in % over
+# 5 seeds of 10 epochs is 98.71 at 0.01, 98.93 at 0.02, 99.11 at 0.05, 99.33 at 0.1, 99.24 at 0.2,
+# 98.93 at 0.4 and 99.02 at 0.8.
+LEARNING_RATE = 0.1
+
+
+def run(
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with train/CLASS/*.jpg and test/CLASS/*.jpg.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds; each trains twice.")] = 5,
+    lambda_: Annotated[float, typer.Option("--lambda", help="TrAct's λ.")] = 0.1,
+    batch_size: Annotated[int, typer.Option(min=2)] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Of both arms.")] = LEARNING_RATE,
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("build/demo"),
+    image_size: Annotated[int, typer.Option(min=8, help="--data is scaled to this.")] = 32,
+    train_limit: Annotated[
+        int, typer.Option(min=0, help="Training images to take from --data; 0 for all.")
+    ] = 5000,
+    test_limit: Annotated[
+        int, typer.Option(min=0, help="Test images to take from --data; 0 for all.")
+    ] = 2000,
+) -> None:
+    """Train with the plain gradient and with TrAct's; print the comparison, save it with a plot."""
+    console = Console()
+    settings = Settings(epochs, seeds, lambda_, batch_size, learning_rate)
+    try:
+        dataset = _read(data, image_size, train_limit, test_limit)
+        histories = _train(dataset, settings, console)
+    except (DataError, TractError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    comparison = compare(histories)
+    console.print(accuracy_table(histories), epochs_table(comparison), verdict(comparison))
+    out.mkdir(parents=True, exist_ok=True)
+    save_json(out / "results.json", dataset.name, settings, histories, comparison)
+    plots = save_plot(out / "accuracy", dataset.name, settings, histories)
+    for path in (*plots, out / "results.json"):
+        typer.echo(f"saved {path}")
+
+
+def _read(data: Path | None, image_size: int, train_limit: int, test_limit: int) -> Dataset:
+    if data is None:
+        return read_digits()
+    return read_image_folder(
+        data, image_size=image_size, train_limit=train_limit, test_limit=test_limit
+    )
+
+
+def _train(dataset: Dataset, settings: Settings, console: Console) -> Histories:
+    """Say what is trained, then train under a progress bar."""
+    console.print(
+        f"{dataset.name}: {len(dataset.train.labels)} training and {len(dataset.test.labels)} test "
+        f"images of {' × '.join(map(str, dataset.train.images.shape[1:]))}, "
+        f"{len(dataset.classes)} classes; {settings.seeds} seeds, {settings.epochs} epochs, "
+        f"λ = {settings.lambda_:g}, learning rate {settings.learning_rate:g}",
+        highlight=False,
+        markup=False,
+    )
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=2 * settings.seeds * settings.epochs)
+        return train_arms(dataset, settings, lambda: progress.advance(task))
+
+
+if __name__ == "__main__":
+    typer.run(run)

@@ -1,0 +1,147 @@
+"""Every script in examples/ runs, and what the demo leaves behind is what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+# Modules that a script is made of start with an underscore.
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if not path.name.startswith("_"))
+# The smallest run of each script that takes arguments.
+ARGUMENTS = {"demo.py": ["--epochs", "2", "--seeds", "1", "--out", "out"]}
+
+
+def run(script: str, arguments: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *arguments],
+        cwd=cwd,
+        # Neither colours nor line breaks in what is compared.
+        env=os.environ | {"NO_COLOR": "1", "COLUMNS": "500"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_runs(script: str, tmp_path: Path) -> None:
+    finished = run(script, ARGUMENTS.get(script, []), tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert "Warning" not in finished.stderr
+
+
+def write_images(folder: Path, *, classes: Sequence[str] = ("cat", "dog")) -> Path:
+    """Write an image folder of noise whose classes differ in their brightness."""
+    image_module = pytest.importorskip("PIL.Image")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 8), ("test", 4)):
+        for label, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                noise = torch.randint(0, 128, (12, 10, 3), generator=generator) + 100 * label
+                image = image_module.fromarray(noise.to(torch.uint8).numpy())
+                image.save(folder / split / name / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(params=["digits", "images"])
+def results(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """What a small demo writes: `results.json`, and the plots beside it."""
+    arguments = ["--epochs", "2", "--seeds", "2", "--out", "out", "--batch-size", "8"]
+    if request.param == "images":
+        folder = write_images(tmp_path / "images")
+        arguments += ["--data", str(folder), "--train-limit", "12", "--image-size", "8"]
+    else:
+        arguments += ["--batch-size", "64"]
+    finished = run("demo.py", arguments, tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in (tmp_path / "out" / "accuracy.svg").read_text()
+    written: dict[str, Any] = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written["dataset"] == request.param
+    return written
+
+
+def test_demo_compares_like_with_like(results: dict[str, Any]) -> None:
+    plain, tract = results["accuracy"]["plain"], results["accuracy"]["tract"]
+    for arm in (plain, tract):
+        assert [len(accuracies) for accuracies in arm] == [3, 3]
+        assert all(0 <= accuracy <= 1 for accuracies in arm for accuracy in accuracies)
+    assert [accuracies[0] for accuracies in plain] == [accuracies[0] for accuracies in tract]
+    if results["dataset"] == "digits":  # the few images of noise may well come out alike
+        assert plain != tract
+    differences = [b[-1] - a[-1] for a, b in zip(plain, tract, strict=True)]
+    assert results["final_difference"] == pytest.approx(differences)
+    for accuracies, epoch in zip(plain, results["epochs_to_plain_final"]["plain"], strict=True):
+        assert accuracies[epoch] >= accuracies[-1]
+
+
+def missing(folder: Path) -> Path:
+    return folder / "nowhere"
+
+
+def without_train(folder: Path) -> Path:
+    (folder / "test" / "cat").mkdir(parents=True)
+    return folder
+
+
+def without_classes(folder: Path) -> Path:
+    (folder / "train").mkdir()
+    return folder
+
+
+def without_images(folder: Path) -> Path:
+    for image in (write_images(folder) / "train").glob("*/*"):
+        image.unlink()
+    return folder
+
+
+def one_class(folder: Path) -> Path:
+    return write_images(folder, classes=["cat"])
+
+
+def unknown_class(folder: Path) -> Path:
+    (write_images(folder) / "test" / "bird").mkdir()
+    return folder
+
+
+def damaged_image(folder: Path) -> Path:
+    (write_images(folder) / "train" / "dog" / "0.png").write_bytes(b"no image")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (missing, "nowhere"),
+        (without_train, "no such folder"),
+        (without_classes, "no class folders"),
+        (without_images, "no images in it"),
+        (one_class, "one class alone (cat)"),
+        (unknown_class, "classes that train/ lacks: bird"),
+        (damaged_image, "0.png: not a readable image"),
+    ],
+)
+def test_demo_explains_bad_data_in_one_line(prepare: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    finished = run("demo.py", ["--data", str(prepare(tmp_path / "data"))], tmp_path)
+    assert finished.returncode == 1
+    assert len(finished.stderr.splitlines()) == 1
+    assert finished.stderr.startswith("error: ")
+    assert message in finished.stderr
+
+
+def test_demo_explains_a_bad_lambda_in_one_line(tmp_path: Path) -> None:
+    finished = run("demo.py", ["--lambda", "0"], tmp_path)
+    assert finished.returncode == 1
+    assert len(finished.stderr.splitlines()) == 1
+    assert finished.stderr.startswith("error: ")

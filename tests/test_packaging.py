@@ -1,0 +1,151 @@
+"""What is built is complete: wheel, sdist, the list of packages, the name `passes`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11's tomllib")
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES: list[str] = PROJECT["tool"]["setuptools"]["packages"]
+# Where a package lies in the repository, by its first folder there.
+FOLDERS = {"tract_fx": "tract_fx", "passes": "tract_fx.passes"}
+
+
+def source_files() -> dict[str, Path]:
+    """The library's files by the path that they have once installed."""
+    return {
+        f"{package.replace('.', '/')}/{file.relative_to(ROOT / folder).as_posix()}": file
+        for folder, package in FOLDERS.items()
+        for file in (ROOT / folder).rglob("*")
+        if file.suffix == ".py" or file.name == "py.typed"
+    }
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and the wheel that was built from it."""
+    folder = tmp_path_factory.mktemp("packaging")
+    leave_out = shutil.ignore_patterns(
+        ".*", "build", "dist", "tests", "examples", "benchmarks", "*.egg-info", "__pycache__"
+    )
+    shutil.copytree(ROOT, folder / "source", ignore=leave_out)
+    # Without --sdist and --wheel, the wheel is built from the sdist, which so proves to suffice.
+    built = run(
+        *(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist"),
+        folder / "source",
+        cwd=folder,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions: Path) -> Path:
+    (wheel,) = distributions.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the installed wheel and nothing else."""
+    folder = tmp_path_factory.mktemp("site")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install")
+    installed = run(*pip, "--no-deps", "--no-index", "--target", folder, wheel, cwd=folder)
+    assert installed.returncode == 0, installed.stdout + installed.stderr
+    return folder
+
+
+def test_packages_are_all_listed() -> None:
+    folders = {Path(installed).parent for installed in source_files() if installed.endswith(".py")}
+    assert sorted(PACKAGES) == sorted(".".join(folder.parts) for folder in folders)
+
+
+def test_packages_all_have_an_init() -> None:
+    expected = {f"{package.replace('.', '/')}/__init__.py" for package in PACKAGES}
+    assert expected <= {*source_files()}
+
+
+def test_wheel_holds_every_source_file(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert names == {*source_files()}
+        assert "tract_fx/py.typed" in names
+        for name, file in source_files().items():
+            assert archive.read(name) == file.read_bytes(), name
+
+
+def test_wheel_requires_torch_alone(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = archive.read(name).decode()
+    fields = [line.partition(": ") for line in metadata.split("\n\n")[0].splitlines()]
+    required = [value for field, _, value in fields if field == "Requires-Dist"]
+    core = [value for value in required if "extra ==" not in value]
+    assert len(core) == 1
+    assert core[0].startswith("torch")
+    assert ("License-Expression", ": ", "MIT") in fields
+
+
+def test_sdist_holds_what_a_wheel_is_built_from(distributions: Path) -> None:
+    (sdist,) = distributions.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = {file.relative_to(ROOT).as_posix() for file in source_files().values()}
+    assert expected | {"pyproject.toml", "LICENSE", "README.md"} <= names
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_installed_package_imports(package: str, site: Path, tmp_path: Path) -> None:
+    # From another folder, and with the installed copy first on the path: an editable installation
+    # would otherwise answer for what the wheel lacks.
+    script = f"import {package}; print({package}.__file__)"
+    imported = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(site))
+    assert imported.returncode == 0, imported.stderr
+    assert Path(imported.stdout.strip()).is_relative_to(site)
+
+
+def test_installed_modules_come_from_the_wheel(site: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys, tract_fx\n"
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'tract_fx'))"
+    )
+    imported = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(site))
+    assert imported.returncode == 0, imported.stderr
+    assert [path for path in imported.stdout.split() if not Path(path).is_relative_to(site)] == []
+
+
+def test_installed_version_is_the_projects(site: Path, tmp_path: Path) -> None:
+    script = "import tract_fx; print(tract_fx.__version__)"
+    printed = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(site))
+    assert printed.stdout.strip() == PROJECT["project"]["version"], printed.stderr
+
+
+def test_passes_is_no_package_of_its_own() -> None:
+    imported = run(sys.executable, "-c", "import passes", cwd=ROOT)
+    assert imported.returncode != 0
+    assert imported.stderr.strip().splitlines()[-1].startswith("ImportError")
+    assert "import tract_fx.passes" in imported.stderr
