@@ -1,8 +1,8 @@
 """Relative error of the first layer's weight gradient on photographs, against float64.
 
-At the operator: the float64 definition on the same incoming gradient and input. End to end: float64
-throughout. Under bfloat16 autocast: with the weight gradient as autocast computes it, and computed in
-float32 from the same bfloat16 output gradient.
+At the operator: the float64 definition on the same incoming gradient and input. End to end:
+float64 throughout. Under bfloat16 autocast: with the weight gradient as autocast computes it, and
+computed in float32 from the same bfloat16 output gradient.
 
 python benchmarks/bench_accuracy.py
 """
@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from stems import LAMBDA, STEMS, Stem, arms, weight_gradient
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stems import LAMBDA, STEMS, Stem, arms, weight_gradient
 from tract_fx import tract_module
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from oracle import precondition, relative_error, tract_gradient  # noqa: E402
-from photographs import photograph_range_255, photographs  # noqa: E402
+from oracle import precondition, relative_error, tract_gradient
+from photographs import photograph_range_255, photographs
 
 
 def batch(stem: Stem, standardised: bool) -> Tensor:
@@ -41,7 +41,9 @@ def batch(stem: Stem, standardised: bool) -> Tensor:
 
 
 def operator_table(standardised: bool) -> Table:
-    title = "float32, " + ("standardised photographs" if standardised else "photographs in [0, 255]")
+    title = "float32, " + (
+        "standardised photographs" if standardised else "photographs in [0, 255]"
+    )
     table = Table("", "operator", "torch-tract, operator", "end to end", "torch-tract", title=title)
     for stem in STEMS:
         torch.manual_seed(0)
@@ -50,12 +52,16 @@ def operator_table(standardised: bool) -> Table:
         found = {name: weight_gradient(model, x, dz) for name, model in arms(layer).items()}
         operator = precondition(layer[0], found["plain"], x, LAMBDA)
         exact = tract_gradient(layer[0], x, dz, LAMBDA)
-        errors = [relative_error(found[a], e) for e in (operator, exact) for a in ("tract_fx", "torch-tract")]
+        errors = [
+            relative_error(found[a], e)
+            for e in (operator, exact)
+            for a in ("tract_fx", "torch-tract")
+        ]
         table.add_row(stem.name, *(f"{error:.1e}" for error in errors))
     return table
 
 
-def with_tail(layer: nn.Module) -> nn.Sequential:
+def with_tail(layer: nn.Conv2d | nn.Linear) -> nn.Sequential:
     """A model around the layer, whose loss is a cross entropy."""
     out = layer.weight.shape[0]
     if isinstance(layer, nn.Linear):
@@ -72,7 +78,7 @@ def captured(model: nn.Sequential, x: Tensor, y: Tensor, autocast: bool) -> tupl
     handle = model[0].register_forward_hook(lambda *a: a[2].register_hook(seen.append) and None)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = functional.cross_entropy(model(x), y)
-    (gradient,) = torch.autograd.grad(loss, [model[0].weight])
+    (gradient,) = torch.autograd.grad(loss, [next(model.parameters())])
     handle.remove()
     return gradient, seen[0]
 
@@ -84,13 +90,12 @@ def autocast_table() -> Table:
         torch.manual_seed(0)
         model, x = with_tail(stem.build()), batch(stem, True)
         y = torch.randint(0, 10, (len(x),))
-        exact, dz = captured(copy.deepcopy(model).double(), x.double(), y, False)
+        exact, _ = captured(copy.deepcopy(model).double(), x.double(), y, False)
         reference = precondition(model[0], exact, x, LAMBDA)
         low, low_dz = captured(copy.deepcopy(model), x, y, True)
         ours, _ = captured(tract_module(copy.deepcopy(model), (x,)), x, y, True)
         rounded = x.bfloat16().float()
-        wide = copy.deepcopy(model[0])
-        (high,) = torch.autograd.grad(wide(rounded), [wide.weight], low_dz.float())
+        high = weight_gradient(model[0], rounded, low_dz.float())
         errors = (
             relative_error(low, exact),
             relative_error(ours, reference),

@@ -12,10 +12,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from stems import STEMS, arms
-from timing import interleaved, pin_allocator
 from torch import Tensor, nn
 from torch.nn import functional
+
+from stems import STEMS, arms
+from timing import interleaved, pin_allocator
 
 
 def layer_step(model: nn.Module, x: Tensor, dz: Tensor) -> Callable[[], object]:
@@ -73,12 +74,16 @@ def models() -> dict[str, tuple[nn.Sequential, tuple[int, ...]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=15, help="rounds, each arm once (%(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=15, help="rounds, each arm once (%(default)s)"
+    )
     repeats = parser.parse_args().repeats
     pin_allocator()
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    table = Table("", "plain, ms", "torch-tract ÷ plain", "tract_fx ÷ plain", "tract_fx ÷ torch-tract")
+    table = Table(
+        "", "plain, ms", "torch-tract ÷ plain", "tract_fx ÷ plain", "tract_fx ÷ torch-tract"
+    )
     console = Console()
     for stem in track(STEMS, "first layers", console=console):
         layer, x = nn.Sequential(stem.build()), torch.randn(stem.shape)

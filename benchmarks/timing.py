@@ -33,7 +33,9 @@ def interleaved(arms: Mapping[str, Callable[[], object]], repeats: int) -> dict[
     Returns:
         Median milliseconds by name.
     """
-    timers = {name: Timer("arm()", globals={"arm": arm}, num_threads=2) for name, arm in arms.items()}
+    timers = {
+        name: Timer("arm()", globals={"arm": arm}, num_threads=2) for name, arm in arms.items()
+    }
     for timer in timers.values():
         timer.timeit(2)
     times: dict[str, list[float]] = {name: [] for name in arms}

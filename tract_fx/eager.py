@@ -9,8 +9,12 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from tract_fx.errors import UnknownLayerError, UnsupportedLayerError, UnsupportedModelError
-from tract_fx.errors import UntraceableModelError
+from tract_fx.errors import (
+    UnknownLayerError,
+    UnsupportedLayerError,
+    UnsupportedModelError,
+    UntraceableModelError,
+)
 from tract_fx.modules import TractLayer, copy_tree, to_tract, why_not
 from tract_fx.passes.fx_graph import LayerChoice, Located, choose, locate, named_lambdas, tract_pass
 
@@ -54,7 +58,7 @@ def tract_module(
     """  # noqa: DOC502 (some are raised by what it calls)
     by_name = named_lambdas(layers, lambda_)
     if isinstance(model, fx.GraphModule):
-        return tract_pass(model, lambda_=lambda_, layers=layers)
+        return tract_pass(model, lambda_=lambda_, layers=layers)  # type: ignore[return-value]
     _check_model(model)
     present = {name: m for name, m in model.named_modules() if isinstance(m, TractLayer)}
     if by_name is None and present:

@@ -7,10 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-__all__ = ["full_precision", "inside_dual_level", "inside_functorch"]
+__all__ = [
+    "apply_function",
+    "full_precision",
+    "inside_dual_level",
+    "inside_functorch",
+    "tracing_jit",
+]
 
 
 def inside_functorch() -> bool:
@@ -33,6 +40,29 @@ def inside_dual_level() -> bool:
         True inside the level.
     """
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def tracing_jit() -> bool:
+    """Tell whether `torch.jit.trace` is running.
+
+    Returns:
+        True inside it, hence also inside the ONNX exporter that is built on it.
+    """
+    return bool(torch._C._get_tracing_state())
+
+
+def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> torch.Tensor:
+    """Call an autograd Function, which PyTorch declares without types.
+
+    Args:
+        function: The Function.
+        *arguments: What its `forward` takes.
+
+    Returns:
+        Its one result.
+    """
+    result: torch.Tensor = function.apply(*arguments)
+    return result
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def find_input_layers(gm: fx.GraphModule | ExportedProgram) -> Findings:
 
     Raises:
         UnsupportedModelError: `gm` is something else.
-    """
+    """  # noqa: DOC502 (raised by what it calls)
     return locate(_graph_module(gm)).findings
 
 

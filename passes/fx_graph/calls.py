@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from tract_fx.preconditioner import PRECONDITION_GRAD_OPERATOR, precondition_grad
 
-__all__ = ["LayerCall", "is_precondition_grad", "match_function", "match_module"]
+__all__ = ["LayerCall", "is_precondition_grad", "match_function", "match_module", "op_name"]
 
 _aten = torch.ops.aten
 _LINEAR = ("input", "weight", "bias")
@@ -101,7 +101,7 @@ def match_module(node: Node, module: nn.Module) -> LayerCall | None:
     if not isinstance(x, Node):
         return None
     dims = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
-    return LayerCall(node, _op_name(dims), x, None, {})
+    return LayerCall(node, op_name(dims), x, None, {})
 
 
 def match_function(node: Node) -> LayerCall | None:
@@ -115,7 +115,7 @@ def match_function(node: Node) -> LayerCall | None:
     """
     if node.op != "call_function" or node.target not in _FUNCTIONS:
         return None
-    dims, names = _FUNCTIONS[node.target]  # type: ignore[index]
+    dims, names = _FUNCTIONS[node.target]
     arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     x, weight = arguments.get("input"), arguments.get("weight")
     if not isinstance(x, Node) or not isinstance(weight, Node) or arguments.get("transposed"):
@@ -125,8 +125,16 @@ def match_function(node: Node) -> LayerCall | None:
         weight = precondition.args[0]
         assert isinstance(weight, Node)
     geometry = {k: arguments[k] for k in _CONV[3:] if k in arguments}
-    return LayerCall(node, _op_name(dims), x, weight, geometry, precondition)
+    return LayerCall(node, op_name(dims), x, weight, geometry, precondition)
 
 
-def _op_name(dims: int | None) -> str:
+def op_name(dims: int | None) -> str:
+    """Name a layer's operation.
+
+    Args:
+        dims: Spatial dimensions, 0 for a linear layer, None for a convolution of any number.
+
+    Returns:
+        `"linear"`, `"conv1d"`, `"conv2d"`, `"conv3d"` or `"convolution"`.
+    """
     return {0: "linear", None: "convolution"}.get(dims, f"conv{dims}d")

@@ -26,6 +26,7 @@ from tract_fx.passes.fx_graph.reasons import (
     refuse_operation,
     via_torch_tract,
 )
+from tract_fx.passes.fx_graph.rewrite import read_lambda
 from tract_fx.passes.fx_graph.values import (
     Value,
     attribute_value,
@@ -33,7 +34,6 @@ from tract_fx.passes.fx_graph.values import (
     node_shape,
     static_shape,
 )
-from tract_fx.passes.fx_graph.rewrite import read_lambda
 from tract_fx.passes.records import Findings, InputLayer, Refusal
 from tract_fx.preconditioner import PatchGeometry
 
@@ -165,7 +165,7 @@ class _Locator:
     ) -> InputLayer:
         node = call.node
         if module is not None:
-            tract = isinstance(module, TractLayer) and node.kwargs.get("tract", True)
+            treated = isinstance(module, TractLayer) and node.kwargs.get("tract", True)
             prefix = f"{node.target}."
             return InputLayer(
                 name=str(node.target),
@@ -176,7 +176,7 @@ class _Locator:
                 geometry=PatchGeometry.of_module(module),
                 path=path,
                 frozen=not any(_weight_parameters(module).values()),
-                lambda_=module.tract_lambda if tract else None,
+                lambda_=vars(module)["tract_lambda"] if treated else None,
             )
         assert call.weight is not None
         weight = self.values[call.weight]
@@ -223,5 +223,6 @@ def _function_name(node: Node, parameters: tuple[str, ...]) -> str:
 def _is_in_place(node: Node) -> bool:
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     return isinstance(name, str) and (
-        (name.endswith("_") and not name.endswith("__")) or name in ("iadd", "isub", "imul", "itruediv")
+        (name.endswith("_") and not name.endswith("__"))
+        or name in ("iadd", "isub", "imul", "itruediv")
     )

@@ -12,7 +12,13 @@ from torch.fx import Node
 
 from tract_fx.passes.records import Refusal
 
-__all__ = ["TORCH_TRACT", "carries_no_values", "operation_name", "refuse_operation", "via_torch_tract"]
+__all__ = [
+    "TORCH_TRACT",
+    "carries_no_values",
+    "operation_name",
+    "refuse_operation",
+    "via_torch_tract",
+]
 
 TORCH_TRACT = "it is wrapped by torch-tract already, whose gradient tracing and exporting lose"
 _NAME_A_LAYER = "Name the layer to treat with layers=[…]"
@@ -85,7 +91,7 @@ def operation_name(node: Node, module: nn.Module | None) -> str:
 def _function_name(node: Node) -> str:
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return target.overloadpacket.__name__
+        return str(target.overloadpacket.__name__)
     return str(getattr(target, "__name__", target))
 
 
@@ -161,7 +167,7 @@ _BY_FUNCTION: tuple[tuple[tuple[str, ...], _Why], ...] = (
     (("wrap_", "cond", "while_loop", "scan", "checkpoint", "invoke"), _NESTED),
 )
 _EXACT = {"mm", "bmm", "mv", "dot", "inner", "add", "sub", "mul", "div", "pow", "cat", "where"}
-_OPERATORS = {operator.matmul: "matmul", operator.truediv: "div"}
+_OPERATORS: dict[Any, str] = {operator.matmul: "matmul", operator.truediv: "div"}
 
 
 def refuse_operation(
@@ -191,7 +197,8 @@ def refuse_operation(
 def _kind(node: Node, module: nn.Module | None, op: str) -> _Why:
     if module is not None:
         return next((why for kinds, why in _BY_MODULE if isinstance(module, kinds)), _UNKNOWN)
-    name = _OPERATORS.get(node.target, op).strip("_")  # type: ignore[call-overload]
+    target: Any = node.target
+    name = _OPERATORS.get(target, op).strip("_")
     for names, why in _BY_FUNCTION:
         if any(name == n if n in _EXACT else n in name for n in names):
             return why

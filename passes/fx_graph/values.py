@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.fx import Node
 from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["Value", "attribute_value", "lookup", "node_shape", "static_shape"]
+__all__ = ["Value", "attribute_value", "lookup", "node_shape", "resolve", "static_shape"]
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,21 @@ def lookup(gm: fx.GraphModule, node: Node) -> Any:
     Returns:
         What the target names, None where nothing is there.
     """
-    value: Any = gm
-    for atom in str(node.target).split("."):
+    return resolve(gm, str(node.target))
+
+
+def resolve(root: nn.Module, path: str) -> Any:
+    """Follow a dotted path from a module.
+
+    Args:
+        root: The module.
+        path: The path, `""` for the module itself.
+
+    Returns:
+        What the path leads to, None where nothing is there.
+    """
+    value: Any = root
+    for atom in filter(None, path.split(".")):
         value = getattr(value, atom, None)
     return value
 
@@ -101,16 +114,15 @@ def attribute_value(gm: fx.GraphModule, node: Node) -> Value:
     owner_path, _, name = target.rpartition(".")
     owner = gm.get_submodule(owner_path) if owner_path else gm
     if is_parametrized(owner, name):
-        own = owner.parametrizations[name]  # type: ignore[index]
+        own: Any = owner.parametrizations[name]  # type: ignore[index]
         prefix = ".".join(filter(None, (owner_path, "parametrizations", name)))
         return Value().with_parameters(prefix, own)
     value = lookup(gm, node)
-    if isinstance(value, nn.Parameter):
-        return Value(parameters=(target,), trainable=value.requires_grad)
     if isinstance(value, nn.Module):
         return Value().with_parameters(target, value)
-    if isinstance(value, torch.Tensor) and value.grad_fn is not None:
-        return Value(parameters=(target,), trainable=True, stale=True)
+    if isinstance(value, nn.Parameter) or (isinstance(value, torch.Tensor) and value.requires_grad):
+        stale = value.grad_fn is not None
+        return Value(parameters=(target,), trainable=value.requires_grad, stale=stale)
     return Value()
 
 
@@ -124,9 +136,12 @@ def node_shape(gm: fx.GraphModule, node: Node) -> tuple[int, ...] | None:
     Returns:
         The shape, None where it is not known before running.
     """
-    if node.op == "get_attr":
-        return static_shape(lookup(gm, node))
-    return static_shape(node.meta.get("val"))
+    if node.op != "get_attr":
+        return static_shape(node.meta.get("val"))
+    owner, _, name = str(node.target).rpartition(".")
+    if is_parametrized(resolve(gm, owner), name):
+        return None  # reading it would compute it, which may change buffers (spectral norm)
+    return static_shape(lookup(gm, node))
 
 
 def static_shape(value: object) -> tuple[int, ...] | None:

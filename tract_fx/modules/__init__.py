@@ -1,4 +1,4 @@
-"""Modules: layers whose forward carries TrAct's op, and copies of module trees that share tensors."""
+"""Layers whose forward carries TrAct's op, and copies of module trees that share tensors."""
 
 from tract_fx.modules.layer import TractLayer, plain_class, to_plain, to_tract, why_not
 from tract_fx.modules.tree import copy_tree

@@ -72,8 +72,10 @@ class TractLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the user's class, since a TrAct class has no importable name."""
-        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _empty_tract_layer, (plain_class(type(self)),), state
+        get_state: Any = getattr(
+            self, "__getstate__", lambda: self.__dict__
+        )  # Python 3.10 has none
+        return _empty_tract_layer, (plain_class(type(self)),), get_state()
 
 
 def _traceable_weight(layer: Any, x: Tensor) -> Tensor:
@@ -137,7 +139,8 @@ def to_tract(module: nn.Module, lambda_: float) -> None:
         lambda_: λ > 0.
     """
     if not isinstance(module, TractLayer):
-        module.__class__ = _tract_class(type(module))
+        cls: Any = _tract_class(type(module))
+        module.__class__ = cls
     module.__dict__["tract_lambda"] = lambda_
 
 
@@ -148,7 +151,8 @@ def to_plain(module: nn.Module) -> None:
         module: Any module; one that is no TrAct layer stays as it is.
     """
     if isinstance(module, TractLayer):
-        module.__class__ = plain_class(type(module))
+        cls: Any = plain_class(type(module))
+        module.__class__ = cls
         del module.__dict__["tract_lambda"]
 
 
@@ -169,7 +173,10 @@ def why_not(module: nn.Module) -> str | None:
         return "it is neither nn.Linear nor nn.Conv1d, nn.Conv2d or nn.Conv3d"
     if any(is_lazy(p) for p in module.parameters(recurse=False)):
         return "its parameters are not initialised yet (run one batch through the model first)"
-    own = [m for m in ("forward", "_conv_forward") if getattr(cls, m, None) != getattr(base, m, None)]
+    own = [
+        m for m in ("forward", "_conv_forward") if getattr(cls, m, None) != getattr(base, m, None)
+    ]
     if own or "forward" in module.__dict__:
-        return f"it has a {(own or ['forward'])[0]} method of its own, which may not use the weight as is"
+        method = (own or ["forward"])[0]
+        return f"it has a {method} method of its own, which may not use the weight as is"
     return None

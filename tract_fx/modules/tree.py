@@ -47,7 +47,7 @@ def _empty(module: nn.Module) -> nn.Module:
     """Make an instance without a state: of a class of its own for a GraphModule, as fx wants it."""
     cls = type(module)
     if isinstance(module, fx.GraphModule):
-        return fx.GraphModule.__new__(cls)
+        return fx.GraphModule.__new__(cls)  # type: ignore[type-var]
     return object.__new__(cls)  # FSDP's classes override __new__
 
 

@@ -1,7 +1,7 @@
 """The Gram matrix of a layer's input patches, without holding all patches in memory.
 
-`gram` is the one entry. The patches are unfolded block by block, multiplied in the working dtype and
-added up in float64, so that neither memory nor rounding grows with the batch.
+`gram` is the one entry. The patches are unfolded block by block, multiplied in the working dtype
+and added up in float64, so that neither memory nor rounding grows with the batch.
 """
 
 from __future__ import annotations

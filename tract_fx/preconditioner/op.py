@@ -1,17 +1,18 @@
-"""The op that carries TrAct in a graph: the identity on a weight, the preconditioner on its gradient.
+"""The op that carries TrAct: the identity on a weight, the preconditioner on its gradient.
 
-`precondition_grad` is the node's target. It is a Python function that decides at run time what to
-call, since no single kind of op survives everything that a model goes through:
+`precondition_grad` is the target of TrAct's nodes. It is a Python function that decides at run time
+what to call, since no single kind of op survives everything that a model goes through:
 
 - a proxy or another tensor-like object: it records itself (`torch.overrides`), so that a retrace
   keeps the node;
-- inside `torch.func` transforms and forward-mode AD: an `autograd.Function` with a batching rule and
-  a JVP, which custom operators lack;
+- inside `torch.func` transforms and forward-mode AD: an `autograd.Function` with a batching rule
+  and a JVP, which custom operators lack;
 - no gradient wanted for the weight: the weight itself, at no cost;
 - else the custom operator `tract_fx::precondition_grad`, whose backward calls
   `tract_fx::precondition`. Compilers and exporters keep both.
 
-Derivatives of the preconditioned gradient are exact, in the gradient and in the input, to any order.
+Derivatives of the preconditioned gradient are exact, in the gradient and in the input, to any
+order.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def check_lambda(value: object) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         found, reason = f"lambda_={value!r} ({type(value).__name__})", "λ has to be a real number"
-    elif not (math.isfinite(value) and value > 0):
+    elif not (math.isfinite(value) and float(value) > 0):
         found, reason = f"lambda_={value!r}", "λ has to be finite and above zero"
     else:
         return float(value)
@@ -120,7 +121,7 @@ def precondition_grad(
     exporting = torch.compiler.is_exporting()
     compiling = exporting or torch.compiler.is_compiling()
     if not compiling and has_torch_function((weight, input)):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             precondition_grad,
             (weight, input),
             weight,
@@ -131,18 +132,19 @@ def precondition_grad(
             dilation=dilation,
             groups=groups,
         )
-    if not compiling and torch.jit.is_tracing():
+    if not compiling and torch_private.tracing_jit():
         raise UnsupportedTransformError(
             "precondition_grad inside torch.jit.trace",
             "TorchScript keeps the forward pass alone and would train with the plain gradient",
             "Use torch.compile or torch.export, or remove_tract(model) to trace for inference",
         )
-    if not exporting and not (torch.is_grad_enabled() and weight.requires_grad):
+    transforming = torch_private.inside_functorch() or torch_private.inside_dual_level()
+    if not (exporting or transforming) and not (torch.is_grad_enabled() and weight.requires_grad):
         return weight
     geometry = PatchGeometry.of_convolution(weight.shape[2:], stride, padding, dilation, groups)
     settings = _Settings(lambda_, geometry, _autocast_dtype(input))
-    if not compiling and (torch_private.inside_functorch() or torch_private.inside_dual_level()):
-        return _PreconditionGrad.apply(weight, input, settings)  # type: ignore[no-any-return]
+    if transforming:
+        return torch_private.apply_function(_PreconditionGrad, weight, input, settings)
     return torch.ops.tract_fx.precondition_grad(  # type: ignore[no-any-return]
         weight, input, *settings.operator_arguments()
     )
@@ -205,7 +207,7 @@ def _(grad: Tensor, *_: object) -> Tensor:
 
 
 def _save_for_grad_op(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, x, *arguments = inputs
+    _, x, *arguments = inputs
     ctx.save_for_backward(x)
     ctx.arguments = arguments
 
@@ -254,7 +256,7 @@ class _PreconditionGrad(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None
         (x,) = ctx.saved_tensors
-        return _Precondition.apply(grad, x, ctx.settings), None, None
+        return torch_private.apply_function(_Precondition, grad, x, ctx.settings), None, None
 
     @staticmethod
     def jvp(ctx: Any, weight: Tensor | None, x: Tensor | None, _: None) -> Tensor | None:  # type: ignore[override]
@@ -295,7 +297,7 @@ class _Precondition(torch.autograd.Function):
         tangent = torch.zeros_like(result) if grad is None else grad
         if x is not None:
             tangent = tangent - _gram_tangent(result, primal, x, ctx.settings)
-        return _Precondition.apply(tangent, primal, ctx.settings)  # type: ignore[no-any-return]
+        return torch_private.apply_function(_Precondition, tangent, primal, ctx.settings)
 
     @staticmethod
     def vmap(
@@ -314,7 +316,9 @@ def _vmap_as_groups(
 ) -> tuple[Tensor, int]:
     """Map over calls of a layer: calls side by side are the groups of one call."""
     weight_dim, x_dim, _ = in_dims
-    weight = weight.expand(batch, *weight.shape) if weight_dim is None else weight.movedim(weight_dim, 0)
+    weight = (
+        weight.expand(batch, *weight.shape) if weight_dim is None else weight.movedim(weight_dim, 0)
+    )
     if x_dim is None:
         x = x.expand(batch, *x.shape)
     else:
@@ -323,11 +327,12 @@ def _vmap_as_groups(
     channel_dim = x.dim() - 1 - len(geometry.kernel)
     x = x.movedim(0, channel_dim - 1).flatten(channel_dim - 1, channel_dim)
     grouped = replace(settings, geometry=replace(geometry, groups=batch * geometry.groups))
-    result: Tensor = function.apply(weight.flatten(0, 1), x, grouped)
+    result: Tensor = torch_private.apply_function(function, weight.flatten(0, 1), x, grouped)
     return result.unflatten(0, (batch, -1)), 0
 
 
-# Derivatives of gW P(x). With A = gW P, G = XᵀX/R and dG = (dXᵀX + XᵀdX)/R: d(gW P) = (dgW - A dG) P.
+# Derivatives of gW P(x). With A = gW P, G = XᵀX/R and dG = (dXᵀX + XᵀdX)/R:
+# d(gW P) = (dgW - A dG) P.
 
 
 def _vjp(
@@ -358,7 +363,7 @@ def _gram_tangent(a: Tensor, x: Tensor, dx: Tensor, settings: _Settings) -> Tens
 def _precondition(grad: Tensor, x: Tensor, settings: _Settings) -> Tensor:
     """gW P, differentiable under whatever transform is running."""
     if torch_private.inside_functorch() or torch_private.inside_dual_level():
-        return _Precondition.apply(grad, x, settings)  # type: ignore[no-any-return]
+        return torch_private.apply_function(_Precondition, grad, x, settings)
     return _call_precondition_op(grad, x, settings)
 
 

@@ -13,9 +13,7 @@ from tract_fx.preconditioner.geometry import PatchGeometry
 __all__ = ["patch_blocks", "patch_matrix"]
 
 
-def patch_matrix(
-    x: torch.Tensor, geometry: PatchGeometry, dtype: torch.dtype
-) -> torch.Tensor:
+def patch_matrix(x: torch.Tensor, geometry: PatchGeometry, dtype: torch.dtype) -> torch.Tensor:
     """Unfold a whole input.
 
     Args:

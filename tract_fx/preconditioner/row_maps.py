@@ -79,6 +79,6 @@ def outer_rows(z: Tensor, x: Tensor, weight: Tensor, geometry: PatchGeometry) ->
 
 def _transpose(linear: Callable[[Tensor], Tensor], point: Tensor, z: Tensor) -> Tensor:
     """Apply the transpose of a linear map to z."""
-    _, pullback = torch.func.vjp(linear, torch.zeros_like(point))
-    (result,) = pullback(z)
-    return result  # type: ignore[no-any-return]
+    _, pullback, *_ = torch.func.vjp(linear, torch.zeros_like(point))
+    result: Tensor = pullback(z)[0]
+    return result

@@ -19,8 +19,8 @@ __all__ = ["precondition_weight_gradient"]
 # this product (an input in [0, 255], say) a CPU computes Gram and factor in float64 at once.
 _MAX_FLOAT32_AMPLIFICATION = 1e-3
 
-# What a weight gradient has outside X's row space is rounding noise where it is smaller, relative to
-# the whole, than two units of the dtype it was rounded to and 64 of the dtype it was added up in.
+# What a weight gradient has outside X's row space is rounding noise where it is smaller, relative
+# to the whole, than two units of the dtype it was rounded to and 64 of the one it was added up in.
 _ROUNDING_UNITS = 2.0
 _SUMMATION_UNITS = 64.0
 
@@ -74,7 +74,7 @@ def _gram_solve(
     geometry: PatchGeometry,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Solve by Cholesky of the Gram: (groups, out, n) to the same."""
+    """Solve by Cholesky of the Gram; (groups, out, n) to the same."""
     on_cpu = x.device.type == "cpu"
     if on_cpu and dtype == torch.float32 and _float32_is_too_coarse(x, lambda_, geometry):
         dtype = torch.float64
@@ -90,10 +90,13 @@ def _gram_solve(
 def _factorise(
     x: torch.Tensor, lambda_: float, geometry: PatchGeometry, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factor G + λI; also say per group, (groups, 1, 1), whether the factor may be used.
+    """Factor G + λI.
 
     After a failure LAPACK's factor is finite and solves to a finite wrong answer, hence the flag.
     It stays on the device: no synchronisation.
+
+    Returns:
+        The lower factor, (groups, n, n), and whether it may be used, (groups, 1, 1).
     """
     matrix = gram(x, geometry, dtype)
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)

@@ -1,0 +1,58 @@
+"""Which module an fx node belongs to, as far as tracing has recorded it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import fx, nn
+from torch.fx import Node
+
+from tract_fx.passes.fx_graph.values import resolve
+
+__all__ = ["layer_module", "module_path"]
+
+
+def module_path(node: Node) -> str | None:
+    """Tell the module that a node calls, or in whose forward it lies.
+
+    Args:
+        node: A node with the module stack that `symbolic_trace` and `torch.export` record.
+
+    Returns:
+        The module's path, `""` for the root, None where the trace does not tell.
+    """
+    if node.op == "call_module":
+        return str(node.target)
+    entries = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(entries[-1][0]) if entries else None
+
+
+def layer_module(gm: fx.GraphModule, node: Node, parameters: Sequence[str]) -> str | None:
+    """Tell the layer module whose own forward a function call is.
+
+    The parameters' names do not tell: exporting gives a tied weight the name of one of its owners,
+    and a function may take the weight of a module that is never called.
+
+    Args:
+        gm: The module that the graph belongs to.
+        node: A call of a linear or convolution function.
+        parameters: Names of the parameters that the call's weight is computed from.
+
+    Returns:
+        The module's path, None where the call lies in no module that owns the weight.
+    """
+    path = module_path(node) or ""
+    module = resolve(gm, path)
+    if not isinstance(module, nn.Module):
+        return None
+    used = {id(resolve(gm, name)) for name in parameters}
+    return path if any(id(own) in used for own in _own_weights(module)) else None
+
+
+def _own_weights(module: nn.Module) -> Iterator[nn.Parameter]:
+    for name, parameter in module.named_parameters(recurse=False):
+        if name.startswith("weight"):
+            yield parameter
+    parametrizations = resolve(module, "parametrizations.weight")
+    if isinstance(parametrizations, nn.Module):
+        yield from parametrizations.parameters()
