@@ -16,11 +16,25 @@ from tract_fx.errors import (
     UntraceableModelError,
 )
 from tract_fx.modules import TractLayer, copy_tree, to_tract, why_not
-from tract_fx.passes.fx_graph import LayerChoice, Located, choose, locate, named_lambdas, tract_pass
+from tract_fx.passes.fx_graph import (
+    LayerChoice,
+    choose,
+    locate,
+    named_lambdas,
+    refuse_wrapped,
+    remedy_for,
+    tract_pass,
+    warn_of_frozen,
+    weight_parameters,
+)
 
 __all__ = ["tract_module"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_USE_A_GRAPH = (
+    "Use tract_pass on torch.export.export(model, inputs), where each call is a node of its own"
+)
 
 
 def tract_module(
@@ -58,7 +72,7 @@ def tract_module(
     """  # noqa: DOC502 (some are raised by what it calls)
     by_name = named_lambdas(layers, lambda_)
     if isinstance(model, fx.GraphModule):
-        return tract_pass(model, lambda_=lambda_, layers=layers)  # type: ignore[return-value]
+        return tract_pass(model, lambda_=lambda_, layers=by_name)  # type: ignore[return-value]
     _check_model(model)
     present = {name: m for name, m in model.named_modules() if isinstance(m, TractLayer)}
     if by_name is None and present:
@@ -68,35 +82,53 @@ def tract_module(
     result = copy_tree(model)
     for name, value in by_name.items():
         to_tract(_treatable(result, name), value)
+    warn_of_frozen(name for name in by_name if _is_frozen(result.get_submodule(name)))
     return result
 
 
 def _check_model(model: object) -> None:
     """Refuse what is no eager module, or one that is wrapped already."""
-    if isinstance(model, ExportedProgram):
-        remedy = "Give it to tract_pass, which takes graphs"
-    elif not isinstance(model, nn.Module):
-        remedy = "Give an nn.Module"
-    elif isinstance(model, torch.jit.ScriptModule):
-        remedy = "Apply TrAct to the module that it was made from: TorchScript keeps no gradient"
-    elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        remedy = "Apply TrAct first, then wrap the result for parallel training"
-    elif hasattr(model, "_orig_mod"):
-        remedy = "Apply TrAct first, then torch.compile the result"
-    else:
+    if isinstance(model, nn.Module):
+        refuse_wrapped(model)
         return
+    exported = isinstance(model, ExportedProgram)
     raise UnsupportedModelError(
-        f"model is a {type(model).__name__}", "tract_module treats eager modules", remedy
+        f"the model is a {type(model).__name__}",
+        "tract_module treats eager modules",
+        "Give it to tract_pass, which takes graphs" if exported else "Give an nn.Module",
     )
 
 
 def _locate(model: nn.Module, example_inputs: Any, lambda_: float) -> dict[str, float]:
-    """Find the module that consumes the input; its name with λ."""
+    """Find the module that consumes the input; its path with λ."""
     located = locate(_export(model, example_inputs))
     records = [record for record, _ in located.eligible]
     chosen = choose(located.findings, records, lambda_, None)
-    _refuse_other_calls(located, chosen)
-    return {r.name: chosen[r.node] for r in records if r.node in chosen}
+    treated: dict[nn.Module, str] = {}
+    for record in records:
+        if record.node in chosen:
+            if record.module is None:
+                raise UnsupportedLayerError(
+                    str(record),
+                    "it is a function call, and an eager model has no module to treat in its place",
+                    _USE_A_GRAPH,
+                )
+            treated[model.get_submodule(record.module)] = record.module
+    for record in records:
+        if record.node in chosen or record.module is None:
+            continue
+        path = treated.get(model.get_submodule(record.module))
+        if path is not None:
+            raise UnsupportedLayerError(
+                f"{path} is called on the input and again on features (node {record.node!r})",
+                "in an eager model TrAct would apply to both calls",
+                f"{_USE_A_GRAPH}; or take both with layers=[{path!r}]",
+            )
+    return dict.fromkeys(treated.values(), lambda_)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(weight_parameters(module).values())
 
 
 def _export(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
@@ -131,19 +163,6 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def _refuse_other_calls(located: Located, chosen: Mapping[str, float]) -> None:
-    """Refuse a layer that also has calls that are not to be treated: a module can't tell them."""
-    treated = {r.weight: r for r, _ in located.eligible if r.node in chosen}
-    for record, _ in located.eligible:
-        if record.weight in treated and record.node not in chosen:
-            raise UnsupportedLayerError(
-                f"{record.name} is called on the input and again on features ({record.node!r})",
-                "in an eager model TrAct would apply to both calls",
-                "Use tract_pass on a traced or exported graph, where each call is a node; or take "
-                f"both with layers=[{record.name!r}]",
-            )
-
-
 def _treatable(model: nn.Module, name: str) -> nn.Module:
     """Get the module of that name, or the error that says why it can't be treated."""
     try:
@@ -161,7 +180,6 @@ def _treatable(model: nn.Module, name: str) -> nn.Module:
         raise UnsupportedLayerError(
             f"{name} ({type(module).__name__})",
             why,
-            "Use tract_pass on torch.export.export(model, inputs), which treats the call itself, "
-            "or name another module with layers=[…]",
+            remedy_for(why),
         )
     return module

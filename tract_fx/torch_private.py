@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import fx
 
 __all__ = [
     "apply_function",
+    "copy_graph",
     "full_precision",
     "inside_dual_level",
     "inside_functorch",
@@ -63,6 +65,43 @@ def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> 
     """
     result: torch.Tensor = function.apply(*arguments)
     return result
+
+
+def requires_grad_at_any_level(tensor: torch.Tensor) -> bool:
+    """Tell whether some `torch.func` transform, or autograd beneath them all, wants a gradient.
+
+    `requires_grad` answers for the innermost transform alone: a stack of weights whose gradient is
+    wanted says False inside a `vmap` over it.
+
+    Args:
+        tensor: Any tensor, wrapped by the running transforms or not.
+
+    Returns:
+        True where one of its levels requires a gradient.
+    """
+    while not tensor.requires_grad:
+        if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return True
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """Copy an fx graph with its calling convention (torch.export's differs from the plain one).
+
+    `copy.deepcopy` would copy the convention too, which warns for exported graphs and has no use.
+
+    Args:
+        graph: The graph.
+
+    Returns:
+        A graph of new nodes under the same names, with the same metadata.
+    """
+    copied = fx.Graph(tracer_cls=graph._tracer_cls)
+    result, output = copied.graph_copy(graph, val_map={}, return_output_node=True)
+    copied.output(result, type_expr=output.type).meta = dict(output.meta)
+    copied.set_codegen(graph._codegen)
+    return copied
 
 
 @contextmanager

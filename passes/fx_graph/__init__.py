@@ -1,8 +1,16 @@
 """The pass on torch.fx graphs: locate → choose → rewrite, each usable alone."""
 
 from tract_fx.passes.fx_graph.api import find_input_layers, remove_tract, tract_pass
-from tract_fx.passes.fx_graph.choose import LayerChoice, choose, named_lambdas
+from tract_fx.passes.fx_graph.choose import (
+    LayerChoice,
+    choose,
+    named_lambdas,
+    warn_of_frozen,
+)
 from tract_fx.passes.fx_graph.find import Located, locate
+from tract_fx.passes.fx_graph.models import refuse_wrapped
+from tract_fx.passes.fx_graph.owners import weight_parameters
+from tract_fx.passes.fx_graph.reasons import remedy_for
 from tract_fx.passes.fx_graph.rewrite import PROVENANCE, rewrite_graph
 
 __all__ = [
@@ -13,7 +21,11 @@ __all__ = [
     "find_input_layers",
     "locate",
     "named_lambdas",
+    "refuse_wrapped",
+    "remedy_for",
     "remove_tract",
     "rewrite_graph",
     "tract_pass",
+    "warn_of_frozen",
+    "weight_parameters",
 ]

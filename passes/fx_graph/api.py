@@ -9,8 +9,14 @@ from torch.export import ExportedProgram
 
 from tract_fx.errors import UnsupportedModelError
 from tract_fx.modules import copy_tree, to_plain
-from tract_fx.passes.fx_graph.choose import LayerChoice, choose, named_lambdas
+from tract_fx.passes.fx_graph.choose import (
+    LayerChoice,
+    choose,
+    named_lambdas,
+    warn_of_frozen,
+)
 from tract_fx.passes.fx_graph.find import locate
+from tract_fx.passes.fx_graph.models import as_graph_module, refuse_wrapped
 from tract_fx.passes.fx_graph.rewrite import remove_from_graph, rewrite_graph
 from tract_fx.passes.records import Findings
 
@@ -32,7 +38,7 @@ def find_input_layers(gm: fx.GraphModule | ExportedProgram) -> Findings:
     Raises:
         UnsupportedModelError: `gm` is something else.
     """  # noqa: DOC502 (raised by what it calls)
-    return locate(_graph_module(gm)).findings
+    return locate(as_graph_module(gm)).findings
 
 
 def tract_pass(
@@ -68,11 +74,14 @@ def tract_pass(
         UnsupportedLayerError: What consumes the input can't be treated exactly.
         UnknownLayerError: A name in `layers` matches nothing that can be treated.
     """  # noqa: DOC502 (raised by what it calls)
-    named_lambdas(layers, lambda_)  # a wrong λ is the user's first concern, before any tracing
-    gm = _graph_module(gm)
+    by_name = named_lambdas(layers, lambda_)
+    gm = as_graph_module(gm)
     located = locate(gm)
     records = [record for record, _ in located.eligible]
-    return rewrite_graph(gm, choose(located.findings, records, lambda_, layers))
+    chosen = choose(located.findings, records, lambda_, by_name)
+    result = rewrite_graph(gm, chosen)
+    warn_of_frozen(r.name for r in records if r.node in chosen and r.frozen)
+    return result
 
 
 def remove_tract(model: ModuleT) -> ModuleT:
@@ -86,37 +95,17 @@ def remove_tract(model: ModuleT) -> ModuleT:
         A new module tree without TrAct that shares parameters and buffers with `model`.
 
     Raises:
-        UnsupportedModelError: `model` is no module.
+        UnsupportedModelError: `model` is no module, or one that is compiled or wrapped.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"a {type(model).__name__}", "TrAct lives in modules", "Give an nn.Module"
         )
+    refuse_wrapped(model)
     result = copy_tree(model)
     for module in result.modules():
-        to_plain(module)
         if isinstance(module, fx.GraphModule):
-            remove_from_graph(module.graph)
-            module.recompile()
+            remove_from_graph(module)
+    for module in result.modules():
+        to_plain(module)
     return result
-
-
-def _graph_module(gm: object) -> fx.GraphModule:
-    if isinstance(gm, ExportedProgram):
-        module = gm.module()
-        assert isinstance(module, fx.GraphModule)
-        return module
-    if isinstance(gm, fx.GraphModule):
-        return gm
-    if isinstance(gm, nn.Module):
-        raise UnsupportedModelError(
-            f"a module of class {type(gm).__name__}",
-            "the pass works on a graph",
-            "Trace it first: tract_pass(torch.fx.symbolic_trace(model)). Where fx can't trace it, "
-            "use torch.export.export(model, inputs) or tract_fx.tract_module(model, inputs)",
-        )
-    raise UnsupportedModelError(
-        f"a {type(gm).__name__}",
-        "the pass works on a graph",
-        "Give a torch.fx.GraphModule or an ExportedProgram",
-    )

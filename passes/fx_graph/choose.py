@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 
@@ -16,7 +17,7 @@ from tract_fx.errors import (
 from tract_fx.passes.records import Findings, InputLayer
 from tract_fx.preconditioner import check_lambda
 
-__all__ = ["LayerChoice", "choose", "named_lambdas"]
+__all__ = ["LayerChoice", "choose", "named_lambdas", "warn_of_frozen"]
 
 LayerChoice = str | Iterable[str] | Mapping[str, float] | None
 """What `layers=` takes: names, or names with a λ each, or None for the one input layer."""
@@ -39,15 +40,18 @@ def named_lambdas(layers: LayerChoice, lambda_: float) -> dict[str, float] | Non
     if layers is None:
         return None
     if isinstance(layers, str):
-        layers = [layers]
-    given = layers if isinstance(layers, Mapping) else dict.fromkeys(layers, lambda_)
-    if not given or not all(isinstance(name, str) for name in given):
+        names = [layers]
+    else:
+        names = list(layers) if isinstance(layers, Iterable) else []
+    if not names or not all(isinstance(name, str) for name in names):
         raise UnknownLayerError(
             f"layers={layers!r}",
             "layers takes one or more names",
             "Give names of layers, a mapping of name to λ, or leave it out",
         )
-    return {name: check_lambda(value) for name, value in given.items()}
+    if isinstance(layers, Mapping):
+        return {name: check_lambda(layers[name]) for name in names}
+    return dict.fromkeys(names, lambda_)
 
 
 def choose(
@@ -79,14 +83,25 @@ def choose(
         chosen = dict.fromkeys(present, lambda_)
     else:
         chosen = {r.node: lambda_ for r in _the_input_layer(findings)}
-    for name in dict.fromkeys(r.name for r in eligible if r.node in chosen and r.frozen):
+    return chosen
+
+
+def warn_of_frozen(names: Iterable[str]) -> None:
+    """Say of frozen layers that TrAct is put in and idle; the warning points at the user's line.
+
+    Args:
+        names: The layers' names.
+    """
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] == "tract_fx":
+        level, frame = level + 1, frame.f_back
+    for name in dict.fromkeys(names):
         warnings.warn(
             f"{name}: its weight does not require a gradient, so that TrAct is idle until it does. "
             "If a later layer is the first one trained, name that with layers=[…].",
             FrozenLayerWarning,
-            stacklevel=4,
+            stacklevel=level,
         )
-    return chosen
 
 
 def _the_input_layer(findings: Findings) -> tuple[InputLayer, ...]:
@@ -140,8 +155,9 @@ def _named(
 
 def _unknown(name: str, findings: Findings, eligible: list[InputLayer]) -> TractError:
     for refusal in findings.refusals:
-        if name == refusal.node:
-            return UnsupportedLayerError(f"layers names {name!r}", str(refusal), refusal.remedy)
+        if name in (refusal.node, refusal.module):
+            found = f"layers names {name!r}, which is {refusal.op} (node {refusal.node!r})"
+            return UnsupportedLayerError(found, refusal.reason, refusal.remedy)
     names = ", ".join(dict.fromkeys(repr(r.name) for r in eligible)) or "none"
     return UnknownLayerError(
         f"layers names {name!r}",

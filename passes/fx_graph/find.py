@@ -14,26 +14,17 @@ from torch import fx, nn
 from torch.fx import Node
 
 from tract_fx.modules import TractLayer, why_not
+from tract_fx.passes.fx_graph import reasons
 from tract_fx.passes.fx_graph.calls import (
     LayerCall,
     is_precondition_grad,
     match_function,
     match_module,
+    op_name,
 )
-from tract_fx.passes.fx_graph.reasons import (
-    TORCH_TRACT,
-    carries_no_values,
-    refuse_operation,
-    via_torch_tract,
-)
+from tract_fx.passes.fx_graph.owners import layer_module, weight_parameters
 from tract_fx.passes.fx_graph.rewrite import read_lambda
-from tract_fx.passes.fx_graph.values import (
-    Value,
-    attribute_value,
-    lookup,
-    node_shape,
-    static_shape,
-)
+from tract_fx.passes.fx_graph.values import Value, attribute_value, lookup, node_shape, resolve
 from tract_fx.passes.records import Findings, InputLayer, Refusal
 from tract_fx.preconditioner import PatchGeometry
 
@@ -87,11 +78,11 @@ class _Locator:
     def _visit(self, node: Node) -> Value:
         """Tell what a node's value is made of, and record it if it is a layer or a refusal."""
         if node.op == "placeholder":
-            optional = bool(node.args) and (node.args[0] is None or node.args[0] is False)
-            return Value() if optional else Value(path=(node.name,))
+            # What has a default (None, a flag, a number) is an option, not the model's input.
+            return Value() if node.args else Value(path=(node.name,))
         if node.op == "get_attr":
             return attribute_value(self.gm, node)
-        if carries_no_values(node):
+        if reasons.carries_no_values(node):
             return Value()
         if is_precondition_grad(node):
             return self.values[node.all_input_nodes[0]]
@@ -100,25 +91,46 @@ class _Locator:
         if isinstance(module, nn.Module):
             value = value.with_parameters(str(node.target), module)
         call = match_module(node, module) if module is not None else match_function(node)
-        if call is not None and self._has_parameters(call, module):
-            return self._visit_layer(call, module, value)
+        if call is not None and self._has_weight_parameters(call, module):
+            self._visit_layer(call, module, value)
+            # On parameters alone a layer makes another computed weight (a hypernetwork's).
+            return Value(from_layers=True) if value.path or value.from_layers else value
         if value.path and value.trainable:
-            self._refuse(node, value.path, module)
-            return self._consumed(node)
+            self._refuse(node, value.path, module, None if call is None else reasons.BIASED_FILTER)
+            return self._written(node, Value(from_layers=True), over=True)
         if value.path:
             # A frozen parameter in the way is a constant.
-            return dataclasses.replace(value, parameters=(), path=(*value.path, node.name))
+            value = dataclasses.replace(value, parameters=(), path=(*value.path, node.name))
+        return self._written(node, value)
+
+    def _written(self, node: Node, value: Value, over: bool = False) -> Value:
+        """Note what an in-place operation puts into its operand, and into what that is a view of.
+
+        Args:
+            node: Any node.
+            value: Its result.
+            over: Whether the result takes the place of what was there, or joins it.
+
+        Returns:
+            The result.
+        """
+        target = node.args[0] if reasons.is_in_place(node) and node.args else None
+        while isinstance(target, Node):
+            before = self.values[target]
+            self.values[target] = value if over else Value.join((before, value))
+            target = target.args[0] if reasons.is_view(target) else None
         return value
 
-    def _has_parameters(self, call: LayerCall, module: nn.Module | None) -> bool:
+    def _has_weight_parameters(self, call: LayerCall, module: nn.Module | None) -> bool:
         """Tell a layer from a filter: one whose weight is a buffer is part of the input's path."""
         if module is not None:
-            return next(module.parameters(), None) is not None
+            is_buffer = "weight" in dict(module.named_buffers(recurse=False))
+            return not is_buffer and next(module.parameters(), None) is not None
         assert call.weight is not None
         weight = self.values[call.weight]
         return bool(weight.parameters) or weight.from_layers or bool(weight.path)
 
-    def _visit_layer(self, call: LayerCall, module: nn.Module | None, value: Value) -> Value:
+    def _visit_layer(self, call: LayerCall, module: nn.Module | None, value: Value) -> None:
         node = call.node
         path = self.values[call.input].path
         why = self._why_not(call, module)
@@ -129,36 +141,30 @@ class _Locator:
         if path and record is not None:
             self.layers.append((record, call))
         elif value.path:
-            self._refuse(node, value.path, module, why or "the input is its weight or bias")
-        return self._consumed(node)
+            self._refuse(node, value.path, module, why or reasons.INPUT_IS_WEIGHT)
 
     def _why_not(self, call: LayerCall, module: nn.Module | None) -> str | None:
         """Say why a call of a linear layer or convolution can't be treated."""
-        if via_torch_tract(call.node):
-            return TORCH_TRACT
+        if reasons.via_torch_tract(call.node):
+            return reasons.TORCH_TRACT
         if module is not None:
-            return why_not(module)
-        assert call.weight is not None
-        weight = self.values[call.weight]
-        if weight.stale:
-            return (
-                "its weight was computed while tracing and kept, so that its parameters would get "
-                "no gradient (trace with the layer as a leaf)"
-            )
-        if weight.path or weight.from_layers:
-            return "its weight is computed from the input, not from parameters alone"
-        return None
-
-    def _consumed(self, node: Node) -> Value:
-        """Value of a node that is the first to put parameters on the input."""
-        if _is_in_place(node) and node.args and isinstance(node.args[0], Node):
-            self.values[node.args[0]] = Value(from_layers=True)
-        return Value(from_layers=True)
+            parameters = list(module.parameters())
+            why = why_not(module)
+        else:
+            assert call.weight is not None
+            weight = self.values[call.weight]
+            parameters = [resolve(self.gm, name) for name in weight.parameters]
+            why = _why_not_weight(call.weight, weight)
+        if why is None and any(p.is_complex() for p in parameters):
+            return reasons.COMPLEX
+        return why
 
     def _refuse(
         self, node: Node, path: tuple[str, ...], module: nn.Module | None, why: str | None = None
     ) -> None:
-        self.refusals.append(refuse_operation(node, (*path, node.name), module, why))
+        if reasons.via_torch_tract(node):
+            why = reasons.TORCH_TRACT
+        self.refusals.append(reasons.refuse_operation(node, (*path, node.name), module, why))
 
     def _record(
         self, call: LayerCall, module: nn.Module | None, path: tuple[str, ...]
@@ -171,41 +177,45 @@ class _Locator:
                 name=str(node.target),
                 node=node.name,
                 op=call.op,
-                weight=tuple(prefix + name for name in _weight_parameters(module)),
-                weight_shape=static_shape(module.weight),
+                weight=tuple(prefix + name for name in weight_parameters(module)),
+                weight_shape=_weight_shape(module),
                 geometry=PatchGeometry.of_module(module),
                 path=path,
-                frozen=not any(_weight_parameters(module).values()),
+                frozen=not any(weight_parameters(module).values()),
                 lambda_=vars(module)["tract_lambda"] if treated else None,
+                module=str(node.target),
             )
         assert call.weight is not None
         weight = self.values[call.weight]
         shape = node_shape(self.gm, call.weight)
         geometry = None
-        if shape is not None:
+        if shape is not None and not any(map(_is_computed, call.geometry.values())):
             geometry = PatchGeometry.of_convolution(shape[2:], **call.geometry)
         lambda_ = None if call.precondition is None else read_lambda(call.precondition)
+        module_path = layer_module(self.gm, node, weight.parameters)
         return InputLayer(
-            name=_function_name(node, weight.parameters),
+            name=module_path or _function_name(node, weight.parameters),
             node=node.name,
-            op=call.op,
+            op=call.op if shape is None else op_name(max(len(shape) - 2, 0)),
             weight=weight.parameters,
             weight_shape=shape,
             geometry=geometry,
             path=path,
             frozen=not weight.trainable,
             lambda_=lambda_,
+            module=module_path,
         )
 
 
-def _weight_parameters(module: nn.Module) -> dict[str, bool]:
-    """Names of the parameters that a layer's weight is computed from, and who is trainable."""
-    own = {name: p.requires_grad for name, p in module.named_parameters()}
-    return {
-        name: trainable
-        for name, trainable in own.items()
-        if name.startswith(("weight", "parametrizations.weight."))
-    } or own
+def _why_not_weight(node: Node, weight: Value) -> str | None:
+    """Say why a function call with this weight can't be treated."""
+    if node.op == "placeholder":
+        return reasons.LIFTED
+    if weight.stale:
+        return reasons.STALE
+    if weight.path or weight.from_layers:
+        return reasons.WEIGHT_FROM_INPUT
+    return None
 
 
 def _function_name(node: Node, parameters: tuple[str, ...]) -> str:
@@ -220,9 +230,15 @@ def _function_name(node: Node, parameters: tuple[str, ...]) -> str:
     return module or node.name
 
 
-def _is_in_place(node: Node) -> bool:
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return isinstance(name, str) and (
-        (name.endswith("_") and not name.endswith("__"))
-        or name in ("iadd", "isub", "imul", "itruediv")
-    )
+def _weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """Shape of a layer's weight, told without reading it: a parametrized one would be computed."""
+    if isinstance(module, nn.Linear):
+        return (module.out_features, module.in_features)
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+
+
+def _is_computed(argument: object) -> bool:
+    """Tell an argument that is known only when the graph runs."""
+    values = argument if isinstance(argument, (tuple, list)) else [argument]
+    return not all(isinstance(value, (int, str)) for value in values)

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from tract_fx.passes.fx_graph.values import resolve
 
-__all__ = ["layer_module", "module_path"]
+__all__ = ["layer_module", "module_path", "weight_parameters"]
 
 
 def module_path(node: Node) -> str | None:
@@ -47,6 +47,23 @@ def layer_module(gm: fx.GraphModule, node: Node, parameters: Sequence[str]) -> s
         return None
     used = {id(resolve(gm, name)) for name in parameters}
     return path if any(id(own) in used for own in _own_weights(module)) else None
+
+
+def weight_parameters(module: nn.Module) -> dict[str, bool]:
+    """Tell the parameters that a layer's weight is computed from.
+
+    Args:
+        module: A linear or convolution module.
+
+    Returns:
+        Whether each requires a gradient, by its name in the module.
+    """
+    own = {name: p.requires_grad for name, p in module.named_parameters()}
+    return {
+        name: trainable
+        for name, trainable in own.items()
+        if name.startswith(("weight", "parametrizations.weight."))
+    } or own
 
 
 def _own_weights(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -10,32 +10,71 @@ import torch
 from torch import fx, nn
 from torch.fx import Node
 
+from tract_fx.passes.fx_graph.owners import module_path
 from tract_fx.passes.records import Refusal
 
 __all__ = [
+    "BIASED_FILTER",
+    "COMPLEX",
+    "INPUT_IS_WEIGHT",
+    "LIFTED",
+    "STALE",
     "TORCH_TRACT",
+    "WEIGHT_FROM_INPUT",
     "carries_no_values",
+    "is_in_place",
+    "is_view",
     "operation_name",
     "refuse_operation",
+    "remedy_for",
     "via_torch_tract",
 ]
 
 TORCH_TRACT = "it is wrapped by torch-tract already, whose gradient tracing and exporting lose"
+LIFTED = "its weight is an input of the graph, as parameters are in an ExportedProgram's own graph"
+STALE = (
+    "its weight was computed while tracing and kept, so that its parameters would get no gradient"
+)
+COMPLEX = "its weight is complex, and TrAct is defined on real numbers"
+BIASED_FILTER = (
+    "its weight is a constant, and its bias is trained before a linear layer reads the input"
+)
+WEIGHT_FROM_INPUT = "its weight is computed from the input, not from parameters alone"
+INPUT_IS_WEIGHT = "the input is its weight or bias"
 _NAME_A_LAYER = "Name the layer to treat with layers=[…]"
+
+# A part of a reason -> the way out.
+_REMEDIES = {
+    "torch-tract": "Build the model with the plain nn.Linear or nn.Conv2d and apply TrAct to that",
+    LIFTED: "Give the ExportedProgram itself, or its .module()",
+    STALE: "Trace with the layer as a leaf, or use torch.export",
+    BIASED_FILTER: "Make the bias a buffer, or name the layer behind it with layers=[…]",
+    "not initialised": "Run one batch through the model, then trace it anew",
+    "method of its own": "Use tract_pass on torch.export.export(model, inputs), which treats the "
+    "call inside it, or name another layer with layers=[…]",
+}
 
 # Operations whose result has nothing of their operand's values.
 _VALUELESS_METHODS = {
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "get_device"),
-    *("type", "is_floating_point", "is_contiguous", "new_zeros", "new_ones", "new_empty"),
+    *("is_floating_point", "is_contiguous", "new_zeros", "new_ones", "new_empty"),
     *("new_full", "new_tensor"),
 }
 _VALUELESS_FUNCTIONS = {
     *("numel", "is_floating_point", "is_tensor", "zeros_like", "ones_like", "empty_like"),
     *("full_like", "rand_like", "randn_like", "randint_like", "new_zeros", "new_ones"),
     *("new_empty", "new_full", "sym_size", "sym_numel", "sym_stride", "_assert_tensor_metadata"),
-    *("_assert", "_assert_scalar", "_assert_async"),
+    *("_assert", "_assert_scalar", "_assert_async", "len"),
 }
 _VALUELESS_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad"}
+
+_VIEWS = {
+    *("getitem", "view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as"),
+    *("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "narrow"),
+    *("select", "slice", "squeeze", "unsqueeze", "expand", "expand_as", "unfold", "diagonal"),
+    *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "detach", "contiguous"),
+}
+_IN_PLACE = {"setitem", "iadd", "isub", "imul", "itruediv"}
 
 
 def carries_no_values(node: Node) -> bool:
@@ -48,12 +87,40 @@ def carries_no_values(node: Node) -> bool:
         True for those; their results do not carry the input on.
     """
     if node.op == "call_method":
-        return node.target in _VALUELESS_METHODS
+        without_arguments = len(node.args) == 1 and not node.kwargs
+        return node.target in _VALUELESS_METHODS or (node.target == "type" and without_arguments)
     if node.op != "call_function":
         return node.op == "call_module" and node.target == "_guards_fn"
     if node.target is getattr:
         return node.args[1] in _VALUELESS_ATTRIBUTES
     return _function_name(node) in _VALUELESS_FUNCTIONS
+
+
+def is_in_place(node: Node) -> bool:
+    """Tell operations that write into their first operand.
+
+    Args:
+        node: Any node.
+
+    Returns:
+        True for those.
+    """
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = operation_name(node, None)
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def is_view(node: Node) -> bool:
+    """Tell operations whose result may share memory with their first operand.
+
+    Args:
+        node: Any node.
+
+    Returns:
+        True for those.
+    """
+    return node.op in ("call_function", "call_method") and operation_name(node, None) in _VIEWS
 
 
 def via_torch_tract(node: Node) -> bool:
@@ -67,10 +134,22 @@ def via_torch_tract(node: Node) -> bool:
     """
     stack = node.meta.get("nn_module_stack") or {}
     for _, kind in stack.values():
-        module = kind if isinstance(kind, str) else getattr(kind, "__module__", "")
-        if module.partition(".")[0] == "torch_tract":
+        names = [kind] if isinstance(kind, str) else [base.__module__ for base in kind.__mro__]
+        if any(name.partition(".")[0] == "torch_tract" for name in names):
             return True
     return False
+
+
+def remedy_for(why: str) -> str:
+    """Give the way out of a reason for which a linear layer or convolution can't be treated.
+
+    Args:
+        why: The reason, one of this module's or `tract_fx.modules.why_not`'s.
+
+    Returns:
+        What to do instead.
+    """
+    return next((remedy for part, remedy in _REMEDIES.items() if part in why), _NAME_A_LAYER)
 
 
 def operation_name(node: Node, module: nn.Module | None) -> str:
@@ -156,7 +235,7 @@ _BY_MODULE: tuple[tuple[tuple[type[nn.Module], ...], _Why], ...] = (
     ((fx.GraphModule, nn.Sequential), _NESTED),
 )
 _BY_FUNCTION: tuple[tuple[tuple[str, ...], _Why], ...] = (
-    (("conv_transpose", "conv_tbc"), _TRANSPOSED),
+    (("conv_transpose", "conv_tbc", "convolution"), _TRANSPOSED),
     (("embedding",), _LOOKUP),
     (("lstm", "gru", "rnn"), _RECURRENT),
     (("multi_head_attention", "transformer"), _ATTENTION),
@@ -185,13 +264,10 @@ def refuse_operation(
         The refusal, with a way out.
     """
     op = operation_name(node, module)
-    if why is TORCH_TRACT or (why is not None and "torch-tract" in why):
-        remedy = "Build the model with the plain nn.Linear or nn.Conv2d and apply the pass to that"
-        return Refusal(node.name, op, path, why, remedy)
-    if why is not None:
-        return Refusal(node.name, op, path, why, _NAME_A_LAYER)
-    kind = _kind(node, module, op)
-    return Refusal(node.name, op, path, kind.reason, kind.remedy, kind.competes)
+    kind = _kind(node, module, op) if why is None else _Why(why, remedy_for(why))
+    return Refusal(
+        node.name, op, path, kind.reason, kind.remedy, kind.competes, module=module_path(node)
+    )
 
 
 def _kind(node: Node, module: nn.Module | None, op: str) -> _Why:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import fx
+from torch import fx, nn
 from torch.fx import Node
 
+from tract_fx.errors import UnsupportedLayerError
 from tract_fx.modules import TractLayer, copy_tree, to_tract
 from tract_fx.passes.fx_graph.calls import is_precondition_grad, match_function
 from tract_fx.preconditioner import PRECONDITION_GRAD_OPERATOR, precondition_grad
@@ -29,26 +30,44 @@ def rewrite_graph(gm: fx.GraphModule, lambdas: Mapping[str, float]) -> fx.GraphM
 
     Returns:
         The rewritten model.
+
+    Raises:
+        UnsupportedLayerError: Calls of one module have different λs.
     """
     result = copy_tree(gm)
+    calls_of: dict[nn.Module, list[Node]] = {}
     for node in list(result.graph.nodes):
         if node.op == "call_module":
-            _rewrite_module_call(result, node, lambdas.get(node.name))
+            calls_of.setdefault(result.get_submodule(str(node.target)), []).append(node)
         elif node.name in lambdas:
             _rewrite_function_call(result.graph, node, lambdas[node.name])
+    for module, calls in calls_of.items():
+        _rewrite_module_calls(module, calls, lambdas)
     result.recompile()
     return result
 
 
-def _rewrite_module_call(gm: fx.GraphModule, node: Node, lambda_: float | None) -> None:
-    """Make the called module a TrAct layer; or mark a call of one that stays plain."""
-    module = gm.get_submodule(str(node.target))
-    if lambda_ is not None:
-        to_tract(module, lambda_)
+def _rewrite_module_calls(
+    module: nn.Module, calls: list[Node], lambdas: Mapping[str, float]
+) -> None:
+    """Make a called module a TrAct layer, and mark those of its calls that stay plain."""
+    values = {node.name: lambdas[node.name] for node in calls if node.name in lambdas}
+    if not values:
+        return
+    if len(set(values.values())) > 1:
+        raise UnsupportedLayerError(
+            f"calls of {calls[0].target} are given different λs: {values}",
+            "they call one module, which has one λ",
+            "Give all of them one λ, or apply the pass to torch.export.export(model, inputs), "
+            "where each call has its own",
+        )
+    to_tract(module, next(iter(values.values())))
+    for node in calls:
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "tract"}
-        _mark(node, lambda_)
-    elif isinstance(module, TractLayer):
-        node.kwargs = {**node.kwargs, "tract": False}
+        if node.name in values:
+            _mark(node, values[node.name])
+        else:
+            node.kwargs = {**node.kwargs, "tract": False}
 
 
 def _rewrite_function_call(graph: fx.Graph, node: Node, lambda_: float) -> None:
@@ -103,18 +122,21 @@ def _mark(node: Node, lambda_: float) -> None:
     node.meta["custom"] = custom
 
 
-def remove_from_graph(graph: fx.Graph) -> None:
-    """Take TrAct's nodes and marks out of a graph, in place.
+def remove_from_graph(gm: fx.GraphModule) -> None:
+    """Take TrAct's nodes, arguments and marks out of a graph, in place.
 
     Args:
-        graph: The graph of a copied model.
+        gm: A copied model, whose TrAct layers are still such.
     """
-    for node in list(graph.nodes):
+    for node in list(gm.graph.nodes):
         custom = dict(node.meta.get("custom") or {})
         if custom.pop(PROVENANCE, None) is not None:
             node.meta["custom"] = custom
         if is_precondition_grad(node):
             node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif node.op == "call_module":
+            gm.graph.erase_node(node)
+        elif node.op == "call_module" and isinstance(
+            gm.get_submodule(str(node.target)), TractLayer
+        ):
             node.kwargs = {k: v for k, v in node.kwargs.items() if k != "tract"}
+    gm.recompile()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import types
 from collections import OrderedDict
 from typing import Any, TypeVar
 
 from torch import fx, nn
+
+from tract_fx import torch_private
 
 __all__ = ["copy_tree"]
 
@@ -39,7 +40,7 @@ def copy_tree(root: ModuleT) -> ModuleT:
         copied.__dict__ = {k: _follow(v, memo) for k, v in module.__dict__.items()}
     for module in originals:
         if isinstance(module, fx.GraphModule):
-            memo[id(module)].graph = copy.deepcopy(module.graph)
+            memo[id(module)].graph = torch_private.copy_graph(module.graph)
     return memo[id(root)]  # type: ignore[no-any-return]
 
 

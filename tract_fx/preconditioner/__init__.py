@@ -4,7 +4,7 @@ Imports nothing from the rest of the package but errors and the list of private 
 """
 
 from tract_fx.preconditioner.geometry import PatchGeometry
-from tract_fx.preconditioner.gram import gram
+from tract_fx.preconditioner.gram_matrix import gram
 from tract_fx.preconditioner.op import (
     PRECONDITION_GRAD_OPERATOR,
     check_lambda,

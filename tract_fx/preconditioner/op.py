@@ -139,8 +139,17 @@ def precondition_grad(
             "Use torch.compile or torch.export, or remove_tract(model) to trace for inference",
         )
     transforming = torch_private.inside_functorch() or torch_private.inside_dual_level()
-    if not (exporting or transforming) and not (torch.is_grad_enabled() and weight.requires_grad):
-        return weight
+    if not exporting:
+        if not torch.is_grad_enabled():
+            return weight
+        if transforming and torch.compiler.is_dynamo_compiling():
+            raise UnsupportedTransformError(
+                "a torch.func transform or forward-mode AD inside torch.compile",
+                "the compiler does not tell whether a gradient is wanted for the weight there",
+                "Compile the model and leave the transform outside, or compile without fullgraph",
+            )
+        if not torch_private.requires_grad_at_any_level(weight):
+            return weight
     geometry = PatchGeometry.of_convolution(weight.shape[2:], stride, padding, dilation, groups)
     settings = _Settings(lambda_, geometry, _autocast_dtype(input))
     if transforming:
@@ -252,14 +261,14 @@ class _PreconditionGrad(torch.autograd.Function):
         ctx.save_for_backward(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None
         (x,) = ctx.saved_tensors
         return torch_private.apply_function(_Precondition, grad, x, ctx.settings), None, None
 
     @staticmethod
-    def jvp(ctx: Any, weight: Tensor | None, x: Tensor | None, _: None) -> Tensor | None:  # type: ignore[override]
+    def jvp(ctx: Any, weight: Tensor | None, x: Tensor | None, _: None) -> Tensor | None:
         return None if weight is None else weight.clone()
 
     @staticmethod
@@ -287,12 +296,12 @@ class _Precondition(torch.autograd.Function):
         ctx.save_for_forward(x, output)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, result = ctx.saved_tensors
         return *_vjp(cotangent, x, result, ctx.settings, ctx.needs_input_grad[1]), None
 
     @staticmethod
-    def jvp(ctx: Any, grad: Tensor | None, x: Tensor | None, _: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, grad: Tensor | None, x: Tensor | None, _: None) -> Tensor:
         primal, result = ctx.saved_tensors
         tangent = torch.zeros_like(result) if grad is None else grad
         if x is not None:

@@ -10,7 +10,7 @@ import torch
 
 from tract_fx import torch_private
 from tract_fx.preconditioner.geometry import PatchGeometry
-from tract_fx.preconditioner.gram import gram
+from tract_fx.preconditioner.gram_matrix import gram
 from tract_fx.preconditioner.patches import patch_matrix
 
 __all__ = ["precondition_weight_gradient"]

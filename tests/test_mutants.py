@@ -1,0 +1,214 @@
+"""The tests can fail: with the library broken on purpose, the comparison with the oracle says so.
+
+Each mutant is one mistake that somebody could make. `wrong` lists the geometries on which the
+rewritten layer's gradient is off; a mutant that it does not notice means that the tests are blind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from geometries import GEOMETRIES, Geometry
+from oracle import precondition, relative_error, tract_gradient
+from tract_fx import tract_module, tract_pass
+from tract_fx.modules import copy_tree
+from tract_fx.preconditioner import (
+    PatchGeometry,
+    gram,
+    gram_matrix,
+    patches,
+    precondition_weight_gradient,
+    solve,
+)
+
+Ways = dict[str, Callable[[nn.Module, Tensor], nn.Module]]
+WAYS: Ways = {
+    "call_module": lambda m, x: tract_pass(fx.symbolic_trace(m)),
+    "call_function": lambda m, x: tract_pass(torch.export.export(m, (x,))),
+    "eager": lambda m, x: tract_module(m, (x,)),
+}
+# Where the library looks them up.
+OPERATOR = "tract_fx.preconditioner.op.precondition_weight_gradient"
+GRAM = "tract_fx.preconditioner.solve.gram"
+SOME = [g for g in GEOMETRIES if g.name.endswith(("padding", "dilation-groups", "linear-grid"))]
+
+
+def wrong(geometries: list[Geometry], ways: list[str]) -> list[str]:
+    """Names of the geometries, by way, whose weight gradient is not the oracle's."""
+    found = []
+    for geometry in geometries:
+        layer, x = geometry.layer(torch.float64), geometry.input(torch.float64)
+        model = nn.Sequential(layer)
+        for way in ways:
+            rewritten = WAYS[way](model, x)
+            z = rewritten(x)
+            dz = torch.ones_like(z).cumsum(-1)
+            (gradient,) = torch.autograd.grad(z, [next(rewritten.parameters())], dz)
+            if not relative_error(gradient, tract_gradient(layer, x, dz)) < 1e-10:
+                found.append(f"{geometry} by {way}")
+    return found
+
+
+def replace_method(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[..., Any]) -> None:
+    """Change what a method of `PatchGeometry` returns."""
+    original = getattr(PatchGeometry, name)
+    monkeypatch.setattr(PatchGeometry, name, lambda self, x: change(original(self, x), self, x))
+
+
+def plain_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OPERATOR, lambda grad, *_: grad.clone())
+
+
+def wrong_lambda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        OPERATOR, lambda g, x, value, *a: precondition_weight_gradient(g, x, 2 * value, *a)
+    )
+
+
+def gram_not_normalised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GRAM, lambda x, g, dtype: gram(x, g, dtype) * g.rows(x))
+
+
+def normalised_by_images_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GRAM, lambda x, g, dtype: gram(x, g, dtype) * (g.rows(x) / x.shape[0]))
+
+
+def one_row_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_method(monkeypatch, "rows", lambda rows, self, x: rows + 1)
+
+
+def geometry_changed(
+    monkeypatch: pytest.MonkeyPatch, **changes: Callable[[PatchGeometry], Any]
+) -> None:
+    """Let the preconditioner read the input with another geometry than the layer does."""
+
+    def mutant(grad: Tensor, x: Tensor, lambda_: float, g: PatchGeometry, *rest: Any) -> Tensor:
+        return precondition_weight_gradient(
+            grad, x, lambda_, dataclasses.replace(g, **{k: f(g) for k, f in changes.items()}), *rest
+        )
+
+    monkeypatch.setattr(OPERATOR, mutant)
+
+
+def padding_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry_changed(
+        monkeypatch,
+        padding=lambda g: tuple((before + 1, max(after - 1, 0)) for before, after in g.padding),
+    )
+
+
+def padding_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry_changed(
+        monkeypatch, padding=lambda g: tuple((after, before) for before, after in g.padding)
+    )
+
+
+def stride_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry_changed(monkeypatch, stride=lambda g: (1,) * len(g.stride))
+
+
+def dilation_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry_changed(monkeypatch, dilation=lambda g: (1,) * len(g.dilation))
+
+
+def dimensions_reversed(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry_changed(
+        monkeypatch, stride=lambda g: g.stride[::-1], padding=lambda g: g.padding[::-1]
+    )
+
+
+def channels_last_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns in the order (kernel element, channel), which is not the weight's."""
+    right = patches._columns
+
+    def mutant(view: Tensor, groups: int) -> Tensor:
+        columns = right(view, groups)
+        channels = view.shape[1] // groups
+        reordered: Tensor = columns.unflatten(1, (channels, -1)).transpose(1, 2).flatten(1, 2)
+        return reordered
+
+    monkeypatch.setattr(patches, "_columns", mutant)
+
+
+def one_gram_for_all_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        GRAM,
+        lambda x, g, dtype: gram(x, g, dtype).mean(0, keepdim=True).repeat(g.groups, 1, 1),
+    )
+
+
+def last_block_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Gram over all blocks of patches but the last, where there are several."""
+    right = patches.patch_blocks
+    monkeypatch.setitem(gram_matrix._BLOCK_ELEMENTS, "cpu", 64)
+    monkeypatch.setattr(gram_matrix, "patch_blocks", lambda *a: list(right(*a))[:-1] or right(*a))
+
+
+def outside_always_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solve, "_SUMMATION_UNITS", float("inf"))
+
+
+MUTANTS = [
+    plain_gradient,
+    wrong_lambda,
+    gram_not_normalised,
+    normalised_by_images_alone,
+    one_row_too_many,
+    padding_off_by_one,
+    padding_swapped,
+    stride_ignored,
+    dilation_ignored,
+    dimensions_reversed,
+    channels_last_in_a_row,
+    one_gram_for_all_groups,
+    last_block_dropped,
+]
+
+
+def test_without_a_mutant_nothing_is_wrong() -> None:
+    assert wrong(list(GEOMETRIES), ["call_module"]) == []
+    assert wrong(SOME, list(WAYS)) == []
+
+
+def test_small_blocks_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks over images and bands of an image, which small test inputs would fit into one of."""
+    for elements in (1, 64, 1000):
+        monkeypatch.setitem(gram_matrix._BLOCK_ELEMENTS, "cpu", elements)
+        assert wrong(list(GEOMETRIES), ["call_module"]) == []
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.__name__)
+def test_mutant_is_noticed(
+    mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutant(monkeypatch)
+    assert wrong(list(GEOMETRIES), ["call_module"])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_lost_rewrite_is_noticed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that returns a copy without the op."""
+    monkeypatch.setattr("tract_fx.passes.fx_graph.api.rewrite_graph", lambda gm, _: copy_tree(gm))
+    monkeypatch.setattr("tract_fx.eager.to_tract", lambda module, lambda_: None)
+    assert len(wrong(SOME, [way])) == len(SOME)
+
+
+def test_a_gradient_outside_the_row_space_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What QR alone would drop without a word."""
+    x = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    grad = torch.ones(2, 9, dtype=torch.float64)
+    layer = nn.Linear(9, 2)
+
+    def error() -> float:
+        found = solve.precondition_weight_gradient(grad, x, 0.1, PatchGeometry())
+        return relative_error(found, precondition(layer, grad, x))
+
+    assert error() < 1e-10
+    outside_always_dropped(monkeypatch)
+    assert error() > 0.1
