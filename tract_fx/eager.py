@@ -93,7 +93,7 @@ def _check_model(model: object) -> None:
         return
     exported = isinstance(model, ExportedProgram)
     raise UnsupportedModelError(
-        f"the model is a {type(model).__name__}",
+        f"a model of class {type(model).__name__}",
         "tract_module treats eager modules",
         "Give it to tract_pass, which takes graphs" if exported else "Give an nn.Module",
     )

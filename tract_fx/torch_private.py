@@ -18,6 +18,7 @@ __all__ = [
     "full_precision",
     "inside_dual_level",
     "inside_functorch",
+    "requires_grad_at_any_level",
     "tracing_jit",
 ]
 
@@ -25,12 +26,13 @@ __all__ = [
 def inside_functorch() -> bool:
     """Tell whether a `torch.func` transform (grad, vmap, jvp, …) is running.
 
-    There is no public question of that kind; custom operators refuse such tensors.
+    There is no public question of that kind; custom operators refuse such tensors. Of the private
+    ones, this is the one that Dynamo answers rightly while it traces.
 
     Returns:
         True between the transform's entry and exit, at any depth.
     """
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._are_functorch_transforms_active()
 
 
 def inside_dual_level() -> bool:
@@ -80,7 +82,7 @@ def requires_grad_at_any_level(tensor: torch.Tensor) -> bool:
         True where one of its levels requires a gradient.
     """
     while not tensor.requires_grad:
-        if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if not (inside_functorch() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)):
             return False
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return True
@@ -98,8 +100,9 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
         A graph of new nodes under the same names, with the same metadata.
     """
     copied = fx.Graph(tracer_cls=graph._tracer_cls)
-    result, output = copied.graph_copy(graph, val_map={}, return_output_node=True)
-    copied.output(result, type_expr=output.type).meta = dict(output.meta)
+    output = graph.output_node()
+    copied.output(copied.graph_copy(graph, val_map={}), type_expr=output.type)
+    copied.output_node().meta = dict(output.meta)
     copied.set_codegen(graph._codegen)
     return copied
 

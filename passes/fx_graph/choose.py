@@ -93,7 +93,7 @@ def warn_of_frozen(names: Iterable[str]) -> None:
         names: The layers' names.
     """
     level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] == "tract_fx":
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "tract_fx":
         level, frame = level + 1, frame.f_back
     for name in dict.fromkeys(names):
         warnings.warn(

@@ -39,7 +39,7 @@ def as_graph_module(gm: object) -> fx.GraphModule:
     else:
         remedy = "Give a torch.fx.GraphModule or an ExportedProgram"
     raise UnsupportedModelError(
-        f"the model is a {type(gm).__name__}", "the pass works on a graph", remedy
+        f"a model of class {type(gm).__name__}", "the pass works on a graph", remedy
     )
 
 
@@ -66,7 +66,7 @@ def refuse_wrapped(model: nn.Module) -> None:
         remedy = "Give the model as it was before torch.compile, and compile the result"
     else:
         return
-    raise UnsupportedModelError(f"the model is a {type(model).__name__}", reason, remedy)
+    raise UnsupportedModelError(f"a model of class {type(model).__name__}", reason, remedy)
 
 
 def _is_compiled(module: nn.Module) -> bool:

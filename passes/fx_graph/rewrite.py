@@ -33,7 +33,7 @@ def rewrite_graph(gm: fx.GraphModule, lambdas: Mapping[str, float]) -> fx.GraphM
 
     Raises:
         UnsupportedLayerError: Calls of one module have different λs.
-    """
+    """  # noqa: DOC502 (raised by what it calls)
     result = copy_tree(gm)
     calls_of: dict[nn.Module, list[Node]] = {}
     for node in list(result.graph.nodes):

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from tract_fx.errors import UnsupportedTransformError
 from tract_fx.preconditioner import precondition_grad
@@ -99,9 +100,13 @@ _tract_classes: WeakValueDictionary[type[nn.Module], type[nn.Module]] = WeakValu
 
 def _tract_class(base: type[nn.Module]) -> type[nn.Module]:
     """Derive the TrAct class of a layer class; one per class, so that types can be compared."""
+    if base.__module__ == parametrize.__name__:
+        # Stays outermost, and the module's own: removing the parametrization takes the class apart.
+        return _rebase(base, f"Tract{base.__name__}", (_tract_class(base.__bases__[0]),))
     cls = _tract_classes.get(base)
     if cls is None:
-        namespace = {"__doc__": TractLayer.__doc__, "__module__": TractLayer.__module__}
+        # The user's __module__: fx asks it whether a layer is a leaf, and an inlined one loses hooks.
+        namespace = {"__doc__": TractLayer.__doc__, "__module__": base.__module__}
         cls = type(f"Tract{base.__name__}", (TractLayer, base), namespace)
         _tract_classes[base] = cls
     return cls
@@ -126,9 +131,16 @@ def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
         return cls.__bases__[1]
     if not issubclass(cls, TractLayer):
         return cls
-    namespace = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
     bases = tuple(plain_class(base) for base in cls.__bases__)
-    return type(cls.__name__.replace("Tract", "", 1), bases, namespace)
+    return _rebase(cls, cls.__name__.replace("Tract", "", 1), bases)
+
+
+def _rebase(
+    cls: type[nn.Module], name: str, bases: tuple[type[nn.Module], ...]
+) -> type[nn.Module]:
+    """Make a class of the same members on other bases."""
+    namespace = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(name, bases, namespace)
 
 
 def to_tract(module: nn.Module, lambda_: float) -> None:

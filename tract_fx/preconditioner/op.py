@@ -116,7 +116,8 @@ def precondition_grad(
         itself.
 
     Raises:
-        UnsupportedTransformError: Inside `torch.jit.trace`, which would lose the gradient.
+        UnsupportedTransformError: Inside `torch.jit.trace`, or under a `torch.func` transform
+            inside `torch.compile`: the gradient would be lost.
     """
     exporting = torch.compiler.is_exporting()
     compiling = exporting or torch.compiler.is_compiling()
@@ -138,18 +139,17 @@ def precondition_grad(
             "TorchScript keeps the forward pass alone and would train with the plain gradient",
             "Use torch.compile or torch.export, or remove_tract(model) to trace for inference",
         )
+    if not (exporting or torch.is_grad_enabled()):
+        return weight
     transforming = torch_private.inside_functorch() or torch_private.inside_dual_level()
-    if not exporting:
-        if not torch.is_grad_enabled():
-            return weight
-        if transforming and torch.compiler.is_dynamo_compiling():
-            raise UnsupportedTransformError(
-                "a torch.func transform or forward-mode AD inside torch.compile",
-                "the compiler does not tell whether a gradient is wanted for the weight there",
-                "Compile the model and leave the transform outside, or compile without fullgraph",
-            )
-        if not torch_private.requires_grad_at_any_level(weight):
-            return weight
+    if transforming and torch.compiler.is_dynamo_compiling():
+        raise UnsupportedTransformError(
+            "precondition_grad under torch.func or forward-mode AD inside torch.compile",
+            "the compiler can't tell whether a gradient is wanted for the weight",
+            "Leave out torch.compile, or its fullgraph=True",
+        )
+    if not (exporting or torch_private.requires_grad_at_any_level(weight)):
+        return weight
     geometry = PatchGeometry.of_convolution(weight.shape[2:], stride, padding, dilation, groups)
     settings = _Settings(lambda_, geometry, _autocast_dtype(input))
     if transforming:
@@ -181,7 +181,18 @@ def _precondition_grad_op(
     groups: int,
     input_dtype: torch.dtype | None,
 ) -> Tensor:
+    _refuse_forward_mode()
     return weight.clone()  # an operator's result may not alias its argument
+
+
+def _refuse_forward_mode() -> None:
+    """Refuse what would drop the weight's tangent without a word. Called beneath all transforms."""
+    if torch_private.inside_dual_level():
+        raise UnsupportedTransformError(
+            "the operator tract_fx::precondition_grad (of an exported model) in forward-mode AD",
+            "PyTorch has no forward derivatives for custom operators",
+            "Apply tract_pass after torch.export instead of before it",
+        )
 
 
 @torch.library.custom_op("tract_fx::precondition", mutates_args=())
@@ -207,6 +218,7 @@ PRECONDITION_GRAD_OPERATOR = torch.ops.tract_fx.precondition_grad.default
 
 @_precondition_grad_op.register_fake
 def _(weight: Tensor, *_: object) -> Tensor:
+    _refuse_forward_mode()
     return torch.empty_like(weight)
 
 
@@ -225,7 +237,7 @@ def _grad_op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     result = None
     if ctx.needs_input_grad[0]:
         (x,) = ctx.saved_tensors
-        result = torch.ops.tract_fx.precondition(grad, x, *ctx.arguments)
+        result = _precondition(grad, x, _read_settings(grad, *ctx.arguments))
     return (result, *[None] * 7)
 
 
