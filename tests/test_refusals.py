@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,19 +16,21 @@ import torch_tract
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from oracle import relative_error
 from reference import (
+    FLOAT64,
     ROUTES,
-    Inputs,
     Net,
-    arguments,
     assert_tract,
     built,
     each_route,
+    expected_step,
     exported,
     images,
+    step,
 )
+from refused_models import NOT_AT_ALL, OPERATIONS, SEVERAL, Case
 from tract_fx import (
-    AmbiguousInputLayerError,
     NoInputLayerError,
     TractError,
     UnsupportedLayerError,
@@ -38,374 +39,9 @@ from tract_fx import (
 )
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model that the pass refuses to treat by itself.
-
-    Attributes:
-        name: What stands in the way; a test's id.
-        build: Makes the model.
-        says: What the message has to name: the operation, the way out.
-        error: The error's type.
-        layers: The user's choice that works; empty where there is none.
-        treated: Which of the model's linear and convolution calls that choice treats.
-        instead: Makes the model that the message advises, which is treated without a choice.
-        inputs: What the model takes.
-        routes: The tracers that can make a graph of it.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    says: tuple[str, ...]
-    error: type[TractError] = UnsupportedLayerError
-    layers: tuple[str, ...] = ()
-    treated: tuple[int, ...] = (0,)
-    instead: Callable[[], nn.Module] | None = None
-    inputs: Callable[[], Inputs] = lambda: (images(),)
-    routes: tuple[str, ...] = tuple(ROUTES)
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def then_linear(run: Callable[[Any, Tensor], Tensor], features: int, **members: Any) -> nn.Module:
-    """Something on the input, a linear layer behind it."""
-    return Net(lambda net, x: net.head(run(net, x).tanh()), head=nn.Linear(features, 4), **members)
-
-
-def first(module: Callable[[], nn.Module], features: int = 8) -> Callable[[], nn.Module]:
-    return lambda: then_linear(lambda net, x: net.first(x), features, first=module())
-
-
-def parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(images(*shape, seed=3))
-
-
-def ids() -> Inputs:
-    return (torch.arange(20).view(4, 5) % 7,)
-
-
-def written_in_place(view: bool) -> Callable[[Any, Tensor], Tensor]:
-    def run(net: Any, x: Tensor) -> Tensor:
-        (x.view(4, -1) if view else x).mul_(net.gain)
-        return x
-
-    return run
-
-
-def sobel_with_bias() -> nn.Module:
-    module = nn.Conv2d(3, 3, 3, padding=1)
-    weight = module.weight.detach().clone()
-    del module.weight
-    module.register_buffer("weight", weight)
-    return module
-
-
-AFFINE = ("trained parameters", "affine=False", "layers=")
-RAW = ("raw parameter", "functional.linear", "layers=")
-SHIFT = ("trained parameter", "a buffer", "layers=")
-
-OPERATIONS = (
-    Case(
-        "batch-norm",
-        first(lambda: nn.BatchNorm2d(3)),
-        AFFINE,
-        layers=("head",),
-        instead=first(lambda: nn.BatchNorm2d(3, affine=False)),
-    ),
-    Case(
-        "layer-norm",
-        first(lambda: nn.LayerNorm(8)),
-        AFFINE,
-        layers=("head",),
-        instead=first(lambda: nn.LayerNorm(8, elementwise_affine=False)),
-    ),
-    Case("group-norm", first(lambda: nn.GroupNorm(3, 3)), AFFINE, layers=("head",)),
-    Case("prelu", first(nn.PReLU), AFFINE, layers=("head",)),
-    Case(
-        "partly-frozen-norm",
-        first(lambda: _half_frozen(nn.BatchNorm2d(3))),
-        AFFINE,
-        layers=("head",),
-    ),
-    *(
-        Case(
-            name,
-            lambda run=run: then_linear(run, 8, p=parameter(8)),
-            SHIFT,
-            layers=("head",),
-            instead=lambda run=run: then_linear(run, 8, p=images(8, seed=3)),
-        )
-        for name, run in {
-            "shift": lambda net, x: x + net.p,
-            "scale": lambda net, x: net.p * x,
-            "shift-method": lambda net, x: x.sub(net.p),
-            "division": lambda net, x: x / net.p,
-            "concatenation": lambda net, x: torch.cat([x, net.p.repeat(4, 3, 1, 1)], 2),
-            "where": lambda net, x: torch.where(x > 0.5, x, net.p),
-            "computed-shift": lambda net, x: x - torch.tanh(net.p) * 2,
-        }.items()
-    ),
-    *(
-        Case(
-            f"in-place-{'view' if view else 'operation'}",
-            lambda view=view: then_linear(written_in_place(view), 8, gain=parameter(1)),
-            ("mul_", *SHIFT),
-            layers=("head",),
-        )
-        for view in (False, True)
-    ),
-    *(
-        Case(
-            name,
-            lambda run=run: then_linear(run, 5, p=parameter(8, 5)),
-            (name, *RAW),
-            layers=("head",),
-            instead=lambda: then_linear(
-                lambda net, x: functional.linear(x, net.p), 5, p=parameter(5, 8)
-            ),
-        )
-        for name, run in {
-            "matmul": lambda net, x: x @ net.p,
-            "einsum": lambda net, x: torch.einsum("bchi,ij->bchj", x, net.p),
-            "mm": lambda net, x: torch.mm(x.flatten(0, 2), net.p),
-        }.items()
-    ),
-    Case(
-        "embedding",
-        lambda: then_linear(lambda net, x: net.table(x), 6, table=nn.Embedding(7, 6)),
-        ("node 'table'|node 'embedding'", "looks rows of a table up", "layers="),
-        layers=("head",),
-        inputs=ids,
-    ),
-    Case(
-        "lstm",
-        lambda: then_linear(
-            lambda net, x: net.rnn(x[:, 0])[0], 6, rnn=nn.LSTM(8, 6, batch_first=True)
-        ),
-        ("(?i)lstm", "recurrent", "nn.Linear in front"),
-        layers=("head",),
-        instead=lambda: then_linear(
-            lambda net, x: net.rnn(net.embed(x[:, 0]))[0],
-            6,
-            embed=nn.Linear(8, 6),
-            rnn=nn.LSTM(6, 6, batch_first=True),
-        ),
-    ),
-    Case(
-        "gru-cell",
-        lambda: then_linear(lambda net, x: net.rnn(x[:, 0, 0]), 6, rnn=nn.GRUCell(8, 6)),
-        ("(?i)gru_?cell", "recurrent", "nn.Linear in front"),
-        layers=("head",),
-    ),
-    Case(
-        "bilinear",
-        lambda: then_linear(lambda net, x: net.form(x, x), 6, form=nn.Bilinear(8, 8, 6)),
-        ("(?i)bilinear", "nn.Linear in front"),
-        layers=("head",),
-    ),
-    Case(
-        "conv-transpose",
-        first(lambda: nn.ConvTranspose2d(3, 2, 2), 9),
-        ("(?i)conv_?transpose2d", "layers="),
-        layers=("head",),
-    ),
-    Case(
-        "attention",
-        lambda: then_linear(
-            lambda net, x: net.attend(x[:, 0], x[:, 0], x[:, 0])[0],
-            8,
-            attend=nn.MultiheadAttention(8, 2, batch_first=True),
-        ),
-        ("MultiheadAttention", "node 'attend'", "nn.Linear"),
-        layers=("head",),
-        treated=(0,),  # the projections inside are one call to the oracle's counter, and no layer
-        routes=("symbolic_trace",),
-    ),
-    Case(
-        "filter-with-trained-bias",
-        first(sobel_with_bias),
-        ("its bias is trained", "Make the bias a buffer", "layers="),
-        layers=("head",),
-        treated=(1,),
-    ),
-    Case(
-        "input-as-weight",
-        lambda: then_linear(lambda net, x: functional.linear(net.p, x[0, 0]), 8, p=parameter(5, 8)),
-        ("linear", "weight", "layers="),
-        layers=("head",),
-        treated=(1,),
-    ),
-    Case(
-        "input-as-bias",
-        lambda: then_linear(
-            lambda net, x: functional.linear(net.c, net.p, x[0, 0]),
-            8,
-            p=parameter(8, 5),
-            c=images(8, 5),
-        ),
-        ("linear", "weight or bias", "layers="),
-        layers=("head",),
-        treated=(1,),
-    ),
-    Case(
-        "hypernetwork-of-the-input",
-        lambda: then_linear(
-            lambda net, x: functional.linear(x[:, 0], net.hyper(x.mean((0, 1, 2))).view(6, 8)),
-            6,
-            hyper=nn.Linear(8, 48),
-        ),
-        ("2 operations|1 operation|1 layers", "computed from the input", "layers="),
-        AmbiguousInputLayerError,
-        layers=("hyper",),
-    ),
-    Case(
-        "autocast-region",
-        lambda: then_linear(_under_autocast, 6, stem=nn.Linear(8, 6)),
-        ("autocast", "layers="),
-        layers=("head",),
-        treated=(1,),
-        routes=("export",),
-    ),
-)
-
-
-def _half_frozen(norm: nn.BatchNorm2d) -> nn.Module:
-    norm.weight.requires_grad_(False)
-    return norm
-
-
-def _under_autocast(net: Any, x: Tensor) -> Tensor:
-    with torch.autocast("cpu", enabled=False):
-        result: Tensor = net.stem(x)
-    return result
-
-
-class WithMetadata(nn.Module):
-    """An image and a table row: two layers, each of which reads an input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.meta, self.head = nn.Conv2d(3, 4, 3), nn.Linear(5, 4), nn.Linear(8, 2)
-
-    def forward(self, image: Tensor, row: Tensor) -> Tensor:
-        features = torch.cat([self.stem(image).mean((2, 3)), self.meta(row)], 1)
-        result: Tensor = self.head(features.tanh())
-        return result
-
-
-def with_metadata() -> Inputs:
-    return images(), images(4, 5)
-
-
-def skip(net: Any, x: Tensor) -> Tensor:
-    result: Tensor = net.head(torch.cat([x, net.stem(x)], 1))
-    return result
-
-
-def gated(net: Any, x: Tensor) -> Tensor:
-    result: Tensor = net.head(net.stem(x) * x.mean((1, 2, 3), keepdim=True).sigmoid())
-    return result
-
-
-def masked(net: Any, x: Tensor) -> Tensor:
-    """A parameter-free branch of the input joins the features."""
-    result: Tensor = net.head(net.stem(x) + functional.avg_pool2d(x, 1)[:, :1])
-    return result
-
-
-def convs(run: Callable[[Any, Tensor], Tensor], head: int) -> Callable[[], nn.Module]:
-    return lambda: Net(run, stem=nn.Conv2d(3, 4, 3, padding=1), head=nn.Conv2d(head, 2, 1))
-
-
-SEVERAL = (
-    *(
-        Case(
-            f"image-and-metadata-{choice}",
-            WithMetadata,
-            ("2 layers", "'?stem'?", "meta", "layers="),
-            AmbiguousInputLayerError,
-            layers=tuple(choice.split("+")),
-            treated=treated,
-            inputs=with_metadata,
-        )
-        for choice, treated in {"stem": (0,), "meta": (1,), "stem+meta": (0, 1)}.items()
-    ),
-    Case(
-        "parallel-stems",
-        lambda: Net(
-            lambda net, x: net.fine(x).mean((2, 3)) * net.coarse(x).mean((2, 3)),
-            fine=nn.Conv2d(3, 4, 3),
-            coarse=nn.Conv2d(3, 4, 5, stride=2),
-        ),
-        ("fine", "coarse", "layers="),
-        AmbiguousInputLayerError,
-        layers=("coarse",),
-        treated=(1,),
-    ),
-    *(
-        Case(
-            name, convs(run, head), ("stem", "head", "layers="), AmbiguousInputLayerError, ("stem",)
-        )
-        for name, run, head in (
-            ("input-skip", skip, 7),
-            ("gate-from-the-input", gated, 4),
-            ("branch-that-joins-later", masked, 4),
-        )
-    ),
-    Case(
-        "layer-beside-a-shift",
-        lambda: Net(
-            lambda net, x: net.stem(x) + (x + net.p)[:, :1],
-            stem=nn.Conv2d(3, 4, 1),
-            p=parameter(8),
-        ),
-        ("1 operations that can't be treated", "add", "stem", "layers="),
-        AmbiguousInputLayerError,
-        layers=("stem",),
-    ),
-)
-
-
-def computes_weight_while_tracing() -> nn.Module:
-    """What a tracer leaves of a weight that is computed in the constructor."""
-    net = Net(lambda net, x: functional.linear(x, net.kept), p=parameter(5, 8))
-    net.kept = net.p.tanh()
-    return net
-
-
-NOT_AT_ALL = (
-    Case(
-        "nothing-trained",
-        lambda: Net(lambda net, x: net.pool(x).relu(), pool=nn.AvgPool2d(2)),
-        ("no linear layer or convolution consumes the model's input",),
-        NoInputLayerError,
-    ),
-    Case(
-        "input-read-for-its-shape",
-        lambda: Net(
-            lambda net, x: net.stem(net.latent.repeat(x.shape[0], 1)),
-            stem=nn.Linear(8, 4),
-            latent=images(1, 8),
-        ),
-        ("no linear layer or convolution consumes the model's input", "layers="),
-        NoInputLayerError,
-        layers=("stem",),
-    ),
-    Case(
-        "complex-weight",
-        lambda: Net(
-            lambda net, x: functional.linear(torch.fft.fft(x), net.w).abs(),
-            w=nn.Parameter(torch.complex(images(4, 8), images(4, 8, seed=1))),
-        ),
-        ("linear", "complex"),
-    ),
-)
-
-
 @each_route(*OPERATIONS, *SEVERAL, *NOT_AT_ALL)
 def test_refused_with_a_way_out(case: Case, route: str) -> None:
-    model, inputs = _model(case.build), case.inputs()
+    model, inputs = built(case.build), case.inputs()
     graph = ROUTES[route](model, inputs)
     with pytest.raises(case.error) as caught:
         tract_pass(graph)
@@ -420,16 +56,9 @@ def test_refused_with_a_way_out(case: Case, route: str) -> None:
         tract = tract_pass(graph, layers=case.layers)
         assert_tract(model, graph, tract, inputs, case.treated)
     if case.instead is not None:
-        other = _model(case.instead)
+        other = built(case.instead)
         graph = ROUTES[route](other, inputs)
         assert_tract(other, graph, tract_pass(graph), inputs, (0,))
-
-
-def _model(build: Callable[[], nn.Module]) -> nn.Module:
-    try:
-        return built(build)
-    except RuntimeError:  # complex
-        return build()
 
 
 def test_packed_projection_of_attention_is_a_layer_once_exported() -> None:
@@ -439,27 +68,154 @@ def test_packed_projection_of_attention_is_a_layer_once_exported() -> None:
     x = images(4, 6, 8)
     graph = exported(model, (x,))
     assert find_input_layers(graph).names == ("attend.in_proj_weight",)
-    by_hand = Net(
-        lambda net, x: (
-            functional.scaled_dot_product_attention(
-                *(
-                    part.unflatten(-1, (2, 4)).transpose(1, 2)
-                    for part in functional.linear(x, net.w, net.b).chunk(3, dim=-1)
-                )
-            )
-            .transpose(1, 2)
-            .flatten(2)
-        ),
-        w=attend.in_proj_weight,
-        b=attend.in_proj_bias,
+    attend = model.attend
+    by_hand = built(
+        lambda: Net(
+            attention_by_hand, w=attend.in_proj_weight, b=attend.in_proj_bias, out=attend.out_proj
+        )
     )
-    expected = Net(lambda net, x: net.out(net.attend(x)), attend=by_hand, out=attend.out_proj)
-    tract = tract_pass(graph)
-    from reference import expected_step, step
-    from oracle import relative_error
+    wanted, _ = expected_step(by_hand, (x,), {0: 0.1})
+    gradient = step(tract_pass(graph), (x,)).gradients["attend.in_proj_weight"]
+    assert gradient is not None and wanted.gradients["w"] is not None
+    assert relative_error(gradient, wanted.gradients["w"]) < FLOAT64
 
-    wanted, _ = expected_step(expected, (x,), {0: 0.1})
-    given = step(tract, (x,)).gradients["attend.in_proj_weight"]
-    gradient = wanted.gradients["attend.w"]
-    assert gradient is not None and given is not None
-    assert relative_error(given, gradient) < 1e-10
+
+def attention_by_hand(net: Any, x: Tensor) -> Tensor:
+    projected = functional.linear(x, net.w, net.b).chunk(3, dim=-1)
+    q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in projected)
+    mixed = functional.scaled_dot_product_attention(q, k, v)
+    result: Tensor = net.out(mixed.transpose(1, 2).flatten(2))
+    return result
+
+
+# The official wrappers: tracing and exporting lose their gradient, and TrAct never goes on top.
+
+OFFICIAL: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "conv": (lambda: torch_tract.TrActConv2d(3, 4, 3, lambda_=0.1), tuple(ROUTES)),
+    "wrapped": (lambda: torch_tract.TrAct(nn.Conv2d(3, 4, 3), l=0.1), tuple(ROUTES)),
+    # Its forward asks for the length of a shape, which symbolic_trace can't.
+    "linear": (lambda: torch_tract.TrActLinear(8, 4, lambda_=0.1), ("export",)),
+}
+
+
+@pytest.mark.parametrize("layers", [None, "stem", "stem.weight"])
+@pytest.mark.parametrize(
+    ("name", "route"), [(name, route) for name, (_, routes) in OFFICIAL.items() for route in routes]
+)
+def test_torch_tract_is_recognised(name: str, route: str, layers: str | None) -> None:
+    model = built(lambda: Net(lambda net, x: net.stem(x).relu(), stem=OFFICIAL[name][0]()))
+    graph = ROUTES[route](model, (images(),))
+    with pytest.raises(TractError, match=r"torch-tract|can be: none") as caught:
+        tract_pass(graph, layers=layers)
+    if layers != "stem.weight":
+        assert type(caught.value) is UnsupportedLayerError
+        assert "plain nn.Linear or nn.Conv2d" in str(caught.value)
+
+
+def test_a_subclass_of_torch_tract_is_recognised() -> None:
+    class Mine(torch_tract.TrActConv2d):  # type: ignore[misc]
+        pass
+
+    model = Net(lambda net, x: net.stem(x), stem=Mine(3, 4, 3, lambda_=0.1))
+    with pytest.raises(UnsupportedLayerError, match=r"torch-tract"):
+        tract_pass(fx.symbolic_trace(model))
+
+
+# Graphs in which parameters are not where they should be.
+
+
+def test_lifted_parameters() -> None:
+    model = built(lambda: Net(lambda net, x: net.stem(x), stem=nn.Conv2d(3, 4, 3)))
+    program = torch.export.export(model, (images(),), strict=False)
+    with pytest.raises(UnsupportedLayerError, match=r"an input of the graph.*\.module\(\)"):
+        tract_pass(program.graph_module)
+    assert_tract(model, program.module(), tract_pass(program), (images(),), (0,))
+
+
+def test_a_weight_that_the_tracer_kept() -> None:
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(8, 4)
+            self.weight = self.stem.weight.tanh()  # computed once, here
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x, self.weight)
+
+    with pytest.raises(UnsupportedLayerError, match=r"computed while tracing.*torch.export"):
+        tract_pass(fx.symbolic_trace(built(Kept)))
+
+
+def test_a_complex_weight() -> None:
+    weight = nn.Parameter(torch.complex(images(4, 8), images(4, 8, seed=1)))
+    model = Net(lambda net, x: functional.linear(torch.fft.fft(x), net.w).abs(), w=weight)
+    for make in ROUTES.values():
+        with pytest.raises(UnsupportedLayerError, match=r"linear.*complex"):
+            tract_pass(make(model, (images(),)))
+
+
+def test_a_lazy_layer() -> None:
+    model = Net(lambda net, x: net.stem(x), stem=nn.LazyConv2d(4, 3, dtype=torch.float64))
+    graph = fx.symbolic_trace(model)
+    with pytest.raises(UnsupportedLayerError, match=r"not initialised.*Run one batch"):
+        tract_pass(graph)
+    model(images())
+    graph = fx.symbolic_trace(model)
+    assert_tract(model, graph, tract_pass(graph), (images(),), (0,))
+
+
+def test_a_forward_of_the_modules_own() -> None:
+    """A leaf to symbolic_trace; exporting looks inside."""
+    stem = nn.Conv2d(3, 4, 3)
+    model = built(lambda: Net(lambda net, x: net.stem(x), stem=stem))
+    stem.forward = lambda x: functional.conv2d(x * 2, stem.weight, stem.bias)  # type: ignore
+    with pytest.raises(UnsupportedLayerError, match=r"forward method of its own.*torch.export"):
+        tract_pass(fx.symbolic_trace(model))
+    graph = exported(model, (images(),))
+    assert_tract(model, graph, tract_pass(graph), (images(),), (0,))
+
+
+class BlockIsALeaf(fx.Tracer):
+    """A tracer that does not look into the block."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name == "block" or super().is_leaf_module(m, module_qualified_name)
+
+
+@pytest.mark.parametrize("graph_inside", [False, True])
+def test_a_layer_inside_an_opaque_module(graph_inside: bool) -> None:
+    inner: nn.Module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    inner = fx.symbolic_trace(inner) if graph_inside else inner
+    model = built(lambda: Net(lambda net, x: net.block(x), block=inner))
+    with pytest.raises(UnsupportedLayerError, match=r"node 'block'.*parameters inside.*inlined"):
+        tract_pass(fx.GraphModule(model, BlockIsALeaf().trace(model)))
+    graph = fx.symbolic_trace(model)
+    assert_tract(model, graph, tract_pass(graph), (images(),), (0,))
+
+
+def test_a_data_dependent_branch_is_the_tracers_to_refuse() -> None:
+    model = Net(lambda net, x: net.stem(x) if x.sum() > 0 else x, stem=nn.Linear(8, 8))
+    with pytest.raises(fx.proxy.TraceError):
+        tract_pass(fx.symbolic_trace(model))
+
+
+def test_a_look_up_beside_the_image_is_no_rival() -> None:
+    """Integers that pick rows of a table don't make the choice ambiguous."""
+
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.table = nn.Conv2d(3, 4, 3), nn.Embedding(5, 4)
+
+        def forward(self, image: Tensor, kind: Tensor) -> Tensor:
+            result: Tensor = self.stem(image).mean((2, 3)) + self.table(kind)
+            return result
+
+    model, inputs = built(Conditioned), (images(), torch.tensor([0, 3, 3, 1]))
+    for make in ROUTES.values():
+        graph = make(model, inputs)
+        findings = find_input_layers(graph)
+        assert findings.names == ("stem",)
+        (refusal,) = findings.refusals
+        assert not refusal.competes and "nothing to do here" in refusal.remedy
+        assert_tract(model, graph, tract_pass(graph), inputs, (0,))

@@ -27,6 +27,7 @@ from tract_fx.passes.fx_graph import (
     warn_of_frozen,
     weight_parameters,
 )
+from tract_fx.preconditioner import check_lambda
 
 __all__ = ["tract_module"]
 
@@ -70,7 +71,7 @@ def tract_module(
             model.
         UnknownLayerError: A name in `layers` names no module.
     """  # noqa: DOC502 (some are raised by what it calls)
-    by_name = named_lambdas(layers, lambda_)
+    lambda_, by_name = check_lambda(lambda_), named_lambdas(layers, lambda_)
     if isinstance(model, fx.GraphModule):
         return tract_pass(model, lambda_=lambda_, layers=by_name)  # type: ignore[return-value]
     _check_model(model)

@@ -74,7 +74,7 @@ def choose(
     Returns:
         λ by name of the calling node.
     """
-    by_name = named_lambdas(layers, lambda_)
+    lambda_, by_name = check_lambda(lambda_), named_lambdas(layers, lambda_)
     eligible = list(eligible)
     present = {r.node: r.lambda_ for r in eligible if r.lambda_ is not None}
     if by_name is not None:
@@ -113,9 +113,8 @@ def _the_input_layer(findings: Findings) -> tuple[InputLayer, ...]:
     if not layers:
         raise _nothing_found(findings)
     raise AmbiguousInputLayerError(
-        f"{len({r.weight for r in layers})} layers consume the model's input"
-        + (f", and {len(rivals)} operations that can't be treated" if rivals else "")
-        + f":\n{findings}\n",
+        f"{len({r.weight for r in layers}) + len(rivals)} operations with parameters consume the "
+        f"model's input:\n{findings}\n",
         "TrAct is meant for the one that reads the image, and a pass can't tell which that is",
         f"Say which with layers=, for example layers=[{layers[0].name!r}]",
     )

@@ -213,7 +213,8 @@ _BILINEAR = _Why(
 )
 _PRODUCT = _Why(
     "it multiplies the input with a raw parameter, where rows and columns can't be told for sure",
-    "Write it as torch.nn.functional.linear(x, weight) or nn.Linear, before any decomposition",
+    "Write it as torch.nn.functional.linear(x, weight) or nn.Linear, and trace before any "
+    "decomposition; or name another layer with layers=[…]",
 )
 _ARITHMETIC = _Why(
     "it combines the input with a trained parameter before any linear layer reads it",

@@ -1,0 +1,385 @@
+"""tract_module: eager models, located through torch.export and treated in place of tracing."""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch_tract
+from torch import Tensor, fx, nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations
+
+from geometries import GEOMETRIES, Geometry
+from input_layers import LAYERS, PLACES, Siamese, autoencoder, called_twice
+from input_paths import PATHS, Case, conv, linear
+from reference import Net, assert_plain, assert_tract, built, exported, images, step
+from refused_models import NOT_AT_ALL, OPERATIONS, SEVERAL, WithMetadata
+from refused_models import Case as RefusedCase
+from tract_fx import (
+    AmbiguousInputLayerError,
+    NoInputLayerError,
+    UnknownLayerError,
+    UnsupportedLayerError,
+    UnsupportedModelError,
+    UntraceableModelError,
+    remove_tract,
+    tract_module,
+    tract_pass,
+)
+
+# A convolution that is no call of a module, or a module that TrAct can't go into.
+NO_MODULE = {case.name for case in LAYERS if case.layer != "stem"} | {
+    "subclass-with-forward",
+    "tied-function-behind",
+}
+CALLED_AGAIN = {"called-again-on-features"}
+LOCATED = [case for case in (*PATHS, *LAYERS, *PLACES) if case.name not in NO_MODULE | CALLED_AGAIN]
+
+
+@pytest.mark.parametrize("case", LOCATED, ids=str)
+def test_located_and_right(case: Case) -> None:
+    """The cases of test_locate.py that have a module for a layer."""
+    model, inputs = built(case.build), case.inputs()
+    tract = tract_module(model, inputs)
+    assert type(tract) is (type(model) if case.name != "the-layer-alone" else type(tract))
+    assert_tract(model, model, tract, inputs, case.treated)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_geometry(geometry: Geometry) -> None:
+    model, x = nn.Sequential(geometry.layer(torch.float64)), geometry.input(torch.float64)
+    assert_tract(model, model, tract_module(model, x), (x,), (0,))
+
+
+# Models that nothing can trace.
+
+
+class Branches(nn.Module):
+    """Its branch depends on the values of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv()
+        self.heads = nn.ModuleList([nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.heads[int(x.sum() > 0)](self.stem(x))
+        return result
+
+
+def test_untraceable_and_the_way_out() -> None:
+    model = built(Branches)
+    with pytest.raises(UntraceableModelError) as caught:
+        tract_module(model, images())
+    message = str(caught.value)
+    assert message.startswith("torch.export failed on Branches (")
+    assert "tract_module(model, layers=['path.of.the.layer'])" in message
+    assert caught.value.__cause__ is not None and isinstance(caught.value, RuntimeError)
+    tract = tract_module(model, layers=["stem"])
+    for inputs in ((images(),), (-images(),)):
+        assert_tract(model, model, tract, inputs, (0,))
+
+
+def test_wrong_example_is_a_tracing_error() -> None:
+    with pytest.raises(UntraceableModelError, match=r"torch\.export failed on Net"):
+        tract_module(built(lambda: Net(lambda net, x: net.stem(x), stem=conv())), images(2, 5))
+
+
+def test_exporting_does_not_need_a_tensor_free_forward() -> None:
+    """Attributes that a forward writes stay out of the user's model while locating."""
+
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.last = linear(8), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = self.stem(x)
+            result: Tensor = self.last.tanh()
+            return result
+
+    model = built(Remembers)
+    tract = tract_module(model, images())
+    assert model.last is None and tract.last is None
+    assert_tract(model, model, tract, (images(),), (0,))
+
+
+# Example inputs.
+
+
+class Record(collections.UserDict[str, Tensor]):
+    """What tokenizers and image processors return: a mapping that is no dict."""
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        images(),
+        (images(),),
+        [images()],
+        {"x": images()},
+        Record(x=images()),
+        collections.OrderedDict(x=images()),
+        (images().requires_grad_(),),
+    ],
+    ids=["tensor", "tuple", "list", "dict", "record", "ordered-dict", "with-grad"],
+)
+def test_example_inputs(example: Any) -> None:
+    model = built(lambda: Net(lambda net, x: net.stem(x), stem=conv()))
+    assert_tract(model, model, tract_module(model, example), (images(),), (0,))
+
+
+@pytest.mark.parametrize("example", [None, 3, "image", {1, 2}, object()], ids=repr)
+def test_bad_example_inputs(example: Any) -> None:
+    model = built(lambda: Net(lambda net, x: net.stem(x), stem=conv()))
+    with pytest.raises(UnsupportedModelError, match=r"example_inputs=.*layers=") as caught:
+        tract_module(model, example)
+    assert repr(example) in str(caught.value)
+    assert_tract(model, model, tract_module(model, example, layers="stem"), (images(),), (0,))
+
+
+# layers=
+
+
+def chain() -> nn.Module:
+    return Net(
+        lambda net, x: net.head(net.block(x)),
+        block=nn.Sequential(conv(), nn.Tanh(), nn.Conv2d(4, 4, 1)),
+        head=linear(6),
+    )
+
+
+def test_layers_are_module_paths() -> None:
+    model = built(chain)
+    for layers, calls in (
+        ("block.0", {0: 0.1}),
+        (["block.2", "head"], {1: 0.1, 2: 0.1}),
+        ({"block.0": 0.05, "head": 1}, {0: 0.05, 2: 1.0}),
+    ):
+        tract = tract_module(model, layers=layers)  # type: ignore[arg-type]
+        assert_tract(model, model, tract, (images(),), calls)
+
+
+@pytest.mark.parametrize("name", ["stem", "block.1.weight", "block.9", "block.0.weight", "0"])
+def test_unknown_layer(name: str) -> None:
+    with pytest.raises(UnknownLayerError) as caught:
+        tract_module(built(chain), layers=["head", name])
+    assert repr(name) in str(caught.value)
+    assert "'block.0', 'block.2', 'head'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("block", r"block \(Sequential\): it is neither nn\.Linear nor"),
+        ("block.1", r"block\.1 \(Tanh\)"),
+        ("", r"\(Net\): it is neither"),
+    ],
+)
+def test_layer_of_another_kind(name: str, says: str) -> None:
+    with pytest.raises(UnsupportedLayerError, match=says):
+        tract_module(built(chain), layers=name)
+
+
+def test_layer_with_a_forward_of_its_own() -> None:
+    (case,) = (case for case in LAYERS if case.name == "subclass-with-forward")
+    model = built(case.build)
+    for call in (lambda: tract_module(model, images()), lambda: tract_module(model, layers="stem")):
+        with pytest.raises(UnsupportedLayerError, match=r"method of its own.*export\.export"):
+            call()
+    graph = exported(model, (images(),))
+    assert_tract(model, graph, tract_pass(graph), (images(),), (0,))
+
+
+@pytest.mark.parametrize(
+    "name", sorted(NO_MODULE - {"subclass-with-forward", "tied-function-behind"})
+)
+def test_function_calls_have_no_module(name: str) -> None:
+    (case,) = (case for case in (*LAYERS, *PLACES) if case.name == name)
+    model, inputs = built(case.build), case.inputs()
+    with pytest.raises(
+        UnsupportedLayerError, match=r"function call.*torch\.export\.export"
+    ) as caught:
+        tract_module(model, inputs)
+    assert case.layer in str(caught.value)
+    graph = exported(model, inputs)
+    assert_tract(model, graph, tract_pass(graph), inputs, case.treated)
+
+
+def test_the_weight_of_a_module_that_is_never_called() -> None:
+    """The name of the weight is a module's, and treating that module would do nothing."""
+    model = built(
+        lambda: Net(lambda net, x: functional.linear(x, net.stem.weight), stem=nn.Linear(8, 3))
+    )
+    with pytest.raises(UnsupportedLayerError, match="function call"):
+        tract_module(model, images())
+
+
+# One module in several calls.
+
+
+def test_called_on_features_too() -> None:
+    model = built(lambda: Net(called_twice, stem=nn.Conv2d(3, 3, 3)))
+    with pytest.raises(UnsupportedLayerError) as caught:
+        tract_module(model, images())
+    message = str(caught.value)
+    assert message.startswith("stem is called on the input and again on features (node 'conv2d_1')")
+    assert "tract_pass" in message and "layers=['stem']" in message
+    # Both ways out.
+    assert_tract(model, model, tract_module(model, layers=["stem"]), (images(),), (0, 1))
+    graph = exported(model, (images(),))
+    assert_tract(model, graph, tract_pass(graph), (images(),), (0,))
+
+
+def test_called_on_features_under_another_name() -> None:
+    layer = nn.Conv2d(3, 3, 3)
+    model = built(
+        lambda: Net(lambda net, x: net.again(net.stem(x).relu()), stem=layer, again=layer)
+    )
+    with pytest.raises(UnsupportedLayerError, match="stem is called on the input and again"):
+        tract_module(model, images())
+    tract = tract_module(model, layers=["again"])
+    assert tract.stem is tract.again
+    assert_tract(model, model, tract, (images(),), (0, 1))
+
+
+@pytest.mark.parametrize("stem_first", [True, False])
+def test_tied_weights_of_two_modules(stem_first: bool) -> None:
+    """An exported graph gives both the name of one; the module that reads the input is treated."""
+    model = built(autoencoder(stem_first))
+    tract = tract_module(model, images())
+    assert isinstance(tract.get_submodule("stem"), type(tract.get_submodule("stem")))
+    assert "lambda_" in repr(tract.stem) and "lambda_" not in repr(tract.head)
+    assert tract.stem.weight is tract.head.weight is model.stem.weight
+    assert_tract(model, model, tract, (images(),), (0,))
+
+
+def test_siamese() -> None:
+    model, inputs = built(Siamese), (images(), images(seed=1))
+    assert_tract(model, model, tract_module(model, inputs), inputs, (0, 1))
+
+
+# Refusals.
+
+
+REFUSED = [case for case in (*OPERATIONS, *SEVERAL, *NOT_AT_ALL) if "export" in case.routes]
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=str)
+def test_refused_with_a_way_out(case: RefusedCase) -> None:
+    """As the pass refuses the exported graph; the choice by name works on the eager model."""
+    model, inputs = built(case.build), case.inputs()
+    with pytest.raises(case.error) as caught:
+        tract_module(model, inputs)
+    if not case.layers:
+        return
+    assert "layers=" in str(caught.value)
+    tract = tract_module(model, layers=case.layers)
+    assert_tract(model, model, tract, inputs, case.treated)
+
+
+def test_error_kinds() -> None:
+    with pytest.raises(NoInputLayerError):
+        tract_module(nn.ReLU(), images())
+    with pytest.raises(AmbiguousInputLayerError, match=r"layers=\['stem'\]"):
+        tract_module(built(WithMetadata), (images(), images(4, 5)))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: torch_tract.TrActConv2d(3, 4, 3, lambda_=0.1),
+        lambda: torch_tract.TrAct(conv(), l=0.1),
+        lambda: torch_tract.TrActLinear(8, 4, lambda_=0.1),
+    ],
+    ids=["conv", "wrapped", "linear"],
+)
+def test_torch_tract_is_recognised(layer: Callable[[], nn.Module]) -> None:
+    model = built(lambda: Net(lambda net, x: net.stem(x), stem=layer()))
+    for call in (lambda: tract_module(model, images()), lambda: tract_module(model, layers="stem")):
+        with pytest.raises(
+            UnsupportedLayerError, match=r"torch-tract.*plain nn\.Linear or nn\.Conv2d"
+        ):
+            call()
+
+
+# A second application, and taking it out.
+
+
+def test_second_application() -> None:
+    model = built(chain)
+    tract = tract_module(model, images(), lambda_=0.05)
+    assert_tract(model, model, tract_module(tract, lambda_=2), (images(),), {0: 2.0})
+    added = tract_module(tract, layers={"head": 0.5})
+    assert_tract(model, model, added, (images(),), {0: 0.05, 2: 0.5})
+    assert type(added.block[0]) is type(tract.block[0])
+    assert_tract(model, model, tract, (images(),), {0: 0.05})
+    for module in (added, tract):
+        plain = remove_tract(module)
+        assert [type(m) for m in plain.modules()] == [type(m) for m in model.modules()]
+        assert repr(plain) == repr(model)
+        assert_plain(model, plain, (images(),))
+
+
+def test_a_graph_module_goes_to_the_pass() -> None:
+    model = built(chain)
+    graph = fx.symbolic_trace(model)
+    assert_tract(model, graph, tract_module(graph), (images(),), (0,))
+    assert_tract(model, graph, tract_module(graph, layers=(n for n in ["head"])), (images(),), (2,))
+
+
+# Nothing else happens.
+
+
+def test_locating_leaves_no_trace() -> None:
+    model = built(
+        lambda: Net(
+            lambda net, x: net.drop(net.norm(net.stem(x))),
+            stem=parametrizations.spectral_norm(conv()),
+            norm=nn.BatchNorm2d(4),
+            drop=nn.Dropout(),
+        )
+    )
+    seen: list[Tensor] = []
+    model.stem.register_forward_hook(lambda m, args, output: seen.append(output))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = images().requires_grad_()
+    random_state = torch.get_rng_state()
+    tract = tract_module(model, x)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert x.grad is None and all(p.grad is None for p in model.parameters())
+    seen.clear()
+    tract(x)
+    assert len(seen) == 1
+
+
+def test_modes_are_kept() -> None:
+    model = built(chain)
+    model.block.eval()
+    tract = tract_module(model, images())
+    assert [m.training for m in tract.modules()] == [m.training for m in model.modules()]
+
+
+def test_no_gradient_no_cost() -> None:
+    model = built(chain)
+    tract = tract_module(model, images())
+    with torch.no_grad():
+        assert torch.equal(tract(images()), model(images()))
+    assert tract(images()).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eval_is_still_tract(dtype: torch.dtype) -> None:
+    model = built(chain).to(dtype)
+    tract = tract_module(model, images().to(dtype)).eval()
+    plain, given = (
+        step(m, (images().to(dtype),)).gradients["block.0.weight"] for m in (model, tract)
+    )
+    assert plain is not None and given is not None
+    assert not math.isclose(plain.norm().item(), given.norm().item(), rel_tol=0.01)
