@@ -20,7 +20,9 @@ class Standardised(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         centred = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        return self._conv_forward(input, centred / centred.std((1, 2, 3), keepdim=True), self.bias)
+        scale = centred.std((1, 2, 3), keepdim=True)
+        output: Tensor = self._conv_forward(input, centred / scale, self.bias)
+        return output
 
 
 class Renamed(nn.Conv2d):
@@ -124,7 +126,7 @@ LAYERS = (
 )
 
 
-def called_twice(net: Any, x: Tensor) -> Tensor:
+def called_twice(net: Any, x: Tensor) -> Any:
     return net.stem(net.stem(x).relu())
 
 
@@ -137,18 +139,17 @@ def tied_by_function(net: Any, x: Tensor) -> Tensor:
 
 
 def autoencoder(stem_first: bool) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
+    def build() -> Any:
         names = ["stem", "head"] if stem_first else ["head", "stem"]
-        net = Net(
-            lambda net, x: net.head(net.stem(x).tanh()), **{n: nn.Linear(8, 8) for n in names}
-        )
+        layers = {name: nn.Linear(8, 8) for name in names}
+        net: Any = Net(lambda net, x: net.head(net.stem(x).tanh()), **layers)
         net.head.weight = net.stem.weight
         return net
 
     return build
 
 
-def positions(net: Any, x: Tensor) -> Tensor:
+def positions(net: Any, x: Tensor) -> Any:
     tokens = net.stem(x).flatten(2).mT
     return net.head(tokens + net.table(torch.arange(tokens.shape[1])))
 

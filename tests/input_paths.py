@@ -97,7 +97,7 @@ def constant(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value, requires_grad=False)
 
 
-def without_gradient(net: Any, x: Tensor) -> Tensor:
+def without_gradient(net: Any, x: Tensor) -> Any:
     with torch.no_grad():
         return (x - net.mean) / net.std
 
@@ -134,7 +134,8 @@ def sobel(channels: int) -> nn.Conv2d:
     return module
 
 
-MEAN, STD = {"mean": lambda: images(3, 1, 1)}, {"std": lambda: images(3, 1, 1, seed=1) + 0.5}
+MEAN: dict[str, Any] = {"mean": lambda: images(3, 1, 1)}
+STD: dict[str, Any] = {"std": lambda: images(3, 1, 1, seed=1) + 0.5}
 BYTES = lambda: ((images() * 255).to(torch.uint8),)  # noqa: E731
 
 PATHS = (

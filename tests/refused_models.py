@@ -58,6 +58,13 @@ def first(module: Callable[[], nn.Module], features: int = 8) -> Callable[[], nn
     return lambda: then_linear(lambda net, x: net.first(x), features, first=module())
 
 
+def with_operand(
+    run: Callable[[Any, Tensor], Tensor], features: int, operand: Callable[[], Tensor]
+) -> Callable[[], nn.Module]:
+    """An operation of the input and `net.p`."""
+    return lambda: then_linear(run, features, p=operand())
+
+
 def parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(images(*shape, seed=3))
 
@@ -68,7 +75,7 @@ def ids() -> Inputs:
 
 def written_in_place(view: bool) -> Callable[[Any, Tensor], Tensor]:
     def run(net: Any, x: Tensor) -> Tensor:
-        (x.view(4, -1) if view else x).mul_(net.gain)
+        (x.view(4, -1) if view else x).mul_(net.p)
         return x
 
     return run
@@ -112,10 +119,10 @@ OPERATIONS = (
     *(
         Case(
             name,
-            lambda run=run: then_linear(run, 8, p=parameter(8)),
+            with_operand(run, 8, lambda: parameter(8)),
             SHIFT,
             layers=("head",),
-            instead=lambda run=run: then_linear(run, 8, p=images(8, seed=3)),
+            instead=with_operand(run, 8, lambda: images(8, seed=3)),
         )
         for name, run in {
             "shift": lambda net, x: x + net.p,
@@ -130,7 +137,7 @@ OPERATIONS = (
     *(
         Case(
             f"in-place-{'view' if view else 'operation'}",
-            lambda view=view: then_linear(written_in_place(view), 8, gain=parameter(1)),
+            with_operand(written_in_place(view), 8, lambda: parameter(1)),
             ("mul_", *SHIFT),
             layers=("head",),
         )
@@ -139,11 +146,11 @@ OPERATIONS = (
     *(
         Case(
             name,
-            lambda run=run: then_linear(run, 5, p=parameter(8, 5)),
+            with_operand(run, 5, lambda: parameter(8, 5)),
             (name, *RAW),
             layers=("head",),
-            instead=lambda: then_linear(
-                lambda net, x: functional.linear(x, net.p), 5, p=parameter(5, 8)
+            instead=with_operand(
+                lambda net, x: functional.linear(x, net.p), 5, lambda: parameter(5, 8)
             ),
         )
         for name, run in {

@@ -42,7 +42,7 @@ def twice() -> nn.Module:
     return Net(lambda net, x: net.stem(net.stem(x).relu()), stem=nn.Conv2d(3, 3, 3))
 
 
-def graph_of(build: Callable[[], nn.Module], route: str) -> tuple[nn.Module, fx.GraphModule]:
+def graph_of(build: Callable[[], nn.Module], route: str) -> tuple[Any, fx.GraphModule]:
     model = built(build)
     return model, ROUTES[route](model, (images(),))
 
@@ -319,10 +319,10 @@ def test_frozen_layer_is_put_in_and_idle(call: str, layers: str | None) -> None:
 def test_frozen_first_layer_and_a_choice_behind_it() -> None:
     model = built(chain)
     model.stem.requires_grad_(False)
-    for call, apply in applications(model).items():
+    for apply in applications(model).values():
         with warnings.catch_warnings():
             warnings.simplefilter("error", TractWarning)
-            assert_tract(model, model, apply(layers="body"), (images(),), (1,)), call
+            assert_tract(model, model, apply(layers="body"), (images(),), (1,))
 
 
 def test_warns_for_each_frozen_layer_once() -> None:

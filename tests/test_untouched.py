@@ -38,7 +38,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def made(route: str) -> nn.Module:
+def made(route: str) -> Any:
     model = built(net)
     return model if route == "eager" else ROUTES[route](model, (images(),))
 
@@ -113,7 +113,7 @@ def test_tract_graph_is_not_changed(route: str) -> None:
     assert_equal(before, snapshot(tract))
 
 
-def treated(route: str) -> tuple[nn.Module, nn.Module]:
+def treated(route: str) -> tuple[Any, Any]:
     model = made(route)
     return model, tract_module(model, images()) if route == "eager" else tract_pass(model)
 
@@ -207,7 +207,7 @@ def test_hooks_of_before_fire_on_both(route: str) -> None:
     tract = tract_module(model, images()) if route == "eager" else tract_pass(plain)
     seen.clear()
     tract(images()).sum().backward()
-    assert len(seen) == 2 and all(issubclass(cls, type(model.stem)) for cls in seen)
+    assert len(seen) == 2 and all(issubclass(cls, nn.Conv2d) for cls in seen)
     model.zero_grad()
     # The layer reads what the hook gives it, and that is what X holds.
     assert_tract(model, plain, tract, (images(),), (0,))
@@ -240,7 +240,6 @@ def test_replacing_a_child_stays_on_one_side(route: str) -> None:
 @pytest.mark.parametrize("route", ROUTES)
 def test_editing_one_graph_leaves_the_other(route: str) -> None:
     model, tract = treated(route)
-    assert isinstance(model, fx.GraphModule) and isinstance(tract, fx.GraphModule)
     code = model.code
     for node in tract.graph.nodes:
         node.meta.setdefault("custom", {})["mine"] = 1

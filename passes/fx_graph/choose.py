@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from tract_fx.errors import (
     AmbiguousInputLayerError,
@@ -39,10 +40,8 @@ def named_lambdas(layers: LayerChoice, lambda_: float) -> dict[str, float] | Non
     lambda_ = check_lambda(lambda_)
     if layers is None:
         return None
-    if isinstance(layers, str):
-        names = [layers]
-    else:
-        names = list(layers) if isinstance(layers, Iterable) else []
+    given: Any = [layers] if isinstance(layers, str) else layers
+    names = list(given) if isinstance(given, Iterable) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise UnknownLayerError(
             f"layers={layers!r}",
