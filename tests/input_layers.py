@@ -107,6 +107,7 @@ LAYERS = (
     ),
     raw("weight-computed", lambda net, x: functional.linear(x, net.w.tanh() * 2), 5, 8),
     raw("weight-transposed", lambda net, x: functional.linear(x, net.w.t()), 8, 5),
+    raw("weight-dropped", lambda net, x: functional.linear(x, functional.dropout(net.w)), 5, 8),
     raw("weight-slice", lambda net, x: functional.linear(x, net.w[:3]), 5, 8),
     raw(
         "weight-repeated",
@@ -227,6 +228,15 @@ PLACES = (
             lambda net, x: x + net.head(net.stem(x).relu()),
             stem=conv(padding=1),
             head=nn.Conv2d(4, 3, 1),
+        ),
+    ),
+    Case(
+        "residual-of-normalised-features",
+        lambda: Net(
+            lambda net, x: x + net.scale * net.norm(net.stem(x)),
+            stem=nn.Conv2d(3, 3, 1),
+            norm=nn.BatchNorm2d(3),
+            scale=nn.Parameter(images(3, 1, 1)),
         ),
     ),
     Case(

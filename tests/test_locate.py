@@ -7,11 +7,14 @@ torch.export, wherever these can make a graph of it. What is refused is in test_
 from __future__ import annotations
 
 import dataclasses
+import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
@@ -44,6 +47,45 @@ def test_geometry_through_export(geometry: Geometry) -> None:
     )
     assert layer.weight_shape == tuple(model[0].get_parameter("weight").shape)
     assert_tract(model, graph, tract_pass(graph), inputs, (0,))
+
+
+def small() -> nn.Module:
+    return Net(
+        lambda net, x: net.head(net.stem(x - net.mean).relu().mean((2, 3))),
+        stem=conv(stride=2, padding=1),
+        head=nn.Linear(4, 2),
+        mean=images(3, 1, 1),
+    )
+
+
+def saved_and_loaded(program: ExportedProgram) -> ExportedProgram:
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    return torch.export.load(buffer)
+
+
+EXPORTS: dict[str, Callable[[ExportedProgram], ExportedProgram]] = {
+    "as-it-is": lambda program: program,
+    "decomposed": lambda program: program.run_decompositions(),
+    "saved": saved_and_loaded,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "strict"), [*((kind, False) for kind in EXPORTS), ("as-it-is", True)]
+)
+def test_other_exports(kind: str, strict: bool) -> None:
+    """Also with a batch and an image size that the program leaves open."""
+    model, size = built(small), {2: Dim("height", min=4), 3: Dim("width", min=4)}
+    program = torch.export.export(
+        model, (images(),), dynamic_shapes={"x": {0: Dim("batch"), **size}}, strict=strict
+    )
+    program = EXPORTS[kind](program)
+    tract = tract_pass(program)
+    assert find_input_layers(program).names == ("stem",)
+    for shape in ((4, 3, 8, 8), (1, 3, 9, 12)):
+        assert_tract(model, program.module(), tract, (images(*shape),), (0,))
 
 
 def test_record_of_a_layer() -> None:

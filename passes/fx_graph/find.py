@@ -101,6 +101,8 @@ class _Locator:
         if value.path:
             # A frozen parameter in the way is a constant.
             value = dataclasses.replace(value, parameters=(), path=(*value.path, node.name))
+        elif value.from_layers:
+            value = Value(from_layers=True)  # whatever parameters the features have met
         return self._written(node, value)
 
     def _written(self, node: Node, value: Value, over: bool = False) -> Value:
