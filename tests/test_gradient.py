@@ -91,8 +91,8 @@ def test_rows_and_columns_cover_both_forms() -> None:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(call=calls(), seed=st.integers(0, 1000))
-def test_any_gradient_is_multiplied_exactly(call: Call, seed: int) -> None:
+@given(call=calls(), seed=st.integers(0, 1000), lambda_=st.floats(1e-3, 10.0))
+def test_any_gradient_is_multiplied_exactly(call: Call, seed: int, lambda_: float) -> None:
     """Also one that lies outside the row space of X, as a gradient penalty's does."""
     weight = call.layer.weight
     generator = torch.Generator().manual_seed(seed)
@@ -102,8 +102,8 @@ def test_any_gradient_is_multiplied_exactly(call: Call, seed: int) -> None:
         layer = call.layer
         x = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)  # type: ignore[arg-type]
     geometry = PatchGeometry.of_module(call.layer)
-    found = precondition_weight_gradient(given_gradient, x, 0.1, geometry)
-    expected = precondition(call.layer, given_gradient, call.x)
+    found = precondition_weight_gradient(given_gradient, x, lambda_, geometry)
+    expected = precondition(call.layer, given_gradient, call.x, lambda_)
     assert relative_error(found, expected) < FLOAT64
 
 

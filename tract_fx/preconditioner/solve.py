@@ -150,7 +150,7 @@ def _row_space_solve(
     outside = grad - inside @ q.mT
     size = torch.linalg.matrix_norm(grad)[:, None, None]
     is_noise = torch.linalg.matrix_norm(outside)[:, None, None] <= noise * size
-    outside_factor = torch.where(is_noise, 0.0, 1 / lambda_)
+    outside_factor = (~is_noise).to(dtype) / lambda_
     # Uᵀ U from the right: first the upper factor, then the lower.
     half = torch.linalg.solve_triangular(u, inside, upper=True, left=False)
     solved = torch.linalg.solve_triangular(u.mT, half, upper=False, left=False)
