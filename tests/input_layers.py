@@ -187,6 +187,18 @@ class KeywordsOnly(nn.Module):
         return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
 
 
+class AllOptional(nn.Module):
+    """As in transformers: every argument may be left out, the image as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = conv(), nn.Conv2d(4, 2, 1)
+
+    def forward(self, pixels: Any = None, mask: Any = None, scale: float = 0.5) -> Any:
+        features = self.stem(pixels * scale).relu()
+        return self.head(features if mask is None else features * mask)
+
+
 def traced_inside() -> nn.Module:
     inner = Net(lambda net, x: net.stem(x - net.mean).relu(), stem=conv(), mean=images(3, 1, 1))
     return Net(
@@ -209,6 +221,12 @@ PLACES = (
         "keywords-only",
         KeywordsOnly,
         lambda: {"labels": torch.tensor([0, 1, 3, 2]), "image": images()},
+    ),
+    Case(
+        "all-optional",
+        AllOptional,
+        lambda: {"pixels": images(), "mask": images(4, 1, 6, 6)},
+        routes=("symbolic_trace",),  # an exported graph has lost which inputs are optional
     ),
     Case(
         "dict-of-inputs",

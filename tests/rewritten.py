@@ -8,6 +8,7 @@ A test takes a `Case` through one thing that models go through, and ends in `ass
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import pytest
@@ -25,12 +26,13 @@ LAMBDA = 0.1
 FLOAT64 = 1e-10
 FLOAT32 = 1e-5
 WEIGHT = "first.weight"
+Layer = nn.Conv2d | nn.Linear
 
 
 class Net(nn.Module):
     """A first layer, tanh and a linear head: smooth, so that second derivatives say something."""
 
-    def __init__(self, first: nn.Module, head: nn.Module) -> None:
+    def __init__(self, first: Layer, head: nn.Module) -> None:
         super().__init__()
         self.first = first
         self.head = head
@@ -49,8 +51,7 @@ class FunctionalNet(Net):
         weight, bias = self.first.weight, self.first.bias
         if isinstance(self.first, nn.Linear):
             return self.rest(functional.linear(x, weight, bias))
-        assert isinstance(self.first, nn.Conv2d)
-        geometry = self.first.stride, self.first.padding
+        geometry: Any = self.first.stride, self.first.padding
         return self.rest(functional.conv2d(x, weight, bias, *geometry))
 
 
@@ -67,7 +68,7 @@ class Form:
     """
 
     name: str
-    build: Callable[[], nn.Module]
+    build: Callable[[], Layer]
     features: int
     shape: tuple[int, ...]
     across: int
@@ -168,9 +169,7 @@ def gradient(model: nn.Module, x: Tensor) -> Tensor:
     return result.clone()
 
 
-def output_gradient(
-    net: Net, x: Tensor, objective: Callable[[Tensor], Tensor] = loss
-) -> Tensor:
+def output_gradient(net: Net, x: Tensor, objective: Callable[[Tensor], Tensor] = loss) -> Tensor:
     """The gradient of the first layer's output, in the plain eager model."""
     z = net.first(x).detach().requires_grad_()
     (dz,) = torch.autograd.grad(objective(net.rest(z)), [z])

@@ -222,7 +222,7 @@ def test_batched_gradients_of_a_compiled_model(case: Case) -> None:
     weights = [weight_of(model), net.first.weight]
     outputs = [model(x), net(x)]
     found, plain = (
-        torch.autograd.grad(y, [w], cotangents, is_grads_batched=True)[0]  # type: ignore[list-item]
+        torch.autograd.grad(y, [w], cotangents, is_grads_batched=True)[0]
         for y, w in zip(outputs, weights, strict=True)
     )
     for one, gw in zip(found, plain, strict=True):

@@ -107,9 +107,7 @@ def test_state_dict_goes_both_ways(case: Case) -> None:
     model.load_state_dict(net.state_dict(), strict=True)
     assert_tract(gradient(model, x), net, x)
     other.load_state_dict(model.state_dict(), strict=True)
-    assert all(
-        torch.equal(a, b) for a, b in zip(other.parameters(), net.parameters(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), net.parameters(), strict=True))
 
 
 @each(*CONV_CASES)

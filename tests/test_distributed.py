@@ -1,55 +1,88 @@
-"""Parallel training in two gloo processes: each has its own Gram, gradients are averaged."""
+"""Training in two processes (gloo): DDP, FSDP2 and their compiled forms."""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import distributed_worker
-import numpy as np
 import pytest
-import torch
-from distributed_worker import ARRANGEMENTS, WORLD, batch_of
-from torch import Tensor
+import torch.distributed
 
-from oracle import relative_error
-from rewritten import FLOAT64, Case, expected, gradient
+from rewritten import CONV_CASES, FLOAT64, Case, each
+from two_processes import PROCESSES, WRAPPERS, possible
 
-Gradients = list[dict[str, Tensor]]
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="this build of torch has no gloo",
+)
+
+Results = list[dict[str, float | str]]
+MODULE_CASES = tuple(c for c in CONV_CASES if c.way in ("call_module", "tract_module"))
 
 
 @pytest.fixture(scope="module")
-def gradients(tmp_path_factory: pytest.TempPathFactory) -> Gradients:
-    """The gradients that each process ended with."""
-    folder = tmp_path_factory.mktemp("distributed")
-    script = Path(distributed_worker.__file__)
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Errors by wrapper and case, as each process has found them."""
+    folder = tmp_path_factory.mktemp("processes")
+    script = Path(__file__).with_name("two_processes.py")
+    loopback = "lo0" if sys.platform == "darwin" else "lo"  # gloo would look for a network
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
     processes = [
         subprocess.Popen(
             [sys.executable, str(script), str(rank), str(folder)],
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(WORLD)
+        for rank in range(PROCESSES)
     ]
     try:
         outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    assert [process.returncode for process in processes] == [0] * PROCESSES, "\n".join(outputs)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "case"), ARRANGEMENTS, ids=[f"{w}-{c}" for w, c in ARRANGEMENTS]
+    ("wrapper", "case"),
+    [
+        pytest.param(name, case, id=f"{name}-{case}")
+        for name in WRAPPERS
+        for case in CONV_CASES
+        if possible(case, name)
+    ],
 )
-def test_mean_of_each_process_s_gradient(wrapper: str, case: Case, gradients: Gradients) -> None:
-    net = case.net()
-    batches = [batch_of(case, rank) for rank in range(WORLD)]
-    wanted = np.mean([expected(net, x) for x in batches], axis=0)
-    plain = torch.stack([gradient(case.net(), x) for x in batches]).mean(0)
-    assert relative_error(plain, wanted) > 0.1
-    for found in gradients:
-        assert relative_error(found[f"{wrapper}-{case}"], wanted) < FLOAT64
+def test_average_of_each_process_own_gradient(results: Results, wrapper: str, case: Case) -> None:
+    for found in results:
+        error = found[f"{wrapper} {case}"]
+        assert isinstance(error, float)
+        assert error < FLOAT64
+
+
+@each(*MODULE_CASES)
+def test_mixed_precision(results: Results, case: Case) -> None:
+    """Gradients of bfloat16 weights: rounded to that dtype before the reduction."""
+    for found in results:
+        error = found[f"mixed-precision {case}"]
+        assert isinstance(error, float)
+        assert error < 4e-3
+
+
+@each(*MODULE_CASES)
+def test_sharded_before_the_pass_is_an_error(results: Results, case: Case) -> None:
+    assert all(found[f"sharded-before {case}"] for found in results)
+
+
+@each(*CONV_CASES)
+def test_one_gram_over_both_processes_would_be_another(results: Results, case: Case) -> None:
+    """Else the oracle above could not tell whose Gram it was."""
+    for found in results:
+        difference = found[f"global-gram {case}"]
+        assert isinstance(difference, float)
+        assert difference > 1e3 * FLOAT64

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.jit._trace import TracerWarning
 
 from oracle import relative_error
 from rewritten import (
@@ -134,7 +135,7 @@ def test_exported_under_autocast(case: Case) -> None:
 def test_compiled_after_export(case: Case) -> None:
     net, x = case.net(), case.batch()
     exported = export(case.rewrite(net), x).module()
-    compiled = torch.compile(exported, backend="aot_eager", fullgraph=True)
+    compiled: Any = torch.compile(exported, backend="aot_eager", fullgraph=True)
     assert_tract(gradient(compiled, x), net, x)
     torch.compiler.reset()
 
@@ -143,7 +144,7 @@ def test_compiled_after_export(case: Case) -> None:
 def test_jit_trace_of_an_exported_model_keeps_the_operator(case: Case) -> None:
     net, x = case.net(), case.batch()
     exported = export(case.rewrite(net), x).module()
-    with pytest.warns(torch.jit.TracerWarning):
+    with pytest.warns(TracerWarning):
         traced = torch.jit.trace(exported, (x,), check_trace=False)
     loss(traced(x)).backward()
     assert_tract(weight_of(exported).grad, net, x)

@@ -18,10 +18,10 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from geometries import GEOMETRIES, Geometry, drawn
+from geometries import GEOMETRIES, Geometry
 from input_layers import LAYERS, PLACES, called_twice
 from input_paths import PATHS, Case, conv
-from reference import ROUTES, Net, assert_tract, built, each_route, exported, images, step
+from reference import ROUTES, Net, assert_tract, built, each_route, exported, images
 from tract_fx import find_input_layers, tract_pass
 
 
@@ -117,6 +117,28 @@ def test_finding_computes_no_weight(route: str) -> None:
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+def test_attribute_of_a_computed_weight() -> None:
+    """A graph made by hand may read a parametrized weight as an attribute."""
+    model = built(
+        lambda: Net(
+            lambda net, x: (net.stem(x), functional.conv2d(x, net.stem.weight)),
+            stem=parametrizations.spectral_norm(conv()),
+        )
+    )
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    called = graph.call_module("stem", (x,))
+    weight = graph.get_attr("stem.weight")
+    graph.output((called, graph.call_function(functional.conv2d, (x, weight))))
+    gm = torch.fx.GraphModule(model, graph)
+    buffers = {name: value.clone() for name, value in gm.named_buffers()}
+    tract = tract_pass(gm)
+    for layer in find_input_layers(tract).layers:
+        assert layer.weight == ("stem.parametrizations.weight.original",) and layer.lambda_ == 0.1
+    assert all(torch.equal(value, buffers[name]) for name, value in gm.named_buffers())
+    assert_tract(model, gm, tract, (images(),), (0, 1))
+
+
 def test_hooks_on_a_layer_called_twice_fire_for_both_calls() -> None:
     model = built(lambda: Net(called_twice, stem=nn.Conv2d(3, 3, 3)))
     seen: list[tuple[int, ...]] = []
@@ -126,20 +148,6 @@ def test_hooks_on_a_layer_called_twice_fire_for_both_calls() -> None:
     tract(images())
     assert seen == [(4, 3, 6, 6), (4, 3, 4, 4)]
     assert tract.state_dict().keys() == graph.state_dict().keys()
-
-
-def test_a_weight_of_one_dimension() -> None:
-    """functional.linear takes a vector as weight: a layer with one output and no output axis."""
-    weight, x = drawn((8,)), drawn((20, 8), seed=1)
-    net = Net(lambda net, x: functional.linear(x, net.w), w=nn.Parameter(weight))
-    matrix = Net(lambda net, x: functional.linear(x, net.w)[:, 0], w=nn.Parameter(weight[None]))
-    gradients = [
-        step(tract_pass(torch.fx.symbolic_trace(m)), (x,)).gradients["w"] for m in (net, matrix)
-    ]
-    assert gradients[0] is not None and gradients[1] is not None
-    assert torch.allclose(gradients[0], gradients[1][0], rtol=1e-10)
-    plain = step(net, (x,)).gradients["w"]
-    assert plain is not None and not torch.allclose(gradients[0], plain)
 
 
 def checkpointed(net: Any, x: Tensor) -> Tensor:

@@ -154,6 +154,19 @@ def test_a_complex_weight() -> None:
             tract_pass(make(model, (images(),)))
 
 
+def test_a_weight_of_one_dimension() -> None:
+    """functional.linear takes a vector: a layer of one output, without an axis for it."""
+    inputs, members = (images(20, 8),), {"w": nn.Parameter(images(8)), "scale": images(5, 20)}
+    model = Net(lambda net, x: functional.linear(x, net.w) * net.scale, **members)
+    for make in ROUTES.values():
+        with pytest.raises(UnsupportedLayerError, match=r"linear.*a vector.*weight\[None\]"):
+            tract_pass(make(model, inputs))
+    model = Net(lambda net, x: functional.linear(x, net.w[None])[:, 0] * net.scale, **members)
+    for make in ROUTES.values():
+        graph = make(model, inputs)
+        assert_tract(model, graph, tract_pass(graph), inputs, (0,))
+
+
 def test_a_lazy_layer() -> None:
     model = Net(lambda net, x: net.stem(x), stem=nn.LazyConv2d(4, 3, dtype=torch.float64))
     graph = fx.symbolic_trace(model)

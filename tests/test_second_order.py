@@ -7,6 +7,7 @@ other: the total gradient that reaches the op, times P.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -37,14 +38,16 @@ def r1(model: nn.Module, x: Tensor) -> Tensor:
     """Mescheder et al. 2018: the squared norm of the input gradient."""
     x = x.clone().requires_grad_()
     (along_x,) = torch.autograd.grad(model(x).sum(), [x], create_graph=True)
-    return along_x.square().sum()
+    penalty: Tensor = along_x.square().sum()
+    return penalty
 
 
 def wgan_gp(model: nn.Module, x: Tensor) -> Tensor:
     """Gulrajani et al. 2017: how far the norm of each image's gradient is from 1."""
     x = x.clone().requires_grad_()
     (along_x,) = torch.autograd.grad(model(x).sum(), [x], create_graph=True)
-    return (along_x.flatten(1).norm(dim=1) - 1).square().mean()
+    penalty: Tensor = (along_x.flatten(1).norm(dim=1) - 1).square().mean()
+    return penalty
 
 
 def third_order(model: nn.Module, x: Tensor) -> Tensor:
@@ -92,7 +95,8 @@ def test_two_backward_passes_add_up(case: Case) -> None:
 def test_penalty_keeps_the_input_gradient(case: Case) -> None:
     """Also the second derivative with respect to x alone is the plain one."""
     net, x = case.net(), case.batch()
-    found, plain = [], []
+    found: list[Tensor] = []
+    plain: list[Tensor] = []
     for model, results in ((case.rewrite(net), found), (net, plain)):
         leaf = x.clone().requires_grad_()
         (first,) = torch.autograd.grad(loss(model(leaf)), [leaf], create_graph=True)
@@ -119,10 +123,10 @@ def patches(net: Net, x: Tensor) -> Tensor:
     """X by torch.nn.functional.unfold, which autograd goes through."""
     if isinstance(net.first, nn.Linear):
         return x
-    assert isinstance(net.first, nn.Conv2d)
-    first = net.first
-    columns = functional.unfold(x, first.kernel_size, stride=first.stride)  # type: ignore[arg-type]
-    return columns.mT.flatten(0, 1)
+    first: Any = net.first
+    columns = functional.unfold(x, first.kernel_size, stride=first.stride)
+    matrix: Tensor = columns.mT.flatten(0, 1)
+    return matrix
 
 
 def differentiable(net: Net, x: Tensor) -> Tensor:
@@ -131,7 +135,8 @@ def differentiable(net: Net, x: Tensor) -> Tensor:
     matrix = patches(net, x)
     eye = torch.eye(matrix.shape[1], dtype=x.dtype)
     damped = matrix.mT @ matrix / len(matrix) + LAMBDA * eye
-    return torch.linalg.solve(damped, gw.flatten(1).mT).mT.reshape(gw.shape)
+    solved: Tensor = torch.linalg.solve(damped, gw.flatten(1).mT).mT.reshape(gw.shape)
+    return solved
 
 
 @each()
@@ -154,7 +159,7 @@ def test_derivative_along_the_input(case: Case) -> None:
 
 @each(*CONV_CASES)
 def test_unrolled_step(case: Case) -> None:
-    """A learning rate's gradient through one step: what reaches the new weight is times P as well."""
+    """A learning rate's gradient through one step: P multiplies what reaches the weight, too."""
     net, x = case.net(), case.batch()
     model = case.rewrite(net)
     rate = torch.tensor(0.01, dtype=x.dtype, requires_grad=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from tract_fx.errors import (
     UnsupportedModelError,
     UntraceableModelError,
 )
-from tract_fx.modules import TractLayer, copy_tree, to_tract, why_not
+from tract_fx.modules import TractLayer, copy_tree, still_reaches, to_tract, why_not
 from tract_fx.passes.fx_graph import (
     LayerChoice,
     choose,
@@ -53,8 +54,8 @@ def tract_module(
     Args:
         model: An eager model. Not changed.
         example_inputs: A batch as the model takes it: a tuple of positional arguments, a mapping of
-            keyword arguments, or one tensor. Only needed to locate the layer: not where `layers`
-            names it.
+            keyword arguments, or one tensor. Where `layers` names the layers it may be left out;
+            given, it is used to make sure that the model calls them.
         lambda_: λ > 0. The paper uses 0.05, 0.1 and 0.2.
         layers: Paths of the modules to treat, in all their calls; or a mapping of paths to λ.
 
@@ -83,6 +84,7 @@ def tract_module(
     result = copy_tree(model)
     for name, value in by_name.items():
         to_tract(_treatable(result, name), value)
+    _check_calls(model, result, by_name, example_inputs, trusted=layers is None)
     warn_of_frozen(name for name in by_name if _is_frozen(result.get_submodule(name)))
     return result
 
@@ -134,19 +136,68 @@ def _is_frozen(module: nn.Module) -> bool:
 
 def _export(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     args, kwargs = _arguments(example_inputs)
-    # The copy keeps what tracing leaves in a model's attributes away from the user's model.
-    twin = copy_tree(model)
     try:
-        with torch.random.fork_rng(devices=[]):
-            graph = torch.export.export(twin, args, kwargs, strict=False).module()
+        with torch.random.fork_rng(devices=[]), _attributes_restored(model):
+            graph = torch.export.export(model, args, kwargs, strict=False).module()
     except Exception as error:
         raise UntraceableModelError(
             f"torch.export failed on {type(model).__name__} ({type(error).__name__}: {error})",
             "without a graph the layer that consumes the input can't be located",
-            "Name it: tract_module(model, layers=['path.of.the.layer'])",
+            "Name it, without example_inputs: tract_module(model, layers=['path.of.the.layer'])",
         ) from error
     assert isinstance(graph, fx.GraphModule)
     return graph
+
+
+@contextmanager
+def _attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Take back what tracing leaves in a model's attributes."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+def _check_calls(
+    model: nn.Module,
+    result: nn.Module,
+    names: Iterable[str],
+    example_inputs: Any,
+    trusted: bool,
+) -> None:
+    """Make sure that the treated copies are what the new model calls.
+
+    It may not be: where the model reaches a layer through a closure it goes on calling the
+    original, and a layer that is named may be one whose forward never runs.
+
+    Raises:
+        UnsupportedLayerError: It would not call one of them.
+    """
+    escaped = [
+        name
+        for name in names
+        if still_reaches(result, model.get_submodule(name), result.get_submodule(name))
+    ]
+    if trusted and not escaped:
+        return
+    if example_inputs is None:
+        called = set(names) - set(escaped)
+    else:
+        located = locate(_export(result, example_inputs))
+        called = {r.module or "" for r, _ in located.eligible if r.lambda_ is not None}
+    for name in names:
+        if name not in called:
+            raise UnsupportedLayerError(
+                f"{name} ({type(model.get_submodule(name)).__name__})",
+                "the new model would not call its copy with TrAct: the model reaches the layer "
+                "through a closure or another object, or takes its weight without calling it",
+                _USE_A_GRAPH
+                if example_inputs is not None
+                else f"Give example_inputs, with which that can be made sure. {_USE_A_GRAPH}",
+            )
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

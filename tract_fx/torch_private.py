@@ -6,21 +6,37 @@ Tested with the torch versions that pyproject.toml names.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.modules.module import _WrappedHook
 
 __all__ = [
+    "WrappedHook",
     "apply_function",
+    "autocast_dtype",
     "copy_graph",
     "full_precision",
     "inside_dual_level",
     "inside_functorch",
+    "product_rounding",
     "requires_grad_at_any_level",
     "tracing_jit",
+    "tracing_operators",
+    "without_autocast",
 ]
+
+WrappedHook = _WrappedHook
+"""What a module's load_state_dict hooks are kept in: with a weak reference to the module."""
+
+_BACKENDS = {"cuda": "cuda", "cpu": "mkldnn"}
+_lock = Lock()
+_inside = {"cuda": 0, "mkldnn": 0}
+_before = {"cuda": "none", "mkldnn": "none"}
 
 
 def inside_functorch() -> bool:
@@ -53,6 +69,15 @@ def tracing_jit() -> bool:
         True inside it, hence also inside the ONNX exporter that is built on it.
     """
     return bool(torch._C._get_tracing_state())
+
+
+def tracing_operators() -> bool:
+    """Tell whether operators are being recorded by `make_fx` or what is built on it.
+
+    Returns:
+        True while a graph is made, in which the op has to stand whoever needs a gradient now.
+    """
+    return get_proxy_mode() is not None
 
 
 def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> torch.Tensor:
@@ -107,13 +132,33 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
+def product_rounding(device: torch.device, convolution: bool) -> float:
+    """Give the rounding unit to which a layer's float32 products are cut by the global flags.
+
+    Args:
+        device: Where the layer runs.
+        convolution: Whether it is a convolution; else a matrix product.
+
+    Returns:
+        The unit of TF32 or bfloat16 where they are allowed, 0 for full float32.
+    """
+    backend = _BACKENDS.get(device.type)
+    if backend is None:
+        return 0.0
+    operation = "conv" if convolution else "matmul"
+    precision = torch._C._get_fp32_precision_getter(backend, operation)
+    if precision == "none" and backend == "cuda" and convolution:
+        precision = "tf32"  # cuDNN's own default
+    return {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(precision, 0.0)
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Turn autocast and reduced-precision float32 products off.
 
-    The flags for TF32 (CUDA) and bfloat16 (oneDNN) products are global to the process; they are
+    The flags for TF32 (CUDA) and bfloat16 (oneDNN) products are global to the process. They are
     read and put back through the getter and setter beneath both of PyTorch's public interfaces,
-    which refuse to be mixed.
+    which refuse to be mixed; the first of several threads changes them, the last puts them back.
 
     Args:
         device: Where the products run.
@@ -121,14 +166,55 @@ def full_precision(device: torch.device) -> Iterator[None]:
     Yields:
         Nothing; the flags are restored at exit.
     """
-    backend = {"cuda": "cuda", "cpu": "mkldnn"}.get(device.type)
-    with torch.autocast(device.type, enabled=False):
+    backend = _BACKENDS.get(device.type)
+    with without_autocast(device):
         if backend is None:
             yield
             return
-        before = torch._C._get_fp32_precision_getter(backend, "matmul")
-        torch._C._set_fp32_precision_setter(backend, "matmul", "ieee")
+        with _lock:
+            if not _inside[backend]:
+                _before[backend] = torch._C._get_fp32_precision_getter(backend, "matmul")
+                _set_matmul_precision(backend, "ieee")
+            _inside[backend] += 1
         try:
             yield
         finally:
-            torch._C._set_fp32_precision_setter(backend, "matmul", before)
+            with _lock:
+                _inside[backend] -= 1
+                if not _inside[backend]:
+                    _set_matmul_precision(backend, _before[backend])
+
+
+def _set_matmul_precision(backend: str, precision: str) -> None:
+    """Write the flag where it differs: "none" stands for full float32, or for an outer flag."""
+    if _before[backend] not in ("ieee", "none"):
+        torch._C._set_fp32_precision_setter(backend, "matmul", precision)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Turn autocast off, where the device has it.
+
+    Args:
+        device: Where the products run.
+
+    Returns:
+        A context manager.
+    """
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """Give the dtype to which autocast casts an operand of a convolution or linear layer.
+
+    Args:
+        x: The operand.
+
+    Returns:
+        The dtype, None where autocast is off or leaves the operand alone.
+    """
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

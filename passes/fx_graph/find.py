@@ -78,8 +78,10 @@ class _Locator:
     def _visit(self, node: Node) -> Value:
         """Tell what a node's value is made of, and record it if it is a layer or a refusal."""
         if node.op == "placeholder":
-            # What has a default (None, a flag, a number) is an option, not the model's input.
-            return Value() if node.args else Value(path=(node.name,))
+            # What has a default other than None is a flag or a number.
+            if node.args and node.args[0] is not None:
+                return Value()
+            return Value(path=(node.name,), optional=bool(node.args))
         if node.op == "get_attr":
             return attribute_value(self.gm, node)
         if reasons.carries_no_values(node):
@@ -157,6 +159,8 @@ class _Locator:
             weight = self.values[call.weight]
             parameters = [resolve(self.gm, name) for name in weight.parameters]
             why = _why_not_weight(call.weight, weight)
+            if why is None and len(node_shape(self.gm, call.weight) or (1, 1)) < 2:
+                why = reasons.VECTOR
         if why is None and any(p.is_complex() for p in parameters):
             return reasons.COMPLEX
         return why

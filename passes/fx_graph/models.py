@@ -59,6 +59,9 @@ def refuse_wrapped(model: nn.Module) -> None:
     elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         reason = "it holds on to the layers that it was made with"
         remedy = "Give the module inside it (.module), and wrap the result"
+    elif any(t.__name__ == "FSDPModule" for m in model.modules() for t in type(m).__mro__):
+        reason = "its parameters are sharded by hooks that hold on to it"
+        remedy = "Give the model as it was before fully_shard, and shard the result"
     elif compiled is not None:
         reason = (
             f"{compiled or 'it'} is compiled, and would go on running the layers it was made of"

@@ -20,6 +20,7 @@ __all__ = [
     "LIFTED",
     "STALE",
     "TORCH_TRACT",
+    "VECTOR",
     "WEIGHT_FROM_INPUT",
     "carries_no_values",
     "is_in_place",
@@ -39,6 +40,7 @@ COMPLEX = "its weight is complex, and TrAct is defined on real numbers"
 BIASED_FILTER = (
     "its weight is a constant, and its bias is trained before a linear layer reads the input"
 )
+VECTOR = "its weight is a vector, not a matrix"
 WEIGHT_FROM_INPUT = "its weight is computed from the input, not from parameters alone"
 INPUT_IS_WEIGHT = "the input is its weight or bias"
 _NAME_A_LAYER = "Name the layer to treat with layers=[…]"
@@ -48,6 +50,8 @@ _REMEDIES = {
     "torch-tract": "Build the model with the plain nn.Linear or nn.Conv2d and apply TrAct to that",
     LIFTED: "Give the ExportedProgram itself, or its .module()",
     STALE: "Trace with the layer as a leaf, or use torch.export",
+    VECTOR: "Write it as torch.nn.functional.linear(x, weight[None]).squeeze(-1), or name another "
+    "layer with layers=[…]",
     BIASED_FILTER: "Make the bias a buffer, or name the layer behind it with layers=[…]",
     "not initialised": "Run one batch through the model, then trace it anew",
     "method of its own": "Use tract_pass on torch.export.export(model, inputs), which treats the "

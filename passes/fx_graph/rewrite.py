@@ -71,21 +71,16 @@ def _rewrite_module_calls(
 
 
 def _rewrite_function_call(graph: fx.Graph, node: Node, lambda_: float) -> None:
-    """Put TrAct's op on the weight of a call; where there is one, give it the λ."""
+    """Put TrAct's op on the weight of a call; in the place of one that is there already."""
     call = match_function(node)
     assert call is not None and call.weight is not None
-    if call.precondition is not None:
-        _write_lambda(call.precondition, lambda_)
-        _mark(call.precondition, lambda_)
-        return
-    with graph.inserting_before(node):
-        op = graph.create_node(
-            "call_function",
-            precondition_grad,
-            (call.weight, call.input),
-            {"lambda_": lambda_, **call.geometry},
-            name=f"tract_{node.name}",
-        )
+    op = call.precondition
+    if op is None or len(op.users) > 1:
+        with graph.inserting_before(node):
+            op = graph.create_node("call_function", precondition_grad, name=f"tract_{node.name}")
+    node.prepend(op)  # the call's input may have been made since
+    op.target, op.args = precondition_grad, (call.weight, call.input)
+    op.kwargs = {"lambda_": lambda_, **call.geometry}
     op.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
     if "val" in call.weight.meta:
         op.meta["val"] = call.weight.meta["val"]
@@ -106,13 +101,6 @@ def read_lambda(op: Node) -> float:
         λ.
     """
     return float(op.args[2] if op.target is PRECONDITION_GRAD_OPERATOR else op.kwargs["lambda_"])  # type: ignore[arg-type]
-
-
-def _write_lambda(op: Node, lambda_: float) -> None:
-    if op.target is PRECONDITION_GRAD_OPERATOR:
-        op.update_arg(2, lambda_)
-    else:
-        op.update_kwarg("lambda_", lambda_)
 
 
 def _mark(node: Node, lambda_: float) -> None:

@@ -25,6 +25,8 @@ class Value:
         trainable: Whether one of these requires a gradient.
         from_layers: Whether it holds features: outputs of operations that have parameters.
         stale: Whether it is a tensor that a tracer kept from a computation on parameters.
+        optional: Whether the path starts at a placeholder that may be left out (a mask, say, which
+            counts while it is by itself, but not once it has joined features).
     """
 
     path: tuple[str, ...] = ()
@@ -32,6 +34,7 @@ class Value:
     trainable: bool = False
     from_layers: bool = False
     stale: bool = False
+    optional: bool = False
 
     @staticmethod
     def join(values: Iterable[Value]) -> Value:
@@ -45,8 +48,11 @@ class Value:
         """
         values = list(values)
         features = any(v.from_layers for v in values)
+        inputs = [v for v in values if v.path and not (v.optional and features)]
+        inputs.sort(key=lambda v: v.optional)  # stable: the first that is not, if there is one
         return Value(
-            path=next((v.path for v in values if v.path), ()),
+            path=inputs[0].path if inputs else (),
+            optional=bool(inputs) and inputs[0].optional,
             parameters=tuple(dict.fromkeys(p for v in values for p in v.parameters)),
             trainable=any(v.trainable for v in values),
             from_layers=features,

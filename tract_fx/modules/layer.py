@@ -105,7 +105,7 @@ def _tract_class(base: type[nn.Module]) -> type[nn.Module]:
         return _rebase(base, f"Tract{base.__name__}", (_tract_class(base.__bases__[0]),))
     cls = _tract_classes.get(base)
     if cls is None:
-        # The user's __module__: fx asks it whether a layer is a leaf, and an inlined one loses hooks.
+        # The user's __module__, by which fx tells a leaf: inlined, a layer would lose its hooks.
         namespace = {"__doc__": TractLayer.__doc__, "__module__": base.__module__}
         cls = type(f"Tract{base.__name__}", (TractLayer, base), namespace)
         _tract_classes[base] = cls
@@ -135,9 +135,7 @@ def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
     return _rebase(cls, cls.__name__.replace("Tract", "", 1), bases)
 
 
-def _rebase(
-    cls: type[nn.Module], name: str, bases: tuple[type[nn.Module], ...]
-) -> type[nn.Module]:
+def _rebase(cls: type[nn.Module], name: str, bases: tuple[type[nn.Module], ...]) -> type[nn.Module]:
     """Make a class of the same members on other bases."""
     namespace = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
     return type(name, bases, namespace)
@@ -188,7 +186,10 @@ def why_not(module: nn.Module) -> str | None:
     own = [
         m for m in ("forward", "_conv_forward") if getattr(cls, m, None) != getattr(base, m, None)
     ]
-    if own or "forward" in module.__dict__:
-        method = (own or ["forward"])[0]
+    own += [m for m in ("forward", "_conv_forward") if m in vars(module)]
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "it only keeps the weight, which the module around it uses without calling it"
+    if own:
+        method = own[0]
         return f"it has a {method} method of its own, which may not use the weight as is"
     return None

@@ -127,7 +127,7 @@ class PatchGeometry:
             A view or copy of shape (N, C, *spatial).
         """
         if not self.kernel:
-            return x.reshape(-1, x.shape[-1])
+            return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         return x if x.dim() == len(self.kernel) + 2 else x.unsqueeze(0)
 
     def positions(self, x: torch.Tensor) -> tuple[int, ...]:

@@ -28,7 +28,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tract_fx import torch_private
-from tract_fx.errors import InvalidLambdaError, UnsupportedTransformError
+from tract_fx.errors import (
+    InvalidLambdaError,
+    UnsupportedLayerError,
+    UnsupportedTransformError,
+)
 from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.row_maps import apply_rows, apply_rows_transposed, outer_rows
 from tract_fx.preconditioner.solve import precondition_weight_gradient
@@ -118,6 +122,7 @@ def precondition_grad(
     Raises:
         UnsupportedTransformError: Inside `torch.jit.trace`, or under a `torch.func` transform
             inside `torch.compile`: the gradient would be lost.
+        UnsupportedLayerError: The weight or the input is complex.
     """
     exporting = torch.compiler.is_exporting()
     compiling = exporting or torch.compiler.is_compiling()
@@ -139,6 +144,15 @@ def precondition_grad(
             "TorchScript keeps the forward pass alone and would train with the plain gradient",
             "Use torch.compile or torch.export, or remove_tract(model) to trace for inference",
         )
+    if not compiling:
+        exporting = torch_private.tracing_operators()
+        lambda_ = check_lambda(lambda_)
+    if weight.is_complex() or input.is_complex():
+        raise UnsupportedLayerError(
+            f"a weight of {weight.dtype} and an input of {input.dtype}",
+            "TrAct is defined for real numbers",
+            "Use the plain layer: remove_tract(model)",
+        )
     if not (exporting or torch.is_grad_enabled()):
         return weight
     transforming = torch_private.inside_functorch() or torch_private.inside_dual_level()
@@ -151,20 +165,12 @@ def precondition_grad(
     if not (exporting or torch_private.requires_grad_at_any_level(weight)):
         return weight
     geometry = PatchGeometry.of_convolution(weight.shape[2:], stride, padding, dilation, groups)
-    settings = _Settings(lambda_, geometry, _autocast_dtype(input))
+    settings = _Settings(lambda_, geometry, torch_private.autocast_dtype(input))
     if transforming:
         return torch_private.apply_function(_PreconditionGrad, weight, input, settings)
     return torch.ops.tract_fx.precondition_grad(  # type: ignore[no-any-return]
         weight, input, *settings.operator_arguments()
     )
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype to which autocast casts the operands of a convolution or linear layer."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 # The custom operators: what a compiler or exporter sees.
@@ -363,7 +369,7 @@ def _vjp(
     b = _precondition(cotangent, x, settings)
     if not wants_x:
         return b, None
-    with torch.autocast(x.device.type, enabled=False):
+    with torch_private.without_autocast(x.device):
         geometry, dtype = settings.geometry, torch.promote_types(result.dtype, torch.float32)
         rows = geometry.rows(geometry.batched(x))
         wide, a, wide_b = x.to(dtype), result.to(dtype), b.to(dtype)

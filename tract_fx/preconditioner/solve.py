@@ -6,9 +6,12 @@ no n × n matrix is formed and nothing is squared.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from tract_fx import torch_private
+from tract_fx.errors import UnsupportedLayerError
 from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.gram_matrix import gram
 from tract_fx.preconditioner.patches import patch_matrix
@@ -48,16 +51,28 @@ def precondition_weight_gradient(
     Returns:
         The preconditioned gradient, shape and dtype of `grad`. All NaN where `x` is not finite or
         the factorisation failed; gW/λ where there are no rows.
+
+    Raises:
+        UnsupportedLayerError: `grad` and `x` are not of one layer of that geometry.
     """
     dtype = torch.promote_types(torch.promote_types(grad.dtype, x.dtype), torch.float32)
-    rounded = max(torch.finfo(t).eps for t in (grad.dtype, input_dtype or grad.dtype))
-    noise = _ROUNDING_UNITS * rounded + _SUMMATION_UNITS * torch.finfo(dtype).eps
+    on_cpu = x.device.type == "cpu"
+    noise = _noise(grad.dtype, input_dtype, x.device, bool(geometry.kernel))
     with torch.no_grad(), torch_private.full_precision(x.device):
         if input_dtype is not None:
             x = x.to(input_dtype)
         x = geometry.batched(x)
         rows, columns = geometry.rows(x), geometry.columns(x)
-        matrix = grad.reshape(geometry.groups, -1, columns)
+        if math.prod(grad.shape[1:]) != columns or x.shape[1] % geometry.groups:
+            raise UnsupportedLayerError(
+                f"a weight gradient {tuple(grad.shape)} and an input {tuple(x.shape)} in "
+                f"{geometry.groups} groups",
+                "they are not of one layer",
+                "Give precondition_grad the weight, the input and the arguments of one call",
+            )
+        matrix = grad.reshape(geometry.groups, grad.shape[0] // geometry.groups, columns)
+        if on_cpu and dtype == torch.float32 and _float32_is_too_coarse(x, lambda_, geometry):
+            dtype = torch.float64
         if rows == 0:
             result = matrix.to(dtype) / lambda_
         elif rows < columns:
@@ -65,6 +80,17 @@ def precondition_weight_gradient(
         else:
             result = _gram_solve(matrix, x, lambda_, geometry, dtype)
         return result.to(grad.dtype).reshape(grad.shape)
+
+
+def _noise(
+    grad: torch.dtype, input_dtype: torch.dtype | None, device: torch.device, convolution: bool
+) -> float:
+    """Give the relative size below which what gW has outside X's row space is rounding."""
+    rounded = max(torch.finfo(t).eps for t in (grad, input_dtype or grad))
+    summed = torch.finfo(torch.promote_types(grad, torch.float32)).eps
+    if grad == torch.float32:
+        rounded = max(rounded, torch_private.product_rounding(device, convolution))
+    return _ROUNDING_UNITS * rounded + _SUMMATION_UNITS * summed
 
 
 def _gram_solve(
@@ -75,11 +101,8 @@ def _gram_solve(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Solve by Cholesky of the Gram; (groups, out, n) to the same."""
-    on_cpu = x.device.type == "cpu"
-    if on_cpu and dtype == torch.float32 and _float32_is_too_coarse(x, lambda_, geometry):
-        dtype = torch.float64
     factor, ok = _factorise(x, lambda_, geometry, dtype)
-    if on_cpu and dtype == torch.float32 and not bool(ok.all()):
+    if x.device.type == "cpu" and dtype == torch.float32 and not bool(ok.all()):
         dtype = torch.float64
         factor, ok = _factorise(x, lambda_, geometry, dtype)
     # cholesky_solve wants the unknown on the right: P is symmetric, so gW P = (P gWᵀ)ᵀ.
@@ -109,7 +132,7 @@ def _factorise(
 
 def _float32_is_too_coarse(x: torch.Tensor, lambda_: float, geometry: PatchGeometry) -> bool:
     """Judge from the mean square of the input, which the Gram's trace is n times of, about."""
-    mean_square = float(torch.linalg.vector_norm(x.float())) ** 2 / x.numel()
+    mean_square = float(torch.linalg.vector_norm(x.float())) ** 2 / max(x.numel(), 1)
     amplification = torch.finfo(torch.float32).eps * mean_square * geometry.columns(x) / lambda_
     return not amplification <= _MAX_FLOAT32_AMPLIFICATION  # also where it is NaN
 

@@ -1,0 +1,145 @@
+"""Eager models that reach a layer by other ways than the module tree: refused, never plain."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from oracle import relative_error, tract_gradient
+from tract_fx import UnsupportedLayerError, tract_module, tract_pass
+
+
+class Net(nn.Module):
+    """A convolution that is called through `stem`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(4, 5)
+        self.stem: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem
+        while not callable(stem) or isinstance(stem, weakref.ref):
+            stem = stem() if isinstance(stem, weakref.ref) else next(iter(stem))
+        return self.head(stem(x).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+
+ESCAPES: dict[str, Callable[[Net], Any]] = {
+    "closure": lambda net: lambda x: net.conv(x),
+    "default argument": lambda net: lambda x, conv=net.conv: conv(x),
+    "deque": lambda net: collections.deque([net.conv]),
+    "frozenset": lambda net: frozenset([net.conv]),
+    "weak reference": lambda net: weakref.ref(net.conv),
+    "cached method": lambda net: functools.lru_cache(net.conv.forward),
+    "bound forward": lambda net: net.conv.forward,
+}
+FOLLOWED: dict[str, Callable[[Net], Any]] = {
+    "module": lambda net: net.conv,
+    "list": lambda net: [net.conv],
+    "tuple": lambda net: (net.conv,),
+    "list in a tuple": lambda net: ([net.conv],),
+    "partial": lambda net: functools.partial(net.conv),
+}
+
+
+def example() -> Tensor:
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def build(way: Callable[[Net], Any]) -> Net:
+    torch.manual_seed(0)
+    net = Net().double()
+    # Not as an attribute of a module that registers it as a child.
+    object.__setattr__(net, "stem", way(net))
+    return net
+
+
+@pytest.mark.parametrize("arguments", ["located", "named", "named, with inputs"])
+@pytest.mark.parametrize("way", ESCAPES)
+def test_escaping_layer_is_refused(way: str, arguments: str) -> None:
+    inputs = (example(),) if arguments != "named" else None
+    layers = "conv" if arguments != "located" else None
+    with pytest.raises(UnsupportedLayerError, match=r"conv.*export"):
+        tract_module(build(ESCAPES[way]), inputs, layers=layers)
+
+
+@pytest.mark.parametrize("way", FOLLOWED)
+def test_followed_layer_is_treated(way: str) -> None:
+    net, x = build(FOLLOWED[way]), example()
+    for model in (tract_module(net, (x,)), tract_module(net, layers="conv")):
+        model.zero_grad()
+        z = net.conv(x).detach().requires_grad_()
+        net.head(z.relu().mean((2, 3))).square().sum().backward()
+        assert z.grad is not None and net.conv.weight is model.conv.weight
+        model.zero_grad()
+        model(x).square().sum().backward()
+        found = model.conv.weight.grad
+        assert found is not None
+        assert relative_error(found, tract_gradient(net.conv, x, z.grad)) < 1e-10
+
+
+def test_wrapped_forward_is_refused() -> None:
+    net = build(FOLLOWED["module"])
+    original = net.forward
+    net.forward = lambda x: original(x)  # type: ignore[method-assign]
+    for arguments in ({"example_inputs": (example(),)}, {"layers": "conv"}):
+        with pytest.raises(UnsupportedLayerError, match="conv"):
+            tract_module(net, **arguments)
+
+
+def test_hook_that_holds_the_model_is_no_escape_with_inputs() -> None:
+    net = build(FOLLOWED["module"])
+    seen: list[nn.Module] = []
+    net.conv.register_forward_hook(lambda *_: seen.append(net))
+    assert type(tract_module(net, (example(),)).conv) is not nn.Conv2d
+    with pytest.raises(UnsupportedLayerError, match="Give example_inputs"):
+        tract_module(net, layers="conv")
+
+
+def test_layer_that_only_keeps_a_weight_is_refused() -> None:
+    attention = nn.TransformerEncoderLayer(8, 2, batch_first=True)
+    with pytest.raises(UnsupportedLayerError, match="without calling it"):
+        tract_module(attention, layers="self_attn.out_proj")
+
+
+def test_named_layer_that_is_not_called_is_refused_with_inputs() -> None:
+    class Functional(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            z = nn.functional.conv2d(x, self.conv.weight, self.conv.bias)
+            return self.head(z.relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+    with pytest.raises(UnsupportedLayerError, match="conv"):
+        tract_module(Functional().double(), (example(),), layers="conv")
+
+
+@pytest.mark.parametrize("method", ["forward", "_conv_forward"])
+def test_method_of_the_instance_s_own_is_refused(method: str) -> None:
+    net = build(FOLLOWED["module"])
+    setattr(net.conv, method, types.MethodType(getattr(nn.Conv2d, method), net.conv))
+    plain = nn.Sequential(net.conv)
+    with pytest.raises(UnsupportedLayerError, match=f"{method} method of its own"):
+        tract_pass(torch.fx.symbolic_trace(plain))
+    with pytest.raises(UnsupportedLayerError, match=f"{method} method of its own"):
+        tract_module(plain, layers="0")
+
+
+def test_tracing_leaves_nothing_in_the_model() -> None:
+    class Caching(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            self.count = getattr(self, "count", 0) + 1
+            return super().forward(x)
+
+    net = Caching().double()
+    object.__setattr__(net, "stem", net.conv)
+    before = dict(vars(net))
+    tract_module(net, (example(),))
+    assert vars(net) == before
