@@ -6,6 +6,7 @@ A test takes a `Case` through one thing that models go through, and ends in `ass
 # No `from __future__ import annotations`: fx can't pickle a graph whose types are strings.
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ Layer = nn.Conv2d | nn.Linear
 class Net(nn.Module):
     """A first layer, tanh and a linear head: smooth, so that second derivatives say something."""
 
-    def __init__(self, first: Layer, head: nn.Module) -> None:
+    def __init__(self, first: Layer, head: nn.Linear) -> None:
         super().__init__()
         self.first = first
         self.head = head
@@ -82,25 +83,9 @@ LINEAR_BELOW = Form("linear-below", lambda: nn.Linear(20, 4), 4, (7, 20), 23)
 FORMS = (CONV_ABOVE, CONV_BELOW, LINEAR_ABOVE, LINEAR_BELOW)
 
 
-def _export(net: Net, x: Tensor) -> nn.Module:
-    return torch.export.export(net, (x,), dynamic_shapes=({0: Dim.DYNAMIC},)).module()
-
-
-def _as_functions(net: Net) -> FunctionalNet:
-    return FunctionalNet(net.first, net.head)
-
-
-WAYS: dict[str, Callable[[Net, Tensor, float], nn.Module]] = {
-    "call_module": lambda net, x, value: tract_pass(fx.symbolic_trace(net), lambda_=value),
-    "exported_node": lambda net, x, value: tract_pass(_graph(_export(net, x)), lambda_=value),
-    "functional_node": lambda net, x, value: tract_pass(
-        fx.symbolic_trace(_as_functions(net)), lambda_=value
-    ),
-    "tract_module": lambda net, x, value: tract_module(net, (x,), lambda_=value),
-}
-
-
-def _graph(module: nn.Module) -> fx.GraphModule:
+def exported(net: Net, x: Tensor) -> fx.GraphModule:
+    """The plain model by `torch.export`, for any batch size from two on."""
+    module = torch.export.export(net, (x,), dynamic_shapes=({0: Dim.DYNAMIC},)).module()
     assert isinstance(module, fx.GraphModule)
     return module
 
@@ -131,8 +116,32 @@ class Case:
 
     def rewrite(self, net: Net, lambda_: float = LAMBDA) -> nn.Module:
         """The model with TrAct in it; it shares the parameters of `net`."""
-        x = self.batch(next(net.parameters()).dtype)
-        return WAYS[self.way](net, x.to(next(net.parameters()).device), lambda_)
+        return WAYS[self.way](self, net, lambda_)
+
+
+@functools.cache
+def _exported_once(form: Form, dtype: torch.dtype) -> fx.GraphModule:
+    case = Case(form, "exported_node")
+    return exported(case.net(dtype), case.batch(dtype))
+
+
+def _exported(case: Case, net: Net) -> fx.GraphModule:
+    """The same with the parameters of `net`: exporting each time would take most of the tests' time."""
+    module = copy.deepcopy(_exported_once(case.form, net.head.weight.dtype))
+    for name, parameter in net.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, parameter)
+    return module
+
+
+WAYS: dict[str, Callable[[Case, Net, float], nn.Module]] = {
+    "call_module": lambda _, net, value: tract_pass(fx.symbolic_trace(net), lambda_=value),
+    "exported_node": lambda case, net, value: tract_pass(_exported(case, net), lambda_=value),
+    "functional_node": lambda _, net, value: tract_pass(
+        fx.symbolic_trace(FunctionalNet(net.first, net.head)), lambda_=value
+    ),
+    "tract_module": lambda _, net, value: tract_module(net, layers=["first"], lambda_=value),
+}
 
 
 CASES = tuple(Case(form, way) for form in FORMS for way in WAYS)

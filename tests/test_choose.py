@@ -307,7 +307,7 @@ def test_frozen_layer_is_put_in_and_idle(call: str, layers: str | None) -> None:
     with pytest.warns(FrozenLayerWarning, match=r"stem: .*idle.*layers=") as caught:
         tract = applications(model)[call](layers=layers)
     assert [w.filename for w in caught] == [__file__]
-    with patch("tract_fx.preconditioner.op.precondition_weight_gradient") as precondition:
+    with patch("tract_fx.preconditioner.operators.precondition_weight_gradient") as precondition:
         assert_plain(model, tract, (images(),))
     assert not precondition.called
     assert tract.get_parameter("stem.weight").grad is None

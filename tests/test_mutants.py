@@ -34,7 +34,7 @@ WAYS: Ways = {
     "eager": lambda m, x: tract_module(m, (x,)),
 }
 # Where the library looks them up.
-OPERATOR = "tract_fx.preconditioner.op.precondition_weight_gradient"
+OPERATOR = "tract_fx.preconditioner.operators.precondition_weight_gradient"
 GRAM = "tract_fx.preconditioner.solve.gram"
 SOME = [g for g in GEOMETRIES if g.name.endswith(("padding", "dilation-groups", "linear-grid"))]
 

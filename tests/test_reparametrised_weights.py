@@ -25,6 +25,7 @@ from rewritten import (
     Net,
     assert_tract,
     each,
+    exported,
     gradient,
     loss,
     output_gradient,
@@ -102,7 +103,6 @@ each_kind = pytest.mark.parametrize("kind", REPARAMETRISATIONS, ids=str)
 MODULE_CASES = tuple(
     Case(form, way) for form in (CONV_ABOVE, CONV_BELOW) for way in ("call_module", "tract_module")
 )
-EXPORTED_CASES = tuple(Case(form, "exported_node") for form in (CONV_ABOVE, CONV_BELOW))
 
 
 def plain(case: Case, kind: Reparametrisation) -> Net:
@@ -144,7 +144,7 @@ def parameters_gradients(model: nn.Module, kind: Reparametrisation, x: Tensor) -
 
 
 @each_kind
-@each(*MODULE_CASES, *EXPORTED_CASES)
+@each(*MODULE_CASES)
 def test_before_the_pass(case: Case, kind: Reparametrisation) -> None:
     net, x = plain(case, kind), case.batch()
     state = {name: value.clone() for name, value in net.state_dict().items()}
@@ -152,6 +152,23 @@ def test_before_the_pass(case: Case, kind: Reparametrisation) -> None:
     assert_chain_rule(model, plain(case, kind), kind, x)
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
+@each_kind
+@each(*MODULE_CASES[::2])
+def test_exported_computed_weight(case: Case, kind: Reparametrisation) -> None:
+    """The graph has the computation of the weight in it, and TrAct's node behind that."""
+    x = case.batch()
+    model = tract_pass(exported(plain(case, kind), x))
+    assert_chain_rule(model, plain(case, kind), kind, x)
+
+
+@each_kind
+@each(*MODULE_CASES[1::2])
+def test_located_in_an_eager_model(case: Case, kind: Reparametrisation) -> None:
+    x = case.batch()
+    model = tract_module(plain(case, kind), (x,))
+    assert_chain_rule(model, plain(case, kind), kind, x)
 
 
 @each_kind

@@ -5,11 +5,9 @@ Imports nothing from the rest of the package but errors and the list of private 
 
 from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.gram_matrix import gram
-from tract_fx.preconditioner.op import (
-    PRECONDITION_GRAD_OPERATOR,
-    check_lambda,
-    precondition_grad,
-)
+from tract_fx.preconditioner.op import precondition_grad
+from tract_fx.preconditioner.operators import PRECONDITION_GRAD_OPERATOR
+from tract_fx.preconditioner.settings import check_lambda
 from tract_fx.preconditioner.solve import precondition_weight_gradient
 
 __all__ = [

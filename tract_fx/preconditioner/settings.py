@@ -1,0 +1,92 @@
+"""What TrAct's op needs to know of one call of a layer, beside its tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tract_fx.errors import InvalidLambdaError
+from tract_fx.preconditioner.geometry import PatchGeometry
+
+__all__ = ["CallSettings", "check_lambda", "read_settings"]
+
+
+def check_lambda(value: object) -> float:
+    """Check a regularisation strength where it enters.
+
+    Args:
+        value: What the user gave for λ.
+
+    Returns:
+        λ as a float.
+
+    Raises:
+        InvalidLambdaError: It is not a finite number above zero.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        found, reason = f"lambda_={value!r} ({type(value).__name__})", "λ has to be a real number"
+    elif not (math.isfinite(value) and float(value) > 0):
+        found, reason = f"lambda_={value!r}", "λ has to be finite and above zero"
+    else:
+        return float(value)
+    raise InvalidLambdaError(found, reason, "The paper uses 0.05, 0.1 (the default) and 0.2")
+
+
+@dataclass(frozen=True)
+class CallSettings:
+    """Everything about one call of the layer that is not a tensor.
+
+    Attributes:
+        lambda_: λ > 0.
+        geometry: How the layer reads its input.
+        input_dtype: The dtype in which the layer multiplies where that is autocast's, else None.
+    """
+
+    lambda_: float
+    geometry: PatchGeometry
+    input_dtype: torch.dtype | None
+
+    def operator_arguments(self) -> tuple[Any, ...]:
+        """Write the settings out as the custom operators take them.
+
+        Returns:
+            The arguments behind the two tensors; `read_settings` is the way back.
+        """
+        g = self.geometry
+        flat = (list(g.stride), list(g.flat_padding), list(g.dilation), g.groups)
+        return (self.lambda_, *flat, self.input_dtype)
+
+
+def read_settings(
+    weight: Tensor,
+    lambda_: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    input_dtype: torch.dtype | None,
+) -> CallSettings:
+    """Read the settings off a custom operator's arguments.
+
+    Args:
+        weight: The weight or its gradient, for its kernel size.
+        lambda_: λ.
+        stride: Stride per spatial dimension.
+        padding: Zeros (before, after, before, after, …), first spatial dimension first.
+        dilation: Dilation per spatial dimension.
+        groups: Number of groups.
+        input_dtype: Autocast's dtype or None.
+
+    Returns:
+        The settings.
+    """
+    pads = tuple(zip(padding[::2], padding[1::2], strict=True))
+    kernel = tuple(weight.shape[2:])
+    geometry = PatchGeometry(kernel, tuple(stride), pads, tuple(dilation), groups)
+    return CallSettings(lambda_, geometry, input_dtype)
