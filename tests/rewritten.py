@@ -126,7 +126,7 @@ def _exported_once(form: Form, dtype: torch.dtype) -> fx.GraphModule:
 
 
 def _exported(case: Case, net: Net) -> fx.GraphModule:
-    """The same with the parameters of `net`: exporting each time would take most of the tests' time."""
+    """The same with the parameters of `net`; to export it each time would take long."""
     module = copy.deepcopy(_exported_once(case.form, net.head.weight.dtype))
     for name, parameter in net.named_parameters():
         owner, _, attribute = name.rpartition(".")

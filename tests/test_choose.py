@@ -19,6 +19,7 @@ from tract_fx import (
     UnknownLayerError,
     UnsupportedLayerError,
     find_input_layers,
+    precondition_grad,
     remove_tract,
     tract_module,
     tract_pass,
@@ -135,6 +136,33 @@ def test_calls_of_one_module_have_one_lambda() -> None:
     graph = fx.symbolic_trace(model)
     tract = tract_pass(graph, layers=calls_of_twice(graph), lambda_=0.5)
     assert_tract(model, graph, tract, (images(),), {0: 0.5, 1: 0.5})
+
+
+@each_tracer
+def test_a_call_that_stayed_plain_is_added(route: str) -> None:
+    model, graph = graph_of(twice, route)
+    second = calls_of_twice(graph)[1]
+    both = tract_pass(tract_pass(graph), layers=second)
+    assert_tract(model, graph, both, (images(),), (0, 1))
+
+
+def test_calls_that_share_one_op() -> None:
+    """A graph made by hand, or by merging equal nodes; each call has a geometry of its own."""
+    model = built(
+        lambda: Net(
+            lambda net, x: [torch.conv2d(x, net.w), torch.conv2d(x, net.w, stride=2)],
+            w=nn.Parameter(images(4, 3, 3, 3)),
+        )
+    )
+    graph = fx.Graph()
+    x, w = graph.placeholder("x"), graph.get_attr("w")
+    op = graph.call_function(precondition_grad, (w, x), {"lambda_": 0.1})
+    outputs = [graph.call_function(torch.conv2d, (x, op), {"stride": s}) for s in (1, 2)]
+    graph.output(outputs)
+    gm = fx.GraphModule(model, graph)
+    tract = tract_pass(gm, lambda_=0.5)
+    assert_tract(model, fx.symbolic_trace(model), tract, (images(),), {0: 0.5, 1: 0.5})
+    assert_tract(model, fx.symbolic_trace(model), tract_pass(tract), (images(),), (0, 1))
 
 
 def test_two_names_of_one_module() -> None:

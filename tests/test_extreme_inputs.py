@@ -120,6 +120,15 @@ def test_huge_inputs(dtype: torch.dtype, scale: float, rows: int) -> None:
         assert dtype == torch.float32 and scale > 1e18
 
 
+def test_overflow_of_one_column() -> None:
+    """An infinite diagonal entry beside zeros: LAPACK factors that, and solves to a finite zero."""
+    x = torch.zeros(9, 3, dtype=torch.float64)
+    x[:, 0], x[:, 1] = 1e200, torch.arange(9)
+    weight = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    found = linear(x, weight, torch.ones(9, 2, dtype=torch.float64))
+    assert not found.isfinite().any()
+
+
 def by_svd(x: Tensor, dz: Tensor) -> Tensor:
     """TrAct's gradient in float64, where the Gram would be too coarse: an SVD squares nothing."""
     u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)

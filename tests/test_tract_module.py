@@ -84,22 +84,29 @@ def test_wrong_example_is_a_tracing_error() -> None:
         tract_module(built(lambda: Net(lambda net, x: net.stem(x), stem=conv())), images(2, 5))
 
 
-def test_exporting_does_not_need_a_tensor_free_forward() -> None:
-    """Attributes that a forward writes stay out of the user's model while locating."""
+def test_what_a_forward_writes_stays_out_of_the_model() -> None:
+    """Attributes and the random state, while locating runs it."""
 
     class Remembers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.stem = linear(8)
             self.last: Tensor | None = None
+            self.calls = 0
 
         def forward(self, x: Tensor) -> Any:
+            torch.manual_seed(0)
+            self.calls += 1
             self.last = features = self.stem(x)
             return features.tanh()
 
     model = built(Remembers)
+    torch.manual_seed(7)
+    random_state = torch.get_rng_state()
     tract = tract_module(model, images())
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert model.last is None and tract.last is None
+    assert model.calls == tract.calls == 0
     assert_tract(model, model, tract, (images(),), (0,))
 
 
