@@ -115,7 +115,7 @@ def test_optional_mask_that_joins_features_does_not_compete() -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 4), (2, 4)], ids=["rows above", "rows below"])
-@pytest.mark.parametrize("lambda_", [0.0, -0.1, float("nan")])
+@pytest.mark.parametrize("lambda_", [0.0, -0.1, float("nan"), 10**400])
 def test_op_checks_lambda(lambda_: float, shape: tuple[int, int]) -> None:
     weight = torch.ones(2, 4, requires_grad=True)
     with pytest.raises(InvalidLambdaError):
@@ -157,6 +157,14 @@ def test_modules_that_guard_their_attributes() -> None:
     locked.__class__ = Locked
     treated = tract_module(nn.Sequential(locked, nn.Linear(4, 2)), layers="0.0")
     assert type(treated[0]) is Locked
+
+
+def test_two_names_of_one_module_take_one_lambda() -> None:
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, layer)
+    with pytest.raises(UnsupportedLayerError, match="one module"):
+        tract_module(model, layers={"0": 0.1, "1": 0.2})
+    assert type(tract_module(model, layers={"0": 0.2, "1": 0.2})[1]) is not nn.Linear
 
 
 def test_scripted_child_is_shared() -> None:

@@ -82,8 +82,16 @@ def tract_module(
     elif by_name is None:
         by_name = _locate(model, example_inputs, lambda_)
     result = copy_tree(model)
+    given: dict[nn.Module, float] = {}
     for name, value in by_name.items():
-        to_tract(_treatable(result, name), value)
+        module = _treatable(result, name)
+        if given.setdefault(module, value) != value:
+            raise UnsupportedLayerError(
+                f"layers gives {name!r} λ = {value}, and λ = {given[module]} by another name",
+                "both names are of one module, which has one λ",
+                "Give it one λ",
+            )
+        to_tract(module, value)
     _check_calls(model, result, by_name, example_inputs, trusted=layers is None)
     warn_of_frozen(name for name in by_name if _is_frozen(result.get_submodule(name)))
     return result

@@ -31,11 +31,19 @@ def check_lambda(value: object) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         found, reason = f"lambda_={value!r} ({type(value).__name__})", "λ has to be a real number"
-    elif not (math.isfinite(value) and float(value) > 0):
-        found, reason = f"lambda_={value!r}", "λ has to be finite and above zero"
     else:
-        return float(value)
+        number = _as_float(value)
+        if math.isfinite(number) and number > 0:
+            return number
+        found, reason = f"lambda_={value!r}", "λ has to be finite and above zero"
     raise InvalidLambdaError(found, reason, "The paper uses 0.05, 0.1 (the default) and 0.2")
+
+
+def _as_float(value: Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer past float64
+        return math.inf
 
 
 @dataclass(frozen=True)
