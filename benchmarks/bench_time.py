@@ -84,6 +84,7 @@ def main() -> None:
     table = Table(
         "", "plain, ms", "torch-tract ÷ plain", "tract_fx ÷ plain", "tract_fx ÷ torch-tract"
     )
+    table.columns[0].no_wrap = True
     console = Console()
     for stem in track(STEMS, "first layers", console=console):
         layer, x = nn.Sequential(stem.build()), torch.randn(stem.shape)

@@ -7,6 +7,7 @@ A test takes a `Case` through one thing that models go through, and ends in `ass
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -127,7 +128,8 @@ def _exported_once(form: Form, dtype: torch.dtype) -> fx.GraphModule:
 
 def _exported(case: Case, net: Net) -> fx.GraphModule:
     """The same with the parameters of `net`; to export it each time would take long."""
-    module = copy.deepcopy(_exported_once(case.form, net.head.weight.dtype))
+    with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of torch, for itself
+        module = copy.deepcopy(_exported_once(case.form, net.head.weight.dtype))
     for name, parameter in net.named_parameters():
         owner, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, parameter)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, vmap
 
 from oracle import relative_error
@@ -31,6 +32,7 @@ from rewritten import (
     preconditioned,
     weight_of,
 )
+from tract_fx.errors import UnsupportedTransformError
 
 
 @pytest.fixture(autouse=True)
@@ -206,6 +208,31 @@ def test_func_grad_of_a_compiled_model_is_refused_by_torch() -> None:
     model = compiled(case.rewrite(case.net()))
     with pytest.raises(RuntimeError, match="functorch"):
         grad(functional_loss(model))(detached(model), case.batch())
+
+
+def test_forward_mode_around_a_compiled_model_is_refused() -> None:
+    case = CASES[0]
+    model, x = case.rewrite(case.net()), case.batch()
+    parameters = detached(model)
+    step = torch.compile(functional_loss(model), backend="aot_eager")
+    with forward_ad.dual_level(), pytest.raises(UnsupportedTransformError, match="forward-mode"):
+        parameters[WEIGHT] = forward_ad.make_dual(parameters[WEIGHT], parameters[WEIGHT])
+        step(parameters, x)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@each(*(case for case in CONV_CASES if case.way == "call_module"))
+def test_what_compilers_are_told_of_the_operators(case: Case, layout: torch.memory_format) -> None:
+    """Schema, strides, autograd and dynamic shapes, by PyTorch's own check."""
+    net, x = case.net(), case.batch().contiguous(memory_format=layout)
+    weight = net.first.weight.detach().contiguous(memory_format=layout)
+    stride: Any = net.first.stride
+    arguments = (0.1, list(stride), [0] * 4, [1, 1], 1, None)
+    for operator in ("precondition_grad", "precondition"):
+        operands = weight.clone().requires_grad_(), x.clone().requires_grad_()
+        overload = getattr(torch.ops.tract_fx, operator).default
+        checks = torch.library.opcheck(overload, (*operands, *arguments))
+        assert set(checks.values()) == {"SUCCESS"}
 
 
 def test_double_backward_is_refused_by_torch() -> None:

@@ -131,6 +131,24 @@ def test_exported_under_autocast(case: Case) -> None:
     assert relative_error(found, wanted) < FLOAT32
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@each(*FEW_CASES)
+def test_trained_under_autocast_after_export_without(case: Case, compiled: bool) -> None:
+    """Autocast rounds the exported layer's operands as well: X is what it multiplies with."""
+    net, x = case.net(torch.float32), case.batch(torch.float32)
+    plain = copy.deepcopy(net)
+    model: Any = export(case.rewrite(net), x).module()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, plain_output = run(x).float(), plain(x).float()
+    loss(output).backward()
+    loss(plain_output).backward()
+    found, gw = weight_of(model).grad, plain.first.weight.grad
+    assert found is not None and gw is not None
+    assert relative_error(found, of_rounded(net, gw, x.bfloat16())) < FLOAT32
+    torch.compiler.reset()
+
+
 @each(*FEW_CASES)
 def test_compiled_after_export(case: Case) -> None:
     net, x = case.net(), case.batch()

@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
@@ -22,6 +23,7 @@ from rewritten import (
     FLOAT32,
     FLOAT64,
     WAYS,
+    WEIGHT,
     Case,
     assert_tract,
     each,
@@ -186,6 +188,22 @@ def test_threads(case: Case) -> None:
         thread.join()
     for index, x in enumerate(batches):
         assert_tract(found[index], net, x)
+
+
+class Tagged(torch.Tensor):
+    """A subclass that overrides nothing: PyTorch wraps every result in it."""
+
+
+@each(*FEW_CASES)
+def test_tensor_subclasses(case: Case) -> None:
+    net, x = case.net(), case.batch()
+    model = case.rewrite(net)
+    assert_tract(gradient(model, x.as_subclass(Tagged)).as_subclass(Tensor), net, x)
+    weight = weight_of(model).detach().as_subclass(Tagged).requires_grad_()
+    parameters = {**dict(model.named_parameters()), WEIGHT: weight}
+    loss(functional_call(model, parameters, (x,))).backward()
+    assert weight.grad is not None
+    assert_tract(weight.grad.as_subclass(Tensor), net, x)
 
 
 @pytest.mark.parametrize("way", WAYS)

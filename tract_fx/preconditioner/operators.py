@@ -83,9 +83,10 @@ def _(grad: Tensor, *_: object) -> Tensor:
 
 
 def _save_for_grad_op(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, x, *arguments = inputs
+    _, x, *arguments, input_dtype = inputs
     ctx.save_for_backward(x)
-    ctx.arguments = arguments
+    # An exported graph may run under an autocast that it was not exported under.
+    ctx.arguments = (*arguments, input_dtype or torch_private.autocast_dtype(x))
 
 
 def _grad_op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
