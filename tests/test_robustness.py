@@ -17,6 +17,7 @@ from rewritten import CONV_ABOVE, LINEAR_BELOW, Case, assert_tract, each, gradie
 from tract_fx import (
     AmbiguousInputLayerError,
     InvalidLambdaError,
+    PatchGeometry,
     UnsupportedLayerError,
     UnsupportedModelError,
     find_input_layers,
@@ -24,6 +25,7 @@ from tract_fx import (
     tract_module,
     tract_pass,
 )
+from tract_fx.preconditioner.settings import CallSettings
 
 ABOVE = tuple(Case(CONV_ABOVE, way) for way in ("call_module", "exported_node", "tract_module"))
 BOTH = tuple(Case(form, "call_module") for form in (CONV_ABOVE, LINEAR_BELOW))
@@ -173,6 +175,23 @@ def test_scripted_child_is_shared() -> None:
     treated = tract_module(model, layers="0")
     assert treated[2] is model[2]
     assert treated(torch.ones(3, 4)).shape == (3, 2)
+
+
+def test_second_derivative_by_the_input_under_autocast() -> None:
+    """P depends on the input as autocast rounds it, so its derivative does too."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad, cotangent = (
+        torch.randn(shape, generator=generator) for shape in ((14, 6), (3, 6), (3, 6))
+    )
+
+    def derivative(x: Tensor, grad: Tensor, dtype: torch.dtype | None) -> Tensor:
+        x = x.detach().requires_grad_()
+        arguments = CallSettings(0.1, PatchGeometry(), dtype).operator_arguments()
+        result = torch.ops.tract_fx.precondition(grad, x, *arguments)
+        return torch.autograd.grad(result, x, cotangent.to(result.dtype))[0]
+
+    wanted = derivative(x.bfloat16().double(), grad.double(), None)
+    assert relative_error(derivative(x, grad, torch.bfloat16), wanted) < 1e-5
 
 
 def test_meta_device() -> None:

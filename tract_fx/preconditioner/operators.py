@@ -240,7 +240,7 @@ def _vjp(
     with torch_private.without_autocast(x.device):
         geometry, dtype = settings.geometry, torch.promote_types(result.dtype, torch.float32)
         rows = geometry.rows(geometry.batched(x))
-        wide, a, wide_b = x.to(dtype), result.to(dtype), b.to(dtype)
+        wide, a, wide_b = _as_read(x, settings).to(dtype), result.to(dtype), b.to(dtype)
         one = apply_rows_transposed(apply_rows(wide, a, geometry), wide_b, wide, geometry)
         two = apply_rows_transposed(apply_rows(wide, wide_b, geometry), a, wide, geometry)
         return b, (-(one + two) / max(rows, 1)).to(x.dtype)
@@ -250,9 +250,16 @@ def _gram_tangent(a: Tensor, x: Tensor, dx: Tensor, settings: CallSettings) -> T
     """A dG, for a tangent dX of X."""
     geometry = settings.geometry
     rows = max(geometry.rows(geometry.batched(x)), 1)
-    one = outer_rows(apply_rows(dx, a, geometry), x, a, geometry)
-    two = outer_rows(apply_rows(x, a, geometry), dx, a, geometry)
-    return (one + two) / rows
+    with torch_private.without_autocast(x.device):
+        x = _as_read(x, settings).to(dx.dtype)
+        one = outer_rows(apply_rows(dx, a, geometry), x, a, geometry)
+        two = outer_rows(apply_rows(x, a, geometry), dx, a, geometry)
+        return (one + two) / rows
+
+
+def _as_read(x: Tensor, settings: CallSettings) -> Tensor:
+    """Round an input as autocast does before the layer reads it."""
+    return x if settings.input_dtype is None else x.to(settings.input_dtype)
 
 
 def _precondition(grad: Tensor, x: Tensor, settings: CallSettings) -> Tensor:
