@@ -29,7 +29,7 @@ class TractError(Exception):
     """
 
     def __init__(self, found: str, reason: str, remedy: str) -> None:
-        # BaseException.__new__ keeps the arguments; Dynamo can't trace a super().__init__ here.
+        super().__init__(found, reason, remedy)
         self.found = found
         self.reason = reason
         self.remedy = remedy
