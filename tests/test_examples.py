@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 # Modules that a script is made of start with an underscore.
@@ -41,14 +42,13 @@ def test_script_runs(script: str, tmp_path: Path) -> None:
 
 def write_images(folder: Path, *, classes: Sequence[str] = ("cat", "dog")) -> Path:
     """Write an image folder of noise whose classes differ in their brightness."""
-    image_module = pytest.importorskip("PIL.Image")
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 8), ("test", 4)):
         for label, name in enumerate(classes):
             (folder / split / name).mkdir(parents=True)
             for index in range(count):
                 noise = torch.randint(0, 128, (12, 10, 3), generator=generator) + 100 * label
-                image = image_module.fromarray(noise.to(torch.uint8).numpy())
+                image = Image.fromarray(noise.to(torch.uint8).numpy())
                 image.save(folder / split / name / f"{index}.png")
     return folder
 

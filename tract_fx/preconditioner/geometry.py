@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 __all__ = ["PatchGeometry"]
 
@@ -106,16 +107,22 @@ class PatchGeometry:
 
     @property
     def flat_padding(self) -> tuple[int, ...]:
-        """The padding as one flat tuple (before, after, before, after, …), first dimension first.
-
-        `torch.nn.functional.pad` wants the last dimension first: see `pad_argument`.
-        """
+        """The padding, flat: (before, after, before, after, …), first dimension first."""
         return tuple(p for pair in self.padding for p in pair)
 
-    @property
-    def pad_argument(self) -> tuple[int, ...]:
-        """The padding as `torch.nn.functional.pad` takes it: last dimension first."""
-        return tuple(p for pair in reversed(self.padding) for p in pair)
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        """Put the zeros around an input.
+
+        Args:
+            x: The input, (N, C, *spatial).
+
+        Returns:
+            The input with its padding; itself where there is none.
+        """
+        if not any(self.flat_padding):
+            return x
+        # torch.nn.functional.pad wants the last dimension first.
+        return functional.pad(x, tuple(p for pair in reversed(self.padding) for p in pair))
 
     def batched(self, x: torch.Tensor) -> torch.Tensor:
         """Bring a layer's input to the form (N, C, *spatial).

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch.nn import functional
 
 from tract_fx.preconditioner.geometry import PatchGeometry
 
@@ -56,8 +55,7 @@ def patch_blocks(
 
 def _patch_view(x: torch.Tensor, geometry: PatchGeometry) -> torch.Tensor:
     """View an input (N, C, *spatial) as its patches (N, C, *positions, *kernel)."""
-    if any(geometry.flat_padding):
-        x = functional.pad(x, geometry.pad_argument)
+    x = geometry.padded(x)
     for dim, (k, s, d) in enumerate(
         zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True), start=2
     ):

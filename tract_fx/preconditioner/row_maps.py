@@ -41,8 +41,7 @@ def apply_rows(x: Tensor, weight: Tensor, geometry: PatchGeometry) -> Tensor:
             x.unflatten(1, (geometry.groups, -1)),
             weight.unflatten(0, (geometry.groups, -1)),
         ).flatten(1)
-    if any(geometry.flat_padding):
-        x = functional.pad(x, geometry.pad_argument)
+    x = geometry.padded(x)
     convolution = _CONVOLUTIONS[len(geometry.kernel)]
     return convolution(x, weight, None, geometry.stride, 0, geometry.dilation, geometry.groups)
 
