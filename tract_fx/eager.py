@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
-import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
@@ -29,6 +27,7 @@ from tract_fx.passes.fx_graph import (
     weight_parameters,
 )
 from tract_fx.preconditioner import check_lambda
+from tract_fx.program import arguments, capture
 
 __all__ = ["tract_module"]
 
@@ -143,10 +142,9 @@ def _is_frozen(module: nn.Module) -> bool:
 
 
 def _export(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = arguments(example_inputs)
     try:
-        with torch.random.fork_rng(devices=[]), _attributes_restored(model):
-            graph = torch.export.export(model, args, kwargs, strict=False).module()
+        graph = capture(model, args, kwargs).module()
     except Exception as error:
         raise UntraceableModelError(
             f"torch.export failed on {type(model).__name__} ({type(error).__name__}: {error})",
@@ -155,18 +153,6 @@ def _export(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
         ) from error
     assert isinstance(graph, fx.GraphModule)
     return graph
-
-
-@contextmanager
-def _attributes_restored(model: nn.Module) -> Iterator[None]:
-    """Take back what tracing leaves in a model's attributes."""
-    before = [(module, dict(vars(module))) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
 
 
 def _check_calls(
@@ -206,21 +192,6 @@ def _check_calls(
                 if example_inputs is not None
                 else f"Give example_inputs, with which that can be made sure. {_USE_A_GRAPH}",
             )
-
-
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, torch.Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    raise UnsupportedModelError(
-        f"example_inputs={example_inputs!r}",
-        "the model is exported on a batch to find the layer that consumes it",
-        "Give a tuple of positional arguments, a mapping of keyword arguments or a tensor; or name "
-        "the layer with layers=[…]",
-    )
 
 
 def _treatable(model: nn.Module, name: str) -> nn.Module:

@@ -6,14 +6,24 @@ instead.
 
 __all__ = [
     "AmbiguousInputLayerError",
+    "ArtifactsExistError",
+    "ArtifactsWriteError",
+    "DamagedArtifactsError",
+    "ExportError",
+    "FailedRunError",
     "FrozenLayerWarning",
+    "InvalidBatchError",
     "InvalidLambdaError",
+    "MissingRuntimeError",
     "NoInputLayerError",
+    "StateMismatchError",
     "TractError",
     "TractWarning",
+    "TrainerStateError",
     "UnknownLayerError",
     "UnsupportedLayerError",
     "UnsupportedModelError",
+    "UnsupportedTrainingError",
     "UnsupportedTransformError",
     "UntraceableModelError",
 ]
@@ -70,6 +80,46 @@ class UnsupportedTransformError(TractError, RuntimeError):
 
 class InvalidLambdaError(TractError, ValueError):
     """The regularisation strength λ is not a finite number above zero."""
+
+
+class ExportError(TractError, RuntimeError):
+    """The model can't be brought to ONNX, or to a training graph, with its meaning kept."""
+
+
+class UnsupportedTrainingError(TractError, ValueError):
+    """A loss, an optimizer or an option of theirs that the target can't compute exactly."""
+
+
+class DamagedArtifactsError(TractError, RuntimeError):
+    """A directory of training artifacts is incomplete, altered, or not of this model."""
+
+
+class ArtifactsExistError(TractError, FileExistsError):
+    """Something stands where training artifacts are to be written, and it stays."""
+
+
+class ArtifactsWriteError(TractError, OSError):
+    """The system does not let training artifacts be written."""
+
+
+class InvalidBatchError(TractError, ValueError):
+    """A batch has a number of arrays, a shape or a dtype that the graph does not take."""
+
+
+class StateMismatchError(TractError, ValueError):
+    """A state_dict has other names, shapes or dtypes than what it is to replace."""
+
+
+class TrainerStateError(TractError, RuntimeError):
+    """A trainer is not where a call needs it: within an update, or before the first batch."""
+
+
+class FailedRunError(TractError, RuntimeError):
+    """ONNX Runtime failed while it ran a step, an evaluation or a prediction."""
+
+
+class MissingRuntimeError(TractError, ImportError):
+    """A package or an execution provider that the call needs is not there."""
 
 
 class TractWarning(UserWarning):

@@ -1,7 +1,7 @@
 """The pass on torch.fx graphs: locate → choose → rewrite, each usable alone."""
 
 from tract_fx.passes.fx_graph.api import find_input_layers, remove_tract, tract_pass
-from tract_fx.passes.fx_graph.choose import (
+from tract_fx.passes.choose import (
     LayerChoice,
     choose,
     named_lambdas,

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 
 from tract_fx.errors import UnsupportedModelError
 from tract_fx.modules import copy_tree, to_plain
-from tract_fx.passes.fx_graph.choose import (
+from tract_fx.passes.choose import (
     LayerChoice,
     choose,
     named_lambdas,

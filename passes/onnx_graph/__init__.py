@@ -1,0 +1,1 @@
+"""The pass on ONNX graphs: locate → choose → rewrite, and the repairs that training needs."""

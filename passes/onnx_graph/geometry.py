@@ -1,0 +1,72 @@
+"""The patch geometry of an ONNX convolution."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from tract_fx.passes.onnx_graph.values import static_shape
+from tract_fx.preconditioner import PatchGeometry
+
+__all__ = ["conv_geometry"]
+
+
+def conv_geometry(node: ir.Node, x: ir.Value, weight: ir.Value) -> PatchGeometry | None:
+    """Read off a Conv node how it reads its input.
+
+    Args:
+        node: The Conv node.
+        x: Its input, (N, C, *spatial).
+        weight: Its weight, (out, C/groups, *kernel).
+
+    Returns:
+        The geometry, None where it is not known before running: `auto_pad` of a strided
+        convolution depends on the size of its input.
+    """
+    kernel = _kernel(node, weight)
+    if kernel is None:
+        return None
+    dims, ones = len(kernel), (1,) * len(kernel)
+    stride = tuple(node.attributes.get_ints("strides") or ones)
+    dilation = tuple(node.attributes.get_ints("dilations") or ones)
+    groups = node.attributes.get_int("group", 1)
+    auto_pad = node.attributes.get_string("auto_pad", "NOTSET")
+    padding: list[tuple[int, int]] | None
+    if auto_pad in {"SAME_UPPER", "SAME_LOWER"}:
+        sizes = _spatial_sizes(x, dims)
+        padding = []
+        for size, k, s, d in zip(sizes, kernel, stride, dilation, strict=True):
+            total = _same_total(size, d * (k - 1) + 1, s)
+            if total is None:
+                return None
+            less, more = total // 2, total - total // 2
+            padding.append((less, more) if auto_pad == "SAME_UPPER" else (more, less))
+    elif auto_pad == "VALID":
+        padding = [(0, 0)] * dims
+    else:
+        flat = tuple(node.attributes.get_ints("pads") or (0,) * (2 * dims))
+        padding = list(zip(flat[:dims], flat[dims:], strict=True))
+    return PatchGeometry(kernel, stride, tuple(padding), dilation, groups)
+
+
+def _kernel(node: ir.Node, weight: ir.Value) -> tuple[int, ...] | None:
+    """The kernel's size: stated, or else the weight's."""
+    stated = node.attributes.get_ints("kernel_shape")
+    if stated:
+        return tuple(stated)
+    shape = static_shape(weight)
+    return None if shape is None else shape[2:]
+
+
+def _spatial_sizes(x: ir.Value, dims: int) -> tuple[int | None, ...]:
+    if x.shape is None or len(x.shape) != dims + 2:
+        return (None,) * dims
+    return tuple(size if isinstance(size, int) else None for size in x.shape[2:])
+
+
+def _same_total(size: int | None, extent: int, stride: int) -> int | None:
+    """Zeros that make ⌈size / stride⌉ outputs of patches of this extent."""
+    if stride == 1:
+        return extent - 1
+    if size is None:
+        return None
+    return max((-(-size // stride) - 1) * stride + extent - size, 0)

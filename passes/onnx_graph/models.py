@@ -1,0 +1,81 @@
+"""What the ONNX passes take as models, and what to give instead of the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx_ir.passes.common import InlinePass, ShapeInferencePass
+
+from tract_fx.errors import UnsupportedModelError
+
+__all__ = ["as_ir_model"]
+
+
+def as_ir_model(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
+    """Bring a model to the form that the passes work on: own, inlined, with shapes.
+
+    Args:
+        model: A ModelProto, an onnx-ir model, or the path of an `.onnx` file. Not changed.
+
+    Returns:
+        A copy, in which functions of the model's own are inlined and shapes are inferred.
+
+    Raises:
+        UnsupportedModelError: It is something else, no file, not ONNX, has sparse initializers or
+            lacks the files that its weights lie in.
+    """
+    if isinstance(model, ir.Model):
+        result = model.clone()
+    elif isinstance(model, onnx.ModelProto):
+        _refuse_sparse(model)
+        result = ir.serde.deserialize_model(model)
+    elif isinstance(model, (str, Path)):
+        result = _read(Path(model))
+    else:
+        raise UnsupportedModelError(
+            f"a model of class {type(model).__name__}",
+            "the pass works on an ONNX graph",
+            "Give an onnx.ModelProto, an onnx_ir.Model or the path of an .onnx file",
+        )
+    if result.functions:
+        InlinePass()(result)
+    ShapeInferencePass(check_type=False, strict_mode=False)(result)
+    return result
+
+
+def _read(path: Path) -> ir.Model:
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise UnsupportedModelError(
+            f"the file {str(path)!r}", f"it can't be read as ONNX ({error})", "Give an .onnx file"
+        ) from error
+    if not proto.HasField("graph"):  # an empty file is a message with nothing in it
+        raise UnsupportedModelError(
+            f"the file {str(path)!r}", "it holds no graph", "Give an .onnx file"
+        )
+    _refuse_sparse(proto)
+    model = ir.serde.deserialize_model(proto)
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and not Path(tensor.path).is_file():
+            raise UnsupportedModelError(
+                f"the initializer {name!r} of {str(path)!r}",
+                f"its values lie in {str(tensor.path)!r}, which is not there",
+                "Put that file beside the model, where the exporter wrote it",
+            )
+    return model
+
+
+def _refuse_sparse(proto: onnx.ModelProto) -> None:
+    if proto.graph.sparse_initializer:
+        name = proto.graph.sparse_initializer[0].values.name
+        raise UnsupportedModelError(
+            f"the sparse initializer {name!r}",
+            "training changes all entries of a tensor, also those that a sparse one leaves out",
+            "Store it as an ordinary initializer",
+        )

@@ -1,0 +1,142 @@
+"""Which values of an ONNX graph are trained: by the user's word, or by where they stand."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from tract_fx.errors import UnsupportedModelError, UnsupportedTrainingError
+from tract_fx.passes.onnx_graph.slots import FLOATS, LIFT, find_parameters
+
+__all__ = ["TrainingInputs", "forward_parameters", "is_training_graph", "training_parameters"]
+
+_BUFFER, _RESET = "_grad.accumulation.buffer", "lazy_reset_grad"
+
+
+def forward_parameters(model: ir.Model, trainable: Iterable[str] | None = None) -> tuple[str, ...]:
+    """Tell the trained parameters of a forward model.
+
+    Without names, those initializers that torch's exporter has recorded as parameters; where it is
+    not said, floating ones that stand where layers have their weights, biases, scales, tables and
+    tokens. No parameters are: running statistics, constants that the raw input meets before the
+    first layer (its mean and standard deviation), scalars in arithmetic, masks, quantisation
+    scales, sizes and bounds, and whatever a Constant node holds.
+
+    Args:
+        model: The model.
+        trainable: Names of initializers: exactly these are trained.
+
+    Returns:
+        Their names, in the order of the model's initializers.
+
+    Raises:
+        UnsupportedTrainingError: `trainable` names something else than a floating initializer, or
+            nothing at all; or it was left out and the graph does not tell what is trained.
+    """  # noqa: DOC502 (raised by what it calls)
+    graph = model.graph
+    found = find_parameters(graph) if trainable is None else _checked(graph, trainable)
+    return tuple(name for name in graph.initializers if name in found)
+
+
+def _checked(graph: ir.Graph, trainable: Iterable[str]) -> set[str]:
+    """The names that the user gave, each a floating initializer's."""
+    names = [trainable] if isinstance(trainable, str) else list(trainable)
+    if not names:
+        raise UnsupportedTrainingError(
+            "trainable=[]", "nothing would be trained", "Name initializers, or leave trainable out"
+        )
+    for name in names:
+        value = graph.initializers.get(name)
+        if value is None:
+            raise UnsupportedTrainingError(
+                f"trainable names {name!r}", *_no_initializer(graph, name)
+            )
+        if value.dtype not in FLOATS:
+            raise UnsupportedTrainingError(
+                f"trainable names {name!r}, of type {value.dtype}",
+                "only floating point numbers have a gradient",
+                "Leave it out of trainable",
+            )
+    return set(names)
+
+
+def _no_initializer(graph: ir.Graph, name: str) -> tuple[str, str]:
+    """Why a name is no initializer's, and what to do instead."""
+    for node in graph:
+        if node.op_type == "Constant" and node.outputs[0].name == name:
+            return "it is a Constant node's value", LIFT
+    known = [n for n, value in graph.initializers.items() if value.dtype in FLOATS]
+    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    shown = ", ".join(map(repr, close or known[:10])) or "none"
+    return "the model has no initializer of that name", f"Near to it are: {shown}"
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What the inputs of a training graph are.
+
+    Attributes:
+        user: Names of the batch's inputs: the model's, then the loss's.
+        trainable: Names of the parameters that the graph has gradients of.
+        frozen: Names of the parameters that it has none of.
+    """
+
+    user: tuple[str, ...]
+    trainable: tuple[str, ...]
+    frozen: tuple[str, ...]
+
+
+def is_training_graph(model: ir.Model) -> bool:
+    """Tell ONNX Runtime's training graphs by the buffers that gradients are collected in.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Whether it is one.
+    """
+    names = [str(value.name) for value in model.graph.inputs]
+    return _RESET in names and any(name.endswith(_BUFFER) for name in names)
+
+
+def training_parameters(model: ir.Model) -> TrainingInputs:
+    """Read off a training graph what its inputs are.
+
+    They stand in the order: the batch, parameters that are trained, parameters that are not, a
+    gradient buffer of each that is, the flag that resets these.
+
+    Args:
+        model: A graph as `onnxruntime.training.artifacts.generate_artifacts` writes it.
+
+    Returns:
+        The names of the batch and of the parameters.
+
+    Raises:
+        UnsupportedModelError: It is no such graph.
+    """
+    names = [str(value.name) for value in model.graph.inputs]
+    if not is_training_graph(model):
+        raise UnsupportedModelError(
+            f"a graph with the inputs {', '.join(names) or 'none'}",
+            f"a training graph has gradient buffers ({_BUFFER!r}) and {_RESET!r} among its inputs",
+            "Give the training_model.onnx that onnxruntime.training.artifacts.generate_artifacts "
+            "wrote",
+        )
+    trainable = [name.removesuffix(_BUFFER) for name in names if name.endswith(_BUFFER)]
+    first = names.index(trainable[0]) if trainable[0] in names else len(names)
+    behind = first + len(trainable)
+    end = next(i for i, name in enumerate(names) if name.endswith(_BUFFER))
+    expected = [*trainable, *names[behind:end], *(name + _BUFFER for name in trainable), _RESET]
+    if names[first:] != expected:
+        missing = [name for name in trainable if name not in names]
+        raise UnsupportedModelError(
+            f"a training graph with the inputs {', '.join(names)}",
+            f"its buffers are of {', '.join(missing)}, which are no inputs"
+            if missing
+            else "they are not in the order batch, trained parameters, frozen ones, buffers, reset",
+            "Give the training_model.onnx as generate_artifacts wrote it",
+        )
+    return TrainingInputs(tuple(names[:first]), tuple(trainable), tuple(names[behind:end]))

@@ -1,0 +1,75 @@
+"""What ONNX Runtime Training's gradient builder needs repaired, one pass each.
+
+Each pass takes an `onnx_ir.Model`, edits it in place and returns the number of its changes; a
+second application changes nothing. None changes the values that a forward graph computes, beyond
+rounding.
+"""
+
+from tract_fx.passes.onnx_graph.repairs.activations import activations_as_primitives
+from tract_fx.passes.onnx_graph.repairs.batch_norm import frozen_batch_norm, train_batch_norm
+from tract_fx.passes.onnx_graph.repairs.casts import casts_like
+from tract_fx.passes.onnx_graph.repairs.evaluation import (
+    evaluation_mode,
+    random_free,
+    random_operators,
+)
+from tract_fx.passes.onnx_graph.repairs.layer_norm import layer_norm_biases
+from tract_fx.passes.onnx_graph.repairs.metadata import strip_exporter_metadata
+from tract_fx.passes.onnx_graph.repairs.names import named_nodes
+from tract_fx.passes.onnx_graph.repairs.normalizations import normalizations_as_primitives
+from tract_fx.passes.onnx_graph.repairs.operands import separate_operands
+from tract_fx.passes.onnx_graph.repairs.optional_outputs import optional_outputs
+from tract_fx.passes.onnx_graph.repairs.padding import paddings_as_gathers
+from tract_fx.passes.onnx_graph.repairs.pooling import (
+    average_pools_as_convolutions,
+    max_pools_as_gathers,
+)
+from tract_fx.passes.onnx_graph.repairs.powers import powers_of_constants
+from tract_fx.passes.onnx_graph.repairs.reductions import (
+    extrema_as_primitives,
+    reductions_as_primitives,
+    variadic_as_binary,
+)
+from tract_fx.passes.onnx_graph.repairs.running_variance import unbiased_running_variance
+from tract_fx.passes.onnx_graph.repairs.selections import full_size_selections
+from tract_fx.passes.onnx_graph.repairs.sequence import prepare_for_gradients
+from tract_fx.passes.onnx_graph.repairs.sequences import sequences_as_splits
+from tract_fx.passes.onnx_graph.repairs.shapes import inferred_shapes
+from tract_fx.passes.onnx_graph.repairs.stop_gradients import (
+    detached_values,
+    steps_without_gradient,
+)
+from tract_fx.passes.onnx_graph.repairs.torch_exports import training_batch_norms
+from tract_fx.passes.onnx_graph.repairs.versions import supported_versions
+
+__all__ = [
+    "activations_as_primitives",
+    "average_pools_as_convolutions",
+    "casts_like",
+    "detached_values",
+    "evaluation_mode",
+    "extrema_as_primitives",
+    "frozen_batch_norm",
+    "full_size_selections",
+    "inferred_shapes",
+    "layer_norm_biases",
+    "max_pools_as_gathers",
+    "named_nodes",
+    "normalizations_as_primitives",
+    "optional_outputs",
+    "paddings_as_gathers",
+    "powers_of_constants",
+    "prepare_for_gradients",
+    "random_free",
+    "random_operators",
+    "reductions_as_primitives",
+    "separate_operands",
+    "sequences_as_splits",
+    "steps_without_gradient",
+    "strip_exporter_metadata",
+    "supported_versions",
+    "train_batch_norm",
+    "training_batch_norms",
+    "unbiased_running_variance",
+    "variadic_as_binary",
+]

@@ -1,0 +1,75 @@
+"""The repairs that come before the gradient builder, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import onnx_ir as ir
+
+from tract_fx.passes.onnx_graph.repairs.activations import activations_as_primitives
+from tract_fx.passes.onnx_graph.repairs.batch_norm import frozen_batch_norm
+from tract_fx.passes.onnx_graph.repairs.casts import casts_like
+from tract_fx.passes.onnx_graph.repairs.layer_norm import layer_norm_biases
+from tract_fx.passes.onnx_graph.repairs.metadata import strip_exporter_metadata
+from tract_fx.passes.onnx_graph.repairs.names import named_nodes
+from tract_fx.passes.onnx_graph.repairs.normalizations import normalizations_as_primitives
+from tract_fx.passes.onnx_graph.repairs.operands import separate_operands
+from tract_fx.passes.onnx_graph.repairs.optional_outputs import optional_outputs
+from tract_fx.passes.onnx_graph.repairs.padding import paddings_as_gathers
+from tract_fx.passes.onnx_graph.repairs.pooling import average_pools_as_convolutions
+from tract_fx.passes.onnx_graph.repairs.powers import powers_of_constants
+from tract_fx.passes.onnx_graph.repairs.reductions import (
+    extrema_as_primitives,
+    reductions_as_primitives,
+    variadic_as_binary,
+)
+from tract_fx.passes.onnx_graph.repairs.selections import full_size_selections
+from tract_fx.passes.onnx_graph.repairs.sequences import sequences_as_splits
+from tract_fx.passes.onnx_graph.repairs.shapes import inferred_shapes
+from tract_fx.passes.onnx_graph.repairs.stop_gradients import (
+    detached_values,
+    steps_without_gradient,
+)
+from tract_fx.passes.onnx_graph.repairs.versions import supported_versions
+
+__all__ = ["prepare_for_gradients"]
+
+BEFORE: tuple[Callable[[ir.Model], int], ...] = (
+    supported_versions,
+    inferred_shapes,
+    detached_values,
+    reductions_as_primitives,
+    extrema_as_primitives,
+    strip_exporter_metadata,
+    named_nodes,
+    casts_like,
+    sequences_as_splits,
+    steps_without_gradient,
+    variadic_as_binary,
+    activations_as_primitives,
+    powers_of_constants,
+    normalizations_as_primitives,
+    frozen_batch_norm,
+    layer_norm_biases,
+    average_pools_as_convolutions,
+    paddings_as_gathers,
+    full_size_selections,
+    separate_operands,
+    optional_outputs,
+)
+
+
+def prepare_for_gradients(model: ir.Model, *, trainable: Collection[str]) -> tuple[str, ...]:
+    """Run all repairs that a forward graph needs before ONNX Runtime builds its gradients.
+
+    BatchNormalization nodes with `training_mode=0` are frozen by it: `train_batch_norm` comes
+    first where they are to be trained.
+
+    Args:
+        model: The forward graph, edited in place.
+        trainable: Names of the initializers that are to have gradients.
+
+    Returns:
+        Names of the passes that changed something, in their order.
+    """
+    return tuple(repair.__name__ for repair in BEFORE if repair(model))

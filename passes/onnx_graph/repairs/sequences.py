@@ -1,0 +1,102 @@
+"""Splits into a sequence of tensors, through which ONNX Runtime passes no gradient."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from tract_fx.passes.onnx_graph.calls import is_standard
+from tract_fx.passes.onnx_graph.repairs.replacement import (
+    Additions,
+    constant_array,
+    known_rank,
+)
+
+__all__ = ["sequences_as_splits"]
+
+
+def sequences_as_splits(model: ir.Model) -> int:
+    """Write SplitToSequence followed by SequenceAt as Split.
+
+    torch.onnx.export writes split and chunk so. Where other parts of the loss have a gradient, the
+    one through the sequence would be missing without a word.
+
+    Args:
+        model: The model, edited in place.
+
+    Returns:
+        The number of SplitToSequence nodes replaced; those whose sizes or indices are not known
+        before running, or whose sequence is read in another way, stay.
+
+    Raises:
+        ExportError: If the rank of an input is not known.
+    """  # noqa: DOC502 - raised by known_rank
+    return sum(
+        _replace(model.graph, node)
+        for node in list(model.graph)
+        if is_standard(node, "SplitToSequence")
+    )
+
+
+def _replace(graph: ir.Graph, node: ir.Node) -> bool:
+    """Replace one SplitToSequence and its readers."""
+    x, sequence = node.inputs[0], node.outputs[0]
+    assert x is not None
+    readers = [use.node for use in sequence.uses()]
+    axis = node.attributes.get_int("axis", 0)
+    sizes = _sizes(node, x, axis % known_rank(x, node))
+    places = [constant_array(reader.inputs[1]) for reader in readers if len(reader.inputs) > 1]
+    if (
+        sizes is None
+        or sequence.is_graph_output()
+        or not all(is_standard(reader, "SequenceAt") for reader in readers)
+        or any(place is None for place in places)
+    ):
+        return False
+    new = Additions(node.name or sequence.name or node.op_type)
+    pieces = _split(new, x, sizes, axis)
+    if len(node.inputs) < 2 and not node.attributes.get_int("keepdims", 1):
+        pieces = [new.op("Squeeze", piece, new.int64([axis]), like=x) for piece in pieces]
+    graph.insert_before(node, new.nodes)
+    for reader, place in zip(readers, places, strict=True):
+        assert place is not None
+        piece = pieces[int(place.item())]
+        # An Identity keeps the name, and leaves each reader a value of its own.
+        identity = ir.node("Identity", [piece], name=reader.name)
+        graph.insert_before(reader, identity)
+        old, value = reader.outputs[0], identity.outputs[0]
+        name, value.type, value.shape = old.name, x.type, old.shape
+        old.replace_all_uses_with(value, replace_graph_outputs=True)
+        graph.remove(reader, safe=True)
+        value.name = name
+    graph.remove(node, safe=True)
+    return True
+
+
+def _split(new: Additions, x: ir.Value, sizes: list[int], axis: int) -> list[ir.Value]:
+    """Write a Split, which has one output for each size."""
+    lengths = new.int64(sizes)
+    first = new.op("Split", x, lengths, like=x, axis=axis)
+    node = first.producer()
+    assert node is not None
+    node.resize_outputs(len(sizes))
+    for number, output in enumerate(node.outputs[1:], 1):
+        output.name, output.type = f"{first.name}.{number}", x.type
+    return list(node.outputs)
+
+
+def _sizes(node: ir.Node, x: ir.Value, axis: int) -> list[int] | None:
+    """Give the sizes of the pieces, None where they aren't known before running."""
+    assert x.shape is not None
+    whole = x.shape[axis]
+    split = node.inputs[1] if len(node.inputs) > 1 else None
+    if split is None:
+        return [1] * whole if isinstance(whole, int) else None
+    array = constant_array(split)
+    if array is None:
+        return None
+    if array.ndim:
+        return [int(size) for size in array]
+    if not isinstance(whole, int):
+        return None
+    step = int(array)
+    return [min(step, whole - start) for start in range(0, whole, step)]

@@ -1,0 +1,66 @@
+"""The opset and IR versions that ONNX Runtime Training 1.19.2 reads."""
+
+from __future__ import annotations
+
+import onnx
+import onnx.version_converter
+import onnx_ir as ir
+
+from tract_fx.errors import ExportError
+
+__all__ = ["supported_versions"]
+
+OLDEST_OPSET = 18  # since it, all reductions take their axes as an input, as the repairs write them
+NEWEST_OPSET = 20  # 21 changes GroupNormalization, and is the last that the runtime knows
+NEWEST_IR = 10
+
+
+def supported_versions(model: ir.Model) -> int:
+    """Bring a model to an opset and an IR version that the gradient builder takes.
+
+    Args:
+        model: The model, edited in place.
+
+    Returns:
+        The number of versions changed: 0, 1 or 2.
+
+    Raises:
+        ExportError: If the opset can't be converted.
+    """
+    changed = 0
+    for domain in ("", "ai.onnx"):
+        opset = model.opset_imports.get(domain)
+        if opset is not None and not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+            target = OLDEST_OPSET if opset < OLDEST_OPSET else NEWEST_OPSET
+            _convert(model, opset, target)
+            changed += 1
+    if model.ir_version > NEWEST_IR:
+        model.ir_version = NEWEST_IR
+        changed += 1
+    return changed
+
+
+def _convert(model: ir.Model, opset: int, target: int) -> None:
+    """Convert a model's graph to another opset.
+
+    Args:
+        model: The model, edited in place.
+        opset: The version that it has.
+        target: The version to have.
+
+    Raises:
+        ExportError: If onnx's converter can't.
+    """
+    try:
+        converted = onnx.version_converter.convert_version(ir.to_proto(model), target)
+    except Exception as error:  # the converter raises RuntimeError and others of its own
+        raise ExportError(
+            f"the model is of opset {opset}, and onnx can't convert it to opset {target}: {error}",
+            f"ONNX Runtime Training 1.19.2 builds gradients for opset {OLDEST_OPSET} to "
+            f"{NEWEST_OPSET}",
+            f"Export it with opset {NEWEST_OPSET}",
+        ) from error
+    new = ir.from_proto(converted)
+    model.graph = new.graph
+    model.functions.clear()
+    model.functions.update(new.functions)

@@ -1,0 +1,168 @@
+"""Rewrite: put TrAct's subgraph into an ONNX training graph, and take it out again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from tract_fx.errors import UnsupportedLayerError
+from tract_fx.passes.onnx_graph.calls import OnnxCall
+from tract_fx.passes.onnx_graph.markers import shortest
+from tract_fx.passes.onnx_graph.subgraph import write_tract
+from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient, find_weight_gradient
+from tract_fx.passes.onnx_graph.writer import NodeWriter
+
+__all__ = [
+    "PREFIX",
+    "PROVENANCE",
+    "insert_tract",
+    "present_lambdas",
+    "remove_from_graph",
+    "result_of",
+]
+
+PROVENANCE = "tract_fx"
+"""Key in `metadata_props` of every node that the pass made."""
+
+PREFIX = "tract/"
+"""What the names of every node, value and constant that the pass made begin with."""
+
+
+def insert_tract(
+    model: ir.Model, calls: Mapping[str, OnnxCall], lambdas: Mapping[str, float]
+) -> tuple[str, ...]:
+    """Put TrAct on calls of a training graph, in place.
+
+    The result takes the name of the plain term, and its place with every consumer: a Sum over
+    several uses of the weight, the chain rule to the parameters that it is computed from, the
+    accumulation.
+
+    Args:
+        model: A training graph without TrAct.
+        calls: The calls by their node's name.
+        lambdas: λ by the node's name, for the calls to treat.
+
+    Returns:
+        Names of the nodes whose weight has no gradient, where TrAct would be idle: left alone.
+
+    Raises:
+        UnsupportedLayerError: A call's own term of the weight's gradient can't be told apart, or
+            the weight's shape is not known.
+    """  # noqa: DOC502 (raised by what it calls)
+    found = {name: find_weight_gradient(model.graph, calls[name]) for name in lambdas}
+    shapes = {name: _weight_shape(calls[name]) for name in lambdas}
+    for name, gradient in found.items():
+        if gradient is not None:
+            _insert(model.graph, name, gradient, shapes[name], lambdas[name])
+    if any(gradient is not None for gradient in found.values()):
+        model.opset_imports.setdefault("com.microsoft", 1)
+        model.graph.sort()
+    return tuple(name for name, gradient in found.items() if gradient is None)
+
+
+def _insert(
+    graph: ir.Graph,
+    name: str,
+    gradient: WeightGradient,
+    weight_shape: tuple[int, ...],
+    lambda_: float,
+) -> None:
+    term = gradient.term
+    record = json.dumps({"call": name, "term": term.name})
+    write = NodeWriter(graph, f"{PREFIX}{name}/", {PROVENANCE: record})
+    value = write.constant(np.asarray(lambda_, np.float32), "lambda")
+    users, is_output = list(term.uses()), [i for i, v in enumerate(graph.outputs) if v is term]
+    result = write_tract(write, gradient, weight_shape, value)
+    for node, index in users:
+        node.replace_input_with(index, result)
+    for index in is_output:
+        graph.outputs[index] = result
+    result.name, term.name = term.name, f"{PREFIX}{name}/plain_gradient"
+    result.shape, result.type = term.shape, term.type
+    producer = term.producer()
+    assert producer is not None
+    graph.insert_after(producer, list(write.nodes))
+
+
+def _weight_shape(call: OnnxCall) -> tuple[int, ...]:
+    shape = call.weight.shape
+    if shape is None or not all(isinstance(size, int) for size in shape):
+        raise UnsupportedLayerError(
+            f"node {call.node.name!r} with the weight {call.weight.name!r} of shape {shape}",
+            "the number of columns has to be known when the subgraph is made",
+            "Run onnx.shape_inference on the model, or give the weight a fixed shape",
+        )
+    return tuple(int(size) for size in shape)  # type: ignore[call-overload]
+
+
+def present_lambdas(model: ir.Model) -> dict[str, float]:
+    """Read which calls of a training graph have TrAct, and with which λ.
+
+    Args:
+        model: A training graph.
+
+    Returns:
+        λ by the name of each call's node, as it stands in the graph's initializer.
+    """
+    names = dict.fromkeys(record["call"] for _, record in _provenance(model))
+    lambdas = {}
+    for name in names:
+        constant = model.graph.initializers[f"{PREFIX}{name}/lambda"].const_value
+        assert constant is not None
+        lambdas[name] = shortest(constant.numpy())
+    return lambdas
+
+
+def result_of(model: ir.Model, name: str) -> ir.Value:
+    """Give TrAct's gradient of a call, as the rest of a training graph reads it.
+
+    Args:
+        model: A training graph with TrAct.
+        name: Name of the call's node.
+
+    Returns:
+        The value, which has the name that the plain gradient had.
+    """
+    term = next(record["term"] for _, record in _provenance(model) if record["call"] == name)
+    return next(v for node in model.graph for v in node.outputs if v.name == term)
+
+
+def remove_from_graph(model: ir.Model) -> None:
+    """Take TrAct's nodes and constants out of a training graph, in place.
+
+    Args:
+        model: A training graph, with TrAct or without.
+    """
+    made = dict(_provenance(model))
+    plain = {value.name: value for node in model.graph for value in node.outputs}
+    for record in {json.dumps(record): record for record in made.values()}.values():
+        term = plain[f"{PREFIX}{record['call']}/plain_gradient"]
+        result = plain[record["term"]]
+        result.replace_all_uses_with(term, replace_graph_outputs=True)
+        result.name, term.name = None, record["term"]
+    for node in reversed(made):
+        _release_branches(node)
+        model.graph.remove(node, safe=True)
+    for name in [n for n in model.graph.initializers if n.startswith(PREFIX)]:
+        del model.graph.initializers[name]
+
+
+def _release_branches(node: ir.Node) -> None:
+    """Let a node's branches let go of the values around them, which may then be removed."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            for inner in attribute.as_graph():
+                for index in range(len(inner.inputs)):
+                    inner.replace_input_with(index, None)
+
+
+def _provenance(model: ir.Model) -> list[tuple[ir.Node, dict[str, str]]]:
+    """The nodes that the pass made in the main graph, in its order, with their records."""
+    return [
+        (node, json.loads(node.metadata_props[PROVENANCE]))
+        for node in model.graph
+        if PROVENANCE in node.metadata_props
+    ]

@@ -1,0 +1,100 @@
+"""Find the gradient that one call of a layer contributes to its weight, in a training graph.
+
+ONNX Runtime's gradient builder names the gradient of a value `v` as `v_grad`; where several terms
+add up to it, the terms are `v_grad_0`, `v_grad_1`, … and a Sum makes `v_grad`. A tensor of that
+name is therefore a call's own term only in the simple case. The term is found by what computes it:
+
+- Conv: `ConvGrad(dy, x, w)`, second output;
+- Gemm and MatMul: the product of x and dy, each through a Reshape to a matrix where x has another
+  rank than two.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from tract_fx.errors import UnsupportedLayerError
+from tract_fx.passes.onnx_graph.calls import Layout, OnnxCall, is_standard
+
+__all__ = ["WeightGradient", "find_weight_gradient"]
+
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class WeightGradient:
+    """What one call contributes to the gradient of its weight.
+
+    Attributes:
+        call: The call in the forward part of the graph.
+        term: The call's own term of the weight's gradient, in the weight operand's layout.
+        output_gradient: Gradient of the call's output, dL/dy, with the output's shape.
+    """
+
+    call: OnnxCall
+    term: ir.Value
+    output_gradient: ir.Value
+
+
+def find_weight_gradient(graph: ir.Graph, call: OnnxCall) -> WeightGradient | None:
+    """Find a call's own term of its weight's gradient.
+
+    Args:
+        graph: A training graph.
+        call: A call in its forward part.
+
+    Returns:
+        The term, or None where the graph has no gradient for the weight, which is then frozen.
+
+    Raises:
+        UnsupportedLayerError: The weight has a gradient and the call's term can't be told apart.
+    """
+    gradients = {value.name: value for node in graph for value in node.outputs if value.name}
+    pattern = re.compile(re.escape(f"{call.weight.name}_grad") + r"(_\d+)?")
+    if not any(pattern.fullmatch(name) for name in gradients):
+        return None
+    dy = gradients.get(f"{call.output.name}_grad")
+    terms = [] if dy is None else _terms(call, dy)
+    if dy is None or len(terms) != 1 or not pattern.fullmatch(terms[0].name or ""):
+        raise UnsupportedLayerError(
+            f"node {call.node.name!r} ({call.node.op_type}) and {len(terms)} nodes that look like "
+            f"its gradient for the weight {call.weight.name!r}",
+            "the call's own term of that gradient can't be told apart from other terms",
+            "Build the training graph with ONNX Runtime Training 1.19, and give the layer's input "
+            "a known rank",
+        )
+    return WeightGradient(call, terms[0], dy)
+
+
+def _terms(call: OnnxCall, dy: ir.Value) -> list[ir.Value]:
+    """Outputs of every node that computes the call's weight gradient from its input and dy."""
+    if call.layout is Layout.CONVOLUTION:
+        return [
+            node.outputs[1]
+            for node in dy.consumers()
+            if node.domain == MICROSOFT
+            and node.op_type == "ConvGrad"
+            and list(node.inputs[:3]) == [dy, call.input, call.weight]
+        ]
+    matrices = _as_matrices(call.input)
+    return [
+        node.outputs[0]
+        for matrix in _as_matrices(dy)
+        for node in dict.fromkeys(matrix.consumers())
+        if _is_product(node) and any(x in node.inputs[:2] for x in matrices)
+    ]
+
+
+def _is_product(node: ir.Node) -> bool:
+    return is_standard(node, "Gemm", "MatMul") or (
+        node.domain == MICROSOFT and node.op_type == "FusedMatMul"
+    )
+
+
+def _as_matrices(value: ir.Value) -> list[ir.Value]:
+    """The value, and what a Reshape makes of it."""
+    reshaped = [node.outputs[0] for node in value.consumers() if is_standard(node, "Reshape")]
+    return [value, *reshaped]

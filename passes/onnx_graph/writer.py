@@ -1,0 +1,137 @@
+"""Write new nodes with names, provenance and constants of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+__all__ = ["NodeWriter"]
+
+
+class NodeWriter:
+    """Collects nodes whose names begin with a prefix and that carry one provenance record.
+
+    Args:
+        graph: The graph that constants are registered in, as initializers.
+        prefix: What the names of nodes, values and constants begin with.
+        provenance: Metadata of every node.
+    """
+
+    def __init__(self, graph: ir.Graph, prefix: str, provenance: Mapping[str, str]) -> None:
+        self._graph = graph
+        self._prefix = prefix
+        self._provenance = provenance
+        self._tape = Tape()
+        self._taken: set[str] = set()
+
+    @property
+    def nodes(self) -> Sequence[ir.Node]:
+        """The nodes, in the order in which they were written."""
+        return self._tape.nodes
+
+    def branch(self, name: str) -> NodeWriter:
+        """Start writing a subgraph of this one.
+
+        Args:
+            name: What comes behind the prefix in the subgraph's names.
+
+        Returns:
+            A writer for the subgraph's nodes; constants go where this writer's go.
+        """
+        return NodeWriter(self._graph, f"{self._prefix}{name}/", self._provenance)
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        name: str,
+        attributes: Mapping[str, int | float | str | Sequence[int] | ir.Attr] | None = None,
+        *,
+        domain: str = "",
+    ) -> ir.Value:
+        """Write a node of one output.
+
+        Args:
+            op_type: The operator.
+            inputs: Its inputs.
+            name: Name of the node and of its output, behind the prefix.
+            attributes: The node's attributes.
+            domain: The operator's domain.
+
+        Returns:
+            The output.
+        """
+        full = self._fresh(name)
+        value = self._tape.op(
+            op_type,
+            inputs,
+            attributes=attributes,  # type: ignore[arg-type]  # a Mapping of what it takes
+            domain=domain,
+            name=full,
+            metadata_props=dict(self._provenance),
+        )
+        value.name = full
+        return value
+
+    def microsoft(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        name: str,
+        attributes: Mapping[str, int | float | str | Sequence[int] | ir.Attr] | None = None,
+    ) -> ir.Value:
+        """Write a node of ONNX Runtime's own domain.
+
+        Args:
+            op_type: The operator.
+            inputs: Its inputs.
+            name: Name of the node and of its output, behind the prefix.
+            attributes: The node's attributes.
+
+        Returns:
+            The output.
+        """
+        return self.op(op_type, inputs, name, attributes, domain="com.microsoft")
+
+    def constant(self, array: np.ndarray, name: str) -> ir.Value:
+        """Register a constant as an initializer of the graph.
+
+        Args:
+            array: Its value.
+            name: Its name behind the prefix.
+
+        Returns:
+            The constant.
+        """
+        full = self._fresh(name)
+        value = ir.Value(
+            name=full,
+            shape=ir.Shape(array.shape),
+            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+            const_value=ir.Tensor(array, name=full),
+        )
+        self._graph.register_initializer(value)
+        return value
+
+    def integers(self, values: Sequence[int], name: str) -> ir.Value:
+        """Register a vector of int64, for shapes, axes and the like.
+
+        Args:
+            values: The integers.
+            name: The constant's name behind the prefix.
+
+        Returns:
+            The constant.
+        """
+        return self.constant(np.asarray(values, np.int64), name)
+
+    def _fresh(self, name: str) -> str:
+        full, count = f"{self._prefix}{name}", 1
+        while full in self._taken or full in self._graph.initializers:
+            count += 1
+            full = f"{self._prefix}{name}_{count}"
+        self._taken.add(full)
+        return full

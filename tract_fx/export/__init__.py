@@ -1,0 +1,1 @@
+"""Export: from a rewritten model, or an ONNX model of any framework, to training artifacts."""

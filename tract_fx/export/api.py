@@ -1,0 +1,178 @@
+"""Export a model to training artifacts."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from tract_fx.errors import NoInputLayerError, UnsupportedTrainingError
+from tract_fx.export.directory import OPTIMIZER_MODEL, write_directory
+from tract_fx.export.forward import onnx_source, torch_source
+from tract_fx.export.graphs import describe, write_graphs
+from tract_fx.export.loss_choice import put_loss
+from tract_fx.export.losses import Loss
+from tract_fx.export.manifest import Manifest
+from tract_fx.export.optimizer_graph import build_optimizer
+from tract_fx.export.optimizers import OptimizerConfig, optimizer_from
+from tract_fx.export.verify import verify_graphs
+from tract_fx.passes.choose import LayerChoice, warn_of_frozen
+
+__all__ = ["TrainingArtifacts", "export_training"]
+
+Model = nn.Module | ExportedProgram | onnx.ModelProto | ir.Model | str | Path
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingArtifacts:
+    """What an export wrote.
+
+    Attributes:
+        directory: The directory, which `load_trainer` reads.
+        manifest: What is in it.
+    """
+
+    directory: Path
+    manifest: Manifest
+
+    def __str__(self) -> str:
+        layers = ", ".join(f"{r.name} (λ = {r.lambda_:g})" for r in self.manifest.layers)
+        trained = sum(spec.trainable for spec in self.manifest.parameters)
+        return (
+            f"{self.directory}: TrAct on {layers or 'no layer'}; {trained} trained tensors, "
+            f"loss {self.manifest.loss}, {self.manifest.optimizer}"
+        )
+
+
+def export_training(
+    model: Model,
+    example_inputs: Any,
+    directory: str | os.PathLike[str],
+    *,
+    loss: Loss | None = "cross_entropy",
+    optimizer: str | OptimizerConfig | torch.optim.Optimizer = "adamw",
+    target: Literal["ort-training"] = "ort-training",
+    example_targets: Tensor | Sequence[Tensor] | None = None,
+    output: str | None = None,
+    plain: bool = False,
+    lambda_: float | None = None,
+    layers: LayerChoice = None,
+    trainable: Iterable[str] | None = None,
+    dynamic_batch: bool = True,
+    seed: int = 0,
+    overwrite: bool = False,
+    verify: bool = True,
+) -> TrainingArtifacts:
+    """Write a directory from which ONNX Runtime Training trains a model, with TrAct in its graph.
+
+    `training_model.onnx`, `eval_model.onnx`, `optimizer_model.onnx` and `checkpoint` are as
+    `onnxruntime.training.api` reads them; `load_trainer` trains from the directory.
+
+    Args:
+        model: What `tract_pass` or `tract_module` returned, in training mode as it is to be trained
+            (modules that are in evaluation mode stay so); or an ONNX forward model of any framework
+            or its file.
+        example_inputs: A batch as the model takes it: a tuple of positional arguments, a mapping of
+            keyword arguments, or one tensor. For an ONNX model None will do where the sizes beside
+            the batch are fixed.
+        directory: Where to write. Complete or absent, never half.
+        loss: `"cross_entropy"` (class indices), `"mse"`, `"bce_with_logits"`, `"l1"`, a loss module,
+            any callable of the model's output and the targets; None when the model returns its
+            loss.
+        optimizer: `"adamw"`, `"sgd"`, an `AdamW` or `SGD` record, or a torch optimizer of one of
+            these kinds, whose settings are read.
+        target: The runtime.
+        example_targets: Targets that fit the example inputs, for a callable loss or class
+            probabilities.
+        output: Name of the output that the loss reads, where the model has several.
+        plain: Export without TrAct, for comparison.
+        lambda_: λ of an ONNX model's layer, 0.1 unless given. A PyTorch model holds its own.
+        layers: The ONNX model's layers to treat, by name or by name and λ.
+        trainable: The ONNX model's initializers to train, where the usual ones are not meant.
+        dynamic_batch: Whether the graph takes batches of any size.
+        seed: What dropout's random numbers are derived from.
+        overwrite: Replace artifacts that are in the directory.
+        verify: Make sure on the example batch that loss and gradients are the PyTorch model's, and
+            TrAct's gradient float64's.
+
+    Returns:
+        A record of what was written.
+
+    Raises:
+        ExportError: The model can't be exported with its meaning kept, or does not verify.
+        UnsupportedTrainingError: The loss or the optimizer can't be computed exactly.
+        NoInputLayerError: The model has no TrAct and `plain` is not given.
+        UnsupportedModelError: `model` is of another kind.
+        ArtifactsExistError: The directory is there already.
+        MissingRuntimeError: ONNX Runtime Training is not installed.
+    """  # noqa: DOC502 (most are raised by what it calls)
+    _check_target(target)
+    config = optimizer_from(optimizer)
+    if isinstance(model, (nn.Module, ExportedProgram)):
+        _refuse_onnx_options(lambda_=lambda_, layers=layers, trainable=trainable)
+        source = torch_source(
+            model, example_inputs, output=output, plain=plain, dynamic_batch=dynamic_batch
+        )
+    else:
+        source = onnx_source(
+            model,
+            example_inputs,
+            loss=loss,
+            output=output,
+            plain=plain,
+            lambda_=lambda_,
+            layers=layers,
+            trainable=trainable,
+        )
+    if not source.graphs.layers and not plain:
+        raise NoInputLayerError(
+            "a model in which no layer has TrAct",
+            "it would train with plain gradients",
+            "Apply tract_pass or tract_module first, or say plain=True",
+        )
+    chosen = put_loss(
+        source.graphs,
+        loss,
+        output=source.output,
+        feeds=source.feeds,
+        example_targets=_targets(example_targets),
+        trained=source.parameters,
+    )
+    with write_directory(directory, overwrite=overwrite) as new:
+        graphs = write_graphs(source, chosen, new.path)
+        optimizer_graph = build_optimizer(config, len(source.graphs.trainable))
+        ir.save(optimizer_graph, new.path / OPTIMIZER_MODEL)
+        if verify:
+            verify_graphs(source, chosen, graphs)
+        new.manifest = describe(source, chosen, graphs, config, seed)
+    warn_of_frozen(graphs.idle)
+    return TrainingArtifacts(Path(directory), new.manifest)
+
+
+def _check_target(target: object) -> None:
+    if target != "ort-training":
+        raise UnsupportedTrainingError(
+            f"{target=}", "there is no such target", "Use target='ort-training'"
+        )
+
+
+def _refuse_onnx_options(**options: object) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise UnsupportedTrainingError(
+            f"{', '.join(given)} beside a PyTorch model",
+            "what TrAct is on, with which λ, and what is trained is read off the model itself",
+            "Give them to tract_pass, and set requires_grad; they are for ONNX models here",
+        )
+
+
+def _targets(given: Tensor | Sequence[Tensor] | None) -> Sequence[Tensor] | None:
+    return [given] if isinstance(given, Tensor) else given

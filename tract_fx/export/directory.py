@@ -1,0 +1,279 @@
+"""A directory of training artifacts: complete or absent, and checked when it is read.
+
+It is written beside its place, under a name that says so, and renamed. A process that is killed
+leaves such a folder, `.NAME.tract-fx-….tmp`, which nothing reads and which may be deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tract_fx.errors import ArtifactsExistError, ArtifactsWriteError, DamagedArtifactsError
+from tract_fx.export.manifest import MANIFEST_FILE, FileRecord, Manifest
+
+__all__ = [
+    "CHECKPOINT",
+    "EVAL_MODEL",
+    "OPTIMIZER_MODEL",
+    "TRAINING_MODEL",
+    "NewDirectory",
+    "read_directory",
+    "write_directory",
+]
+
+TRAINING_MODEL = "training_model.onnx"
+EVAL_MODEL = "eval_model.onnx"
+OPTIMIZER_MODEL = "optimizer_model.onnx"
+CHECKPOINT = "checkpoint"
+
+_BLOCK = 1 << 20
+_SWAPS = 16  # several writers of one directory: each swap that meets another one is tried again
+
+
+class NewDirectory:
+    """A directory that is being written.
+
+    Attributes:
+        path: The temporary folder to write files in. It holds files only, no folders.
+        manifest: The manifest, to be set before the end; its `files` are filled in.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest: Manifest | None = None
+
+
+@contextlib.contextmanager
+def write_directory(
+    directory: str | os.PathLike[str], overwrite: bool = False
+) -> Iterator[NewDirectory]:
+    """Write a directory of artifacts, all of it or nothing.
+
+    Args:
+        directory: Where it is to be. Its parents are made.
+        overwrite: Replace artifacts that are there. Only a directory that holds nothing but
+            artifacts of `tract_fx` is replaced, or an empty one.
+
+    Yields:
+        The directory to write in. When the block ends without an exception, the checksums and
+        the manifest are written and the folder is put in its place; else it is removed.
+
+    Raises:
+        ArtifactsExistError: If something is there that may not be replaced.
+        ArtifactsWriteError: If the system refuses a step.
+        ValueError: If the block did not set a manifest.
+    """
+    place = Path(directory).resolve()
+    _refuse_to_replace(place, overwrite)
+    with _system_errors(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        new = NewDirectory(_beside(place))
+        new.path.mkdir()
+    try:
+        yield new
+        if new.manifest is None:
+            raise ValueError("no manifest was set")
+        with _system_errors(place):
+            _seal(new.path, new.manifest)
+            _put_in_place(new.path, place, overwrite)
+    finally:
+        shutil.rmtree(new.path, ignore_errors=True)
+
+
+def read_directory(directory: str | os.PathLike[str]) -> Manifest:
+    """Check a directory of artifacts, file by file, and read its manifest.
+
+    Args:
+        directory: The directory.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DamagedArtifactsError: If the directory or a file is missing, truncated or altered, or the
+            manifest is none of `tract_fx` or of a later version.
+    """
+    place = Path(directory)
+    manifest = _read_manifest(place)
+    for name, record in manifest.files.items():
+        file = place / name
+        try:
+            size = file.stat().st_size
+            checksum = _sha256(file) if size == record.bytes else ""
+        except OSError as error:
+            raise DamagedArtifactsError(
+                str(file),
+                f"the manifest names this file, and it can't be read ({error.strerror})",
+                _REMEDY,
+            ) from error
+        if size != record.bytes:
+            raise DamagedArtifactsError(
+                str(file), f"it has {size} bytes where the manifest says {record.bytes}", _REMEDY
+            )
+        if checksum != record.sha256:
+            raise DamagedArtifactsError(
+                str(file), "its checksum is not the manifest's: it was altered or replaced", _REMEDY
+            )
+    return manifest
+
+
+_REMEDY = "Take the whole directory again from where it was written, or export the model again"
+
+
+def _read_manifest(place: Path) -> Manifest:
+    """Read the manifest, or say what there is in its place."""
+    try:
+        text = (place / MANIFEST_FILE).read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        if not place.exists():
+            reason, remedy = "there is no such directory", "Check the path"
+        elif not place.is_dir():
+            reason, remedy = "it is not a directory", "Pass the directory that holds the artifacts"
+        else:
+            reason = f"its {MANIFEST_FILE} can't be read ({error}), so that it is incomplete or "
+            reason, remedy = reason + "not a directory of training artifacts", _REMEDY
+        raise DamagedArtifactsError(str(place), reason, remedy) from error
+    try:
+        manifest = Manifest.from_json(text)
+    except DamagedArtifactsError as error:
+        raise DamagedArtifactsError(
+            f"{place}: {error.found}", error.reason, error.remedy
+        ) from error
+    odd = [name for name in manifest.files if Path(name).name != name or name == MANIFEST_FILE]
+    if odd:
+        raise DamagedArtifactsError(
+            f"{place / MANIFEST_FILE} names the file {odd[0]!r}",
+            "artifacts lie in the directory itself",
+            _REMEDY,
+        )
+    return manifest
+
+
+def _refuse_to_replace(place: Path, overwrite: bool) -> None:
+    """Refuse a place where something is that may not be replaced."""
+    if not os.path.lexists(place):
+        return
+    if not place.is_dir():
+        raise ArtifactsExistError(str(place), "a file is in the way", "Choose another directory")
+    with _system_errors(place):
+        entries = {entry.name for entry in place.iterdir()}
+    if not overwrite:
+        raise ArtifactsExistError(
+            str(place),
+            "it exists, and is not overwritten without being asked",
+            "Choose another directory, or pass overwrite=True",
+        )
+    if not entries:
+        return
+    try:
+        own = {MANIFEST_FILE, *_read_manifest(place).files}
+    except DamagedArtifactsError as error:
+        raise ArtifactsExistError(
+            str(place),
+            f"it holds something else than artifacts of tract_fx ({error.reason})",
+            "Choose another directory, or delete this one yourself",
+        ) from error
+    if entries - own:
+        raise ArtifactsExistError(
+            str(place),
+            f"it holds other files beside artifacts: {', '.join(sorted(entries - own)[:5])}",
+            "Choose another directory, or move those files away",
+        )
+
+
+def _seal(folder: Path, manifest: Manifest) -> None:
+    """Flush the files to the disk and write the manifest, the last one."""
+    files = {file.name: file for file in sorted(folder.iterdir())}
+    records = {n: FileRecord(_sha256(f), f.stat().st_size) for n, f in files.items()}
+    text = dataclasses.replace(manifest, files=records).to_json()
+    for file in files.values():
+        _flush(file)
+    (folder / MANIFEST_FILE).write_bytes(text.encode())
+    _flush(folder / MANIFEST_FILE)
+    _flush(folder)
+
+
+def _put_in_place(new: Path, place: Path, overwrite: bool) -> None:
+    """Rename the folder to its place, and take away what was there."""
+    for attempt in range(_SWAPS):
+        _refuse_to_replace(place, overwrite)  # again: it may have come in the meantime
+        old = _move_aside(place) if overwrite else None
+        try:
+            os.rename(new, place)
+        except OSError:  # another writer came first, or the system refuses
+            if old is not None and not os.path.lexists(place):
+                os.rename(old, place)
+            if attempt == _SWAPS - 1 or not os.path.lexists(place):
+                raise
+        else:
+            break
+    _flush(place.parent)
+    if old is not None:
+        _remove_artifacts(old)
+
+
+def _move_aside(place: Path) -> Path | None:
+    """Give what is in the place another name."""
+    old = _beside(place)
+    try:
+        os.rename(place, old)
+    except FileNotFoundError:
+        return None
+    return old
+
+
+def _remove_artifacts(folder: Path) -> None:
+    """Remove a folder of artifacts, and nothing that somebody else has put in it."""
+    with contextlib.suppress(DamagedArtifactsError):
+        for name in (*_read_manifest(folder).files, MANIFEST_FILE):
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _beside(place: Path) -> Path:
+    """Make a name for a temporary folder, on the same file system as the place."""
+    return place.parent / f".{place.name}.tract-fx-{secrets.token_hex(6)}.tmp"
+
+
+def _flush(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk."""
+    if path.is_dir() and os.name == "nt":  # folders can't be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(file: Path) -> str:
+    """Hash a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _system_errors(place: Path) -> Iterator[None]:
+    """Give the system's refusals the three parts of our errors."""
+    try:
+        yield
+    except (ArtifactsExistError, ArtifactsWriteError):
+        raise
+    except OSError as error:
+        raise ArtifactsWriteError(
+            str(place),
+            f"the system refuses: {error.strerror or error}",
+            "Check that the parent folder can be written and the disk has room",
+        ) from error

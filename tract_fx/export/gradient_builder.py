@@ -1,0 +1,136 @@
+"""ONNX Runtime's gradient builder, and runs of the graphs that it makes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from tract_fx import ort_training
+from tract_fx.errors import ExportError
+
+__all__ = ["build_gradients", "run_graph", "run_training_graph"]
+
+_BUFFER = "_grad.accumulation.buffer"
+_RESET = "lazy_reset_grad"
+
+
+def build_gradients(
+    forward: onnx.ModelProto, trainable: Sequence[str], frozen: Sequence[str], directory: Path
+) -> ir.Model:
+    """Have ONNX Runtime build the gradients of a forward graph by its parameters.
+
+    Args:
+        forward: A forward graph whose one output is the loss.
+        trainable: Parameters that get gradients.
+        frozen: Other tensors that become part of the checkpoint.
+        directory: Where `checkpoint` is written, beside files of the builder's own.
+
+    Returns:
+        The training graph.
+
+    Raises:
+        ExportError: ONNX Runtime can't differentiate the graph.
+    """
+    artifacts = ort_training.artifacts()
+    try:
+        with _quiet():
+            artifacts.generate_artifacts(
+                forward,
+                requires_grad=list(trainable),
+                frozen_params=list(frozen),
+                artifact_directory=str(directory),
+            )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        raise ExportError(
+            f"ONNX Runtime's gradient builder failed ({type(error).__name__}: {reason})",
+            "the graph has an operator, or a form of one, that it can't differentiate",
+            "Write that part of the model with other operators, or train the model in PyTorch",
+        ) from error
+    for name in ("eval_model.onnx", "optimizer_model.onnx"):
+        (directory / name).unlink(missing_ok=True)
+    return ir.load(directory / "training_model.onnx")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the builder's chatter to itself.
+
+    Its native part writes dozens of informational lines to the process's standard error, whatever
+    the logger's severity, so that the file descriptor is what has to be turned away.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere, warnings.catch_warnings():
+            os.dup2(nowhere.fileno(), 2)
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def run_graph(
+    model: ir.Model, feeds: Mapping[str, np.ndarray], names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Run a graph once on the CPU and read values inside it.
+
+    Args:
+        model: A graph. Not changed.
+        feeds: Its inputs; others are left out.
+        names: Names of the values to read.
+
+    Returns:
+        The values.
+    """
+    model = ir.from_proto(ir.to_proto(model))
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    read = [name for name in dict.fromkeys(names) if name in values]
+    model.graph.outputs[:] = [values[name] for name in read]
+    for value in model.graph.outputs:
+        value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
+    given = {str(v.name): feeds[str(v.name)] for v in model.graph.inputs}
+    proto = ir.to_proto(model)
+    session = ort_training.inference_session(proto.SerializeToString(), "cpu", 0)
+    results = dict(zip(read, session.run(read, given), strict=True))
+    return {name: results[name] if name in results else given[name] for name in names}
+
+
+def run_training_graph(
+    training: ir.Model,
+    feeds: Mapping[str, np.ndarray],
+    parameters: Mapping[str, np.ndarray],
+    names: Sequence[str],
+) -> dict[str, np.ndarray]:
+    """Run a training graph once on the CPU, without accumulation, and read values inside it.
+
+    Args:
+        training: A training graph. Not changed.
+        feeds: The model's inputs and targets.
+        parameters: All tensors of the checkpoint. Not changed.
+        names: Names of the values to read.
+
+    Returns:
+        The values.
+    """
+    given: dict[str, np.ndarray] = {}
+    for value in training.graph.inputs:
+        name = str(value.name)
+        if name in feeds:
+            given[name] = feeds[name]
+        elif name in parameters:
+            given[name] = parameters[name].copy()  # running statistics are updated in place
+        elif name == _RESET:
+            given[name] = np.array([True])
+        elif name.endswith(_BUFFER):
+            given[name] = np.zeros_like(parameters[name.removesuffix(_BUFFER)])
+    return run_graph(training, given, names)

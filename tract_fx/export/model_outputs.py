@@ -1,0 +1,354 @@
+"""Which value of a forward graph a loss reads, where the user did not say.
+
+Classifiers from other frameworks often end after a softmax or a sigmoid, which the losses
+"cross_entropy" and "bce_with_logits" have inside them, and give labels beside the scores.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from torch import nn
+from torch.nn import functional as F
+
+from tract_fx.errors import UnsupportedTrainingError
+from tract_fx.export.losses import Loss, describe_loss
+from tract_fx.passes.onnx_graph.calls import is_standard
+
+__all__ = ["default_output", "logits_of", "without_dictionaries"]
+
+_CROSS_ENTROPY = {"cross_entropy", F.cross_entropy, nn.CrossEntropyLoss}
+_BINARY = {
+    "bce_with_logits",
+    F.binary_cross_entropy_with_logits,
+    nn.BCEWithLogitsLoss,
+}
+_UNCHANGED = ("Identity", "Cast", "Dropout")
+_RESHAPED = ("Squeeze", "Unsqueeze", "Reshape", "Flatten", "Transpose")
+_ACTIVATIONS = ("Softmax", "LogSoftmax", "Sigmoid")
+_NO_GRADIENT = (
+    *("ArgMax", "ArgMin", "Shape", "Size", "NonZero", "Round", "Floor", "Ceil", "Sign", "Unique"),
+    *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor"),
+)
+
+
+def without_dictionaries(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Give the scores of a scikit-learn classifier as a tensor, not as a list of dictionaries.
+
+    onnx-ir can't read the type of a ZipMap's output, so that this is done before.
+
+    Args:
+        model: A model; left as it is.
+
+    Returns:
+        A copy with an Identity in place of each ZipMap, or the model if it has none.
+    """
+    maps = {i: n for i, n in enumerate(model.graph.node) if n.op_type == "ZipMap"}
+    if not maps:
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for number, node in maps.items():
+        copy.graph.node[number].CopyFrom(
+            onnx.helper.make_node("Identity", node.input, node.output, name=node.name)
+        )
+        for output in copy.graph.output:
+            if output.name == node.output[0]:
+                output.CopyFrom(
+                    onnx.helper.make_tensor_value_info(
+                        output.name, onnx.TensorProto.FLOAT, [None, None]
+                    )
+                )
+    return copy
+
+
+def default_output(model: ir.Model, loss: Loss) -> str:
+    """Choose the output that a loss reads: the one of floats that a gradient flows through.
+
+    Args:
+        model: The forward graph.
+        loss: The loss.
+
+    Returns:
+        The output's name.
+
+    Raises:
+        UnsupportedTrainingError: If there is none, or several that are not one another's
+            logits.
+    """
+    candidates = {}
+    for output in model.graph.outputs:
+        if output.dtype in {None, ir.DataType.FLOAT} and _trains(output):
+            candidates[output.name or ""] = output
+    if len(candidates) > 1 and _kind(loss):
+        # Logits and their probabilities are one answer.
+        candidates = {name: candidates.get(name, v) for name, v in _logits(model, candidates, loss)}
+    if len(candidates) == 1:
+        return next(iter(candidates))
+    listed = ", ".join(f"{v.name}: {v.dtype}{v.shape}" for v in model.graph.outputs)
+    if not candidates:
+        raise UnsupportedTrainingError(
+            f"the outputs are {listed}",
+            "none is a float32 tensor that depends on parameters through differentiable operators",
+            "Name the value that the loss reads: output=…",
+        )
+    raise UnsupportedTrainingError(
+        f"the outputs are {listed}",
+        f"the loss {describe_loss(loss)} could read each of {', '.join(candidates)}",
+        "Name the one that it reads: output=…",
+    )
+
+
+def logits_of(model: ir.Model, output: str, loss: Loss) -> str:
+    """Find the logits behind an output, for losses that have the softmax or sigmoid in them.
+
+    Args:
+        model: The forward graph.
+        output: Name of a value.
+        loss: The loss; other losses than cross entropy and binary cross entropy with logits
+            take the output as it is.
+
+    Returns:
+        The name of the input of the final Softmax or LogSoftmax (cross entropy) or Sigmoid (with
+        logits), or of the output itself if there is none.
+
+    Raises:
+        UnsupportedTrainingError: If the output is of probabilities whose logits the loss can't
+            take as they are.
+    """
+    kind = _kind(loss)
+    value = _find(model, output)
+    if kind is None:
+        return output
+    rank = None if value.shape is None else len(value.shape)
+    reshaped = False
+    start = value
+    while True:
+        node = value.producer()
+        if node is None or not node.inputs or node.inputs[0] is None:
+            return start.name or output
+        if is_standard(node, *_UNCHANGED):
+            value = node.inputs[0]
+        elif is_standard(node, *_RESHAPED):
+            value, reshaped = node.inputs[0], True
+        else:
+            break
+        if rank is None and not reshaped and value.shape is not None:
+            rank = len(value.shape)
+    pair = _binary_pair(node)
+    source = node.inputs[0]
+    if pair is not None:
+        if kind == "binary" and not reshaped:
+            return pair.name or ""
+        raise _refused(
+            output,
+            "1 − p and p of one sigmoid, the two classes of a binary classifier",
+            f'Use loss="bce_with_logits", whose output is {pair.name} and whose target is float32 '
+            f"of shape {pair.shape or '(batch, 1)'}",
+            loss,
+        )
+    if is_standard(node, *_ACTIVATIONS):
+        expected = ("Sigmoid",) if kind == "binary" else ("Softmax", "LogSoftmax")
+        if node.op_type not in expected:
+            other = "cross_entropy" if kind == "binary" else "bce_with_logits"
+            raise _refused(
+                output,
+                f"what a {node.op_type} gives",
+                f'Use loss="{other}", or name the value that the loss reads: output={source.name}',
+                loss,
+            )
+        if reshaped:
+            raise _refused(
+                output,
+                f"a {node.op_type}'s result in another shape",
+                f"Name the logits, output={source.name}, with targets that fit their shape",
+                loss,
+            )
+        if kind == "classes" and not _over_classes(node, rank):
+            raise _refused(
+                output,
+                f"a {node.op_type}'s result along another dimension than the second",
+                "Give a callable that moves the classes to dimension 1, and the logits, "
+                f"output={source.name}",
+                loss,
+            )
+        return source.name or ""
+    if node.op_type == "Normalizer" or _divides_by_sum(node):
+        raise _refused(
+            output,
+            f"normalised by {node.op_type}, hence probabilities",
+            "Name the logits (output=…), or give a callable that takes probabilities",
+            loss,
+        )
+    return start.name or output
+
+
+def _kind(loss: Loss) -> str | None:
+    """Tell which activation a loss has in it.
+
+    Args:
+        loss: The loss.
+
+    Returns:
+        "classes" for softmax, "binary" for sigmoid, None for neither.
+    """
+    key = type(loss) if isinstance(loss, nn.Module) else loss
+    if key in _CROSS_ENTROPY:
+        return "classes"
+    return "binary" if key in _BINARY else None
+
+
+def _refused(output: str, what: str, remedy: str, loss: Loss) -> UnsupportedTrainingError:
+    """Make the error for an output that is not of logits.
+
+    Args:
+        output: Its name.
+        what: What it holds.
+        remedy: What to do.
+        loss: The loss.
+
+    Returns:
+        The error.
+    """
+    return UnsupportedTrainingError(
+        f"the output {output} is {what}",
+        f"the loss {describe_loss(loss)} takes logits",
+        remedy,
+    )
+
+
+def _logits(
+    model: ir.Model, candidates: dict[str, ir.Value], loss: Loss
+) -> list[tuple[str, ir.Value]]:
+    """Find the logits of each candidate.
+
+    Args:
+        model: The forward graph.
+        candidates: Values by name.
+        loss: The loss.
+
+    Returns:
+        Names and values of the logits; a candidate stands for itself where they can't be taken.
+    """
+    found = []
+    for name, value in candidates.items():
+        try:
+            logits = logits_of(model, name, loss)
+        except UnsupportedTrainingError:
+            logits = name
+        found.append((logits, value))
+    return found
+
+
+def _find(model: ir.Model, name: str) -> ir.Value:
+    """Find a value by name.
+
+    Args:
+        model: The graph.
+        name: The name.
+
+    Returns:
+        The value.
+
+    Raises:
+        UnsupportedTrainingError: If there is none.
+    """
+    made = (v for node in model.graph for v in node.outputs)
+    for value in (*model.graph.outputs, *model.graph.inputs, *made):
+        if value.name == name:
+            return value
+    outputs = ", ".join(str(v.name) for v in model.graph.outputs)
+    raise UnsupportedTrainingError(
+        f"no value of the model is called {name!r}",
+        f"its outputs are {outputs}",
+        "Name one of them, or a value in the graph: output=…",
+    )
+
+
+def _trains(value: ir.Value) -> bool:
+    """Tell whether a gradient by a value reaches a parameter.
+
+    Args:
+        value: The value.
+
+    Returns:
+        Whether an initializer of several floats is behind it, through operators of ONNX's own
+        domain (and ONNX Runtime's) that have gradients.
+    """
+    stack, seen = [value], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.is_initializer():
+            tensor = current.const_value
+            if tensor is not None and tensor.dtype.is_floating_point() and tensor.size > 1:
+                return True
+        node = current.producer()
+        if node is None or node.domain == "ai.onnx.ml" or is_standard(node, *_NO_GRADIENT):
+            continue
+        stack.extend(v for v in node.inputs if v is not None)
+    return False
+
+
+def _over_classes(node: ir.Node, rank: int | None) -> bool:
+    """Tell whether a softmax runs along dimension 1, where PyTorch's cross entropy has the classes.
+
+    Args:
+        node: A Softmax or LogSoftmax.
+        rank: The rank of its result, None if not known.
+
+    Returns:
+        Whether it does, for sure.
+    """
+    version = node.version or (node.graph.opset_imports.get("", 13) if node.graph else 13)
+    if version < 13:  # dimensions from the axis on are taken together
+        return rank == 2 and node.attributes.get_int("axis", 1) in {1, -1}
+    axis = node.attributes.get_int("axis", -1)
+    return axis == 1 or (rank is not None and axis + rank == 1)
+
+
+def _binary_pair(node: ir.Node) -> ir.Value | None:
+    """Match Concat(1 − p, p) with p a sigmoid, scikit-learn's binary classifier.
+
+    Args:
+        node: A node.
+
+    Returns:
+        The sigmoid's input.
+    """
+    if not is_standard(node, "Concat") or len(node.inputs) != 2:
+        return None
+    first, second = node.inputs
+    if first is None or second is None:
+        return None
+    minus, sigmoid = first.producer(), second.producer()
+    if minus is None or sigmoid is None:
+        return None
+    if not (is_standard(minus, "Sub") and is_standard(sigmoid, "Sigmoid")):
+        return None
+    one = None if minus.inputs[0] is None else ir.convenience.get_const_tensor(minus.inputs[0])
+    if one is None or not bool(np.all(one.numpy() == 1)) or minus.inputs[1] is not second:
+        return None
+    return sigmoid.inputs[0]
+
+
+def _divides_by_sum(node: ir.Node) -> bool:
+    """Match x ÷ Σx, a normalisation (or a softmax) written out.
+
+    Args:
+        node: A node.
+
+    Returns:
+        Whether it is one.
+    """
+    if not is_standard(node, "Div") or node.inputs[1] is None:
+        return False
+    divisor = node.inputs[1].producer()
+    return (
+        divisor is not None
+        and is_standard(divisor, "ReduceSum", "ReduceL1")
+        and divisor.inputs[0] is node.inputs[0]
+    )

@@ -1,0 +1,2 @@
+def value_for_loss(model, loss):
+    return None

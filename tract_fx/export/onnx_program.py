@@ -1,0 +1,105 @@
+"""Translate an exported program to an ONNX graph, with TrAct's calls marked in it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript.values import Opset
+from torch.export import ExportedProgram
+
+from tract_fx.errors import ExportError
+from tract_fx.passes.onnx_graph.markers import LAMBDA, MARKER, MARKER_DOMAIN
+from tract_fx.passes.onnx_graph.repairs import (
+    strip_exporter_metadata,
+    train_batch_norm,
+    training_batch_norms,
+)
+from tract_fx.passes.onnx_graph.repairs.dropout import train_dropout
+from tract_fx.preconditioner import PRECONDITION_GRAD_OPERATOR
+
+__all__ = ["OPSET", "to_onnx"]
+
+OPSET = 18
+"""ONNX Runtime 1.19 builds gradients up to opset 21, but has CUDA kernels for all of a step's
+operators up to 18 alone: it takes a kernel only for the very version that its schema names, and
+those of Size, Pad, Equal and ReduceMax stayed behind."""
+
+def to_onnx(program: ExportedProgram) -> ir.Model:
+    """Translate a program to ONNX.
+
+    Args:
+        program: A program, in which TrAct's operator stands before the calls that it is on.
+
+    Returns:
+        A forward graph. Parameters and buffers are initializers under their state_dict keys, and
+        TrAct's operator is a marker node (see `tract_fx.passes.onnx_graph.markers`).
+
+    Raises:
+        ExportError: An operator of the program has no translation.
+    """
+    _register_marker()
+    loud = logging.getLogger("torch.onnx")
+    level = loud.level
+    loud.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                optimize=False,
+                opset_version=OPSET,
+                verbose=False,
+                custom_translation_table={PRECONDITION_GRAD_OPERATOR: _translate_marker},
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ExportError(
+            f"torch.onnx.export failed ({reason})",
+            "the model has an operator that PyTorch's exporter does not translate",
+            "Write that part of the model with other operators",
+        ) from error
+    finally:
+        loud.setLevel(level)
+    assert exported is not None
+    model = ir.from_proto(exported.model_proto)  # a copy, whose tensors are its own
+    train_batch_norm(model, training_batch_norms(model))
+    train_dropout(model)  # one that is off is not exported
+    strip_exporter_metadata(model)
+    return model
+
+
+def _translate_marker(
+    weight: Any,
+    input: Any,  # noqa: A002  (the operator's own argument)
+    lambda_: float,
+    *geometry: Any,
+) -> Any:
+    return getattr(Opset(MARKER_DOMAIN, 1), MARKER)(weight, input, lambda_=float(lambda_))
+
+
+@functools.cache
+def _register_marker() -> None:
+    """Make the marker known to onnx; without a schema the exporter does not write it."""
+    formal = onnx.defs.OpSchema.FormalParameter
+    floats = [f"tensor({name})" for name in ("float", "double", "float16", "bfloat16")]
+    onnx.defs.register_schema(
+        onnx.defs.OpSchema(
+            MARKER,
+            MARKER_DOMAIN,
+            1,
+            doc="The identity on a weight; training multiplies its gradient by (XᵀX/R + λI)⁻¹.",
+            inputs=[formal("weight", "T"), formal("input", "T")],
+            outputs=[formal("output", "T")],
+            type_constraints=[("T", floats, "Any float.")],
+            attributes=[
+                onnx.defs.OpSchema.Attribute(LAMBDA, onnx.defs.OpSchema.AttrType.FLOAT, "λ > 0.")
+            ],
+        )
+    )

@@ -1,0 +1,272 @@
+"""The graph of one optimizer update, as `onnxruntime.training.api.Optimizer` reads it.
+
+ONNX Runtime recognises an optimizer by exactly one node of the main graph, `AdamWOptimizer` or
+`SGDOptimizerV2`, feeds sequences of all trainable parameters, of their gradients and of the moments
+that it keeps for that node, and lets the node change them in place. Every update is built on one of
+the two, so that the state lies in ONNX Runtime's own checkpoints:
+
+- AdamW: `AdamWOptimizer` in the mode that follows torch.
+- SGD: `SGDOptimizerV2`.
+- SGD with momentum μ: `AdamWOptimizer` with alpha = μ, beta = 1 and epsilon = 1 - μ. Its second
+  moment stays 0, its first one m is (1 - μ) · buf, so that `p -= lr · m / (√0 + 1 - μ)` is
+  `p -= lr · buf`.
+- Nesterov's step, `p -= lr · (g + μ · buf)`: the same with epsilon = (1 - μ) / μ for the term in
+  buf, and for the term in g an `SGDOptimizerV2` inside an `If`, where it is not counted.
+
+What comes before the update: the mean over micro-batches, clipping, weight decay, dampening. A
+gradient that is not finite makes its parameter NaN or infinite, as in torch, and its moments too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from tract_fx.errors import UnsupportedTrainingError
+from tract_fx.export.optimizers import SGD, AdamW, OptimizerConfig
+
+__all__ = ["build_optimizer"]
+
+_Attribute: TypeAlias = float | ir.Graph
+
+_MICROSOFT = "com.microsoft"
+_IR_VERSION = 10
+# ONNX Runtime 1.19.2 has no CUDA kernel for the Equal of opset 19.
+_OPSETS = {"": 18, _MICROSOFT: 1}
+# Up to here 1 - beta, as the kernel computes it in float32, is right to 3e-4.
+_LARGEST_BETA = 0.9999
+
+
+def build_optimizer(config: OptimizerConfig, parameters: int) -> ir.Model:
+    """Build the optimizer model of a training directory.
+
+    The learning rate is the graph's input: ONNX Runtime starts at 1e-3 whatever the graph says, so
+    set `config.lr` through `Optimizer.set_learning_rate`, again after a checkpoint is loaded.
+    With `max_grad_norm` and without accumulation, the gradients themselves are clipped in place.
+
+    Args:
+        config: The optimizer.
+        parameters: Number of trainable parameters; all float32.
+
+    Returns:
+        The model, whose inputs and only output are those that ONNX Runtime Training 1.19.2 expects.
+
+    Raises:
+        UnsupportedTrainingError: The update can't be computed to float32's accuracy, or there is
+            nothing to train.
+    """
+    if parameters < 1:
+        raise UnsupportedTrainingError(
+            f"An optimizer of {parameters} parameters",
+            "ONNX Runtime's optimizer needs one at least",
+            "Let a parameter require a gradient",
+        )
+    if isinstance(config, AdamW):
+        _check_adamw(config)
+        graph = _UpdateGraph(moments=2)
+        gradients = _prepare(graph, config, parameters)
+        attributes = {"alpha": config.betas[0], "beta": config.betas[1], "epsilon": config.eps}
+        updated = graph.adamw(
+            gradients, **attributes, weight_decay=config.weight_decay, adam_mode=0, correct_bias=1
+        )
+        return graph.finish(updated)
+    momentum = _check_sgd(config)
+    if momentum == 0:
+        graph = _UpdateGraph(moments=1)
+        gradients = _prepare(graph, config, parameters)
+        return graph.finish(graph.sgd(gradients))
+    graph = _UpdateGraph(moments=2)
+    gradients = _prepare(graph, config, parameters)
+    rest = float(np.float32(1) - np.float32(momentum))  # as the kernel computes it
+    updated = graph.adamw(
+        gradients,
+        alpha=momentum,
+        beta=1.0,
+        epsilon=rest / momentum if config.nesterov else rest,
+        weight_decay=0.0,
+        adam_mode=1,  # the mode that allows the next setting
+        correct_bias=0,
+    )
+    return graph.finish(graph.after(updated, gradients) if config.nesterov else updated)
+
+
+def _check_adamw(config: AdamW) -> None:
+    for beta in config.betas:
+        if beta > _LARGEST_BETA:
+            raise UnsupportedTrainingError(
+                f"AdamW(betas={config.betas})",
+                f"ONNX Runtime computes 1 - beta in float32, too coarse above {_LARGEST_BETA}",
+                f"Use betas of at most {_LARGEST_BETA}",
+            )
+
+
+def _check_sgd(config: SGD) -> float:
+    """Returns the momentum in float32, 0 where it is too small to matter."""
+    momentum = np.float32(config.momentum)
+    if momentum >= 1:
+        raise UnsupportedTrainingError(
+            f"SGD(momentum={config.momentum})",
+            "The graph keeps 1 - momentum times torch's buffer, which must be above 0",
+            "Use a momentum below 1",
+        )
+    return float(momentum) if momentum >= np.finfo(np.float32).tiny else 0.0
+
+
+def _prepare(graph: _UpdateGraph, config: OptimizerConfig, parameters: int) -> ir.Value:
+    """Bring the gradient sums to what torch's update starts from."""
+    gradients = graph.gradients
+    if config.accumulate > 1:
+        count = graph.constant("micro_batches", np.float32(config.accumulate))
+        gradients = graph.map(
+            gradients, parameters, "mean", lambda gradient, _: graph.node("Div", gradient, count)
+        )
+    if config.max_grad_norm is not None:
+        gradients = graph.node(
+            "InplaceClipGradNorm", gradients, domain=_MICROSOFT, max_norm=config.max_grad_norm
+        )
+    if isinstance(config, AdamW):
+        return gradients
+    if config.weight_decay > 0:
+        decay = graph.constant("weight_decay", np.float32(config.weight_decay))
+
+        def add_decay(gradient: ir.Value, index: ir.Value) -> ir.Value:
+            parameter = graph.node("SequenceAt", graph.parameters, index)
+            return graph.node("Add", gradient, graph.node("Mul", parameter, decay))
+
+        gradients = graph.map(gradients, parameters, "weight_decay", add_decay)
+    if config.dampening != 0 and config.momentum > 0:
+        share = graph.first_step_else(1 - config.dampening)
+        gradients = graph.map(
+            gradients,
+            parameters,
+            "dampening",
+            lambda gradient, _: graph.node("Mul", gradient, share),
+        )
+    return gradients
+
+
+class _UpdateGraph:
+    """A graph under construction, with the inputs that ONNX Runtime feeds.
+
+    Args:
+        moments: How many moments it keeps: 2 for AdamWOptimizer, 1 for SGDOptimizerV2.
+    """
+
+    def __init__(self, moments: int) -> None:
+        self.learning_rate = ir.Value(
+            name="learning_rate", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.FLOAT)
+        )
+        self.step = ir.Value(
+            name="step", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64)
+        )
+        self.parameters = _sequence("params")
+        self.gradients = _sequence("gradients")
+        names = ("first_order_moments", "second_order_moments")
+        self.moments = [_sequence(name) for name in names[:moments]]
+        self._nodes: list[ir.Node] = []
+        self._constants: dict[str, ir.Value] = {}
+        self._scope = "optimizer"
+
+    def constant(self, name: str, value: np.generic | np.ndarray) -> ir.Value:
+        """Returns the initializer of this name, which is the same at every call."""
+        if name not in self._constants:
+            tensor = ir.tensor(np.asarray(value), name=name)
+            self._constants[name] = ir.Value(
+                name=name,
+                shape=ir.Shape(np.shape(value)),
+                type=ir.TensorType(tensor.dtype),
+                const_value=tensor,
+            )
+        return self._constants[name]
+
+    def node(
+        self, op: str, *inputs: ir.Value, domain: str = "", **attributes: _Attribute
+    ) -> ir.Value:
+        """Add a node and return its first output."""
+        name = f"{self._scope}/{op}_{len(self._nodes)}"
+        node = ir.node(op, inputs, attributes, domain=domain, name=name)
+        node.outputs[0].name = name + "_output"
+        self._nodes.append(node)
+        return node.outputs[0]
+
+    def map(
+        self,
+        sequence: ir.Value,
+        length: int,
+        what: str,
+        change: Callable[[ir.Value, ir.Value], ir.Value],
+    ) -> ir.Value:
+        """Change each element, given with its index, into an element of a new sequence."""
+        self._scope = f"optimizer/{what}"
+        changed = []
+        for position in range(length):
+            index = self.constant(f"index_{position}", np.int64(position))
+            changed.append(change(self.node("SequenceAt", sequence, index), index))
+        result = self.node("SequenceConstruct", *changed)
+        self._scope = "optimizer"
+        return result
+
+    def first_step_else(self, value: float) -> ir.Value:
+        """Returns a scalar: 1 in the first update, `value` in later ones."""
+        axis = self.constant("first_axis", np.array([0], np.int64))
+        step = self.node("Squeeze", self.step, axis)
+        is_first = self.node("Equal", step, self.constant("one", np.int64(1)))
+        first, later = np.float32(1), np.float32(value)
+        return self.node(
+            "Where", is_first, self.constant("first", first), self.constant("later", later)
+        )
+
+    def sgd(self, gradients: ir.Value) -> ir.Value:
+        inputs = (self.learning_rate, self.parameters, gradients)
+        return self._flag("SGDOptimizerV2", *inputs, domain=_MICROSOFT)
+
+    def adamw(self, gradients: ir.Value, **attributes: _Attribute) -> ir.Value:
+        inputs = (self.learning_rate, self.step, self.parameters, gradients, *self.moments)
+        return self._flag("AdamWOptimizer", *inputs, domain=_MICROSOFT, **attributes)
+
+    def _flag(
+        self, op: str, *inputs: ir.Value, domain: str = "", **attributes: _Attribute
+    ) -> ir.Value:
+        """Add a node whose first output says whether an update was made."""
+        flag = self.node(op, *inputs, domain=domain, **attributes)
+        flag.type = ir.TensorType(ir.DataType.BOOL)
+        return flag
+
+    def after(self, updated: ir.Value, gradients: ir.Value) -> ir.Value:
+        """Add an SGD update that runs once the other one has run."""
+        shape = self.constant("flag_shape", np.array([1], np.int64))
+        branches: dict[str, ir.Graph] = {}
+        for branch, flag in (("then_branch", None), ("else_branch", updated)):
+            main, self._nodes = self._nodes, []
+            self._scope = f"optimizer/{branch}"
+            # The flag's shape is (1,), which ONNX Runtime's inference takes for ().
+            done = self._flag("Reshape", self.sgd(gradients) if flag is None else flag, shape)
+            done.shape = ir.Shape([1])
+            branches[branch] = ir.Graph([], [done], nodes=self._nodes, name=branch)
+            self._scope, self._nodes = "optimizer", main
+        return self._flag(
+            "If",
+            updated,
+            then_branch=branches["then_branch"],
+            else_branch=branches["else_branch"],
+        )
+
+    def finish(self, updated: ir.Value) -> ir.Model:
+        """Make the model, with the flag that the update was made as its output."""
+        updated.shape = ir.Shape([1])
+        graph = ir.Graph(
+            [self.learning_rate, self.step, self.parameters, self.gradients, *self.moments],
+            [updated],
+            nodes=self._nodes,
+            initializers=list(self._constants.values()),
+            opset_imports=dict(_OPSETS),
+            name="optimizer",
+        )
+        return ir.Model(graph, ir_version=_IR_VERSION, producer_name="tract_fx")
+
+
+def _sequence(name: str) -> ir.Value:
+    return ir.Value(name=name, type=ir.SequenceType(ir.TensorType(ir.DataType.FLOAT)))

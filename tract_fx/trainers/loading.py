@@ -1,0 +1,70 @@
+"""Start a trainer from a directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+
+from tract_fx.errors import TractWarning, UnsupportedTrainingError
+from tract_fx.export.directory import TRAINING_MODEL
+from tract_fx.ort_training import TESTED_VERSION, require_device, runtime
+from tract_fx.trainers.ort_trainer import OrtTrainer
+from tract_fx.trainers.randomness import OWN_GENERATOR, operators, seed_of, seeded
+from tract_fx.trainers.run_state import open_run, read_checked
+
+__all__ = ["load_trainer"]
+
+
+def load_trainer(
+    directory: str | os.PathLike[str], *, device: object = "cpu", seed: int | None = None
+) -> OrtTrainer:
+    """Start or resume training from a directory of artifacts.
+
+    On a GPU, float32 products go through TensorFloat-32 by default on Ampere and later, and so do
+    TrAct's Gram matrix and its inverse: set the environment variable `NVIDIA_TF32_OVERRIDE=0` before
+    the process starts for full float32.
+
+    ONNX Runtime's random numbers are the whole process's: a trainer with dropout sets them
+    (`onnxruntime.set_seed`) before each of its training steps.
+
+    Args:
+        directory: What `export_training` or a trainer's `save` wrote.
+        device: `"cpu"`, `"cuda"` or `"cuda:N"`. CUDA needs onnxruntime-training 1.19.2, for Python
+            3.10 or 3.11, with CUDA 11.8 and cuDNN 8; it is never replaced by the CPU.
+        seed: What dropout's random numbers are derived from; None keeps the directory's.
+
+    Returns:
+        The trainer.
+
+    Raises:
+        DamagedArtifactsError: If the directory is incomplete, altered, or of another kind.
+        MissingRuntimeError: If ONNX Runtime Training, or its CUDA provider, is not there.
+        UnsupportedTrainingError: If the seed is no integer.
+    """  # noqa: DOC502
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise UnsupportedTrainingError(
+            f"seed={seed!r}", "a seed is an integer", "Pass an int, or None"
+        )
+    kind, index = require_device(device)
+    manifest, graphs = read_checked(directory)
+    version = runtime().__version__
+    if version != TESTED_VERSION:
+        warnings.warn(
+            TractWarning(f"ONNX Runtime {version}: tract_fx was tested with {TESTED_VERSION}"),
+            stacklevel=2,
+        )
+    if seed is not None:
+        manifest = dataclasses.replace(manifest, seed=seed)
+    own = sorted(operators(graphs[TRAINING_MODEL]) & OWN_GENERATOR)
+    if own:
+        warnings.warn(
+            TractWarning(
+                f"{', '.join(own)} in the training graph: their random numbers are not part of what "
+                "is saved, so that a resumed run differs from an uninterrupted one"
+            ),
+            stacklevel=2,
+        )
+    with seeded(seed_of(manifest.seed, manifest.batches) if own else None):
+        run = open_run(directory, manifest, kind, index)
+    return OrtTrainer(run, manifest, graphs, (kind, index))

@@ -1,0 +1,362 @@
+"""Training from a directory of artifacts, with ONNX Runtime Training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tract_fx.errors import (
+    DamagedArtifactsError,
+    FailedRunError,
+    TrainerStateError,
+    UnsupportedTrainingError,
+)
+from tract_fx.export.directory import CHECKPOINT, EVAL_MODEL, TRAINING_MODEL, write_directory
+from tract_fx.export.manifest import Manifest, TensorSpec
+from tract_fx.trainers.batches import Array, BatchValue, check_batch
+from tract_fx.trainers.randomness import SHARED_GENERATOR, operators, seed_of, seeded
+from tract_fx.trainers.run_state import GRAPHS, RunState, first_line, open_run, read_checked
+from tract_fx.trainers.sessions import GradientSession, Predictor
+from tract_fx.trainers.state_dict import read_state, write_state
+
+__all__ = ["OrtTrainer"]
+
+
+class OrtTrainer:
+    """Trains a model from its artifacts. Made by `tract_fx.load_trainer`.
+
+    A batch is the model's inputs and then the targets, as numpy arrays or torch tensors, in order
+    or by name. It is checked before anything changes; nothing is cast.
+
+    Args:
+        run: The run.
+        manifest: The manifest that the run was started from.
+        graphs: The serialised graphs by file name.
+        device: Kind and index of the device.
+    """
+
+    def __init__(
+        self, run: RunState, manifest: Manifest, graphs: Mapping[str, bytes], device: tuple[str, int]
+    ) -> None:
+        self._graphs = dict(graphs)
+        self._device = device
+        self._draws = bool(operators(graphs[TRAINING_MODEL]) & SHARED_GENERATOR)
+        self._predictor: Predictor | None = None
+        self._gradient_session: GradientSession | None = None
+        self._start(run, manifest)
+
+    def _start(self, run: RunState, manifest: Manifest) -> None:
+        """Take up a run where its manifest says that it is."""
+        self._run = run
+        self._manifest = manifest
+        self._counters = dict(manifest.counters)
+        self._rate = manifest.learning_rate
+        self._updates = manifest.updates
+        self._batches = manifest.batches
+        self._has_gradients = False
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the artifacts hold, with the present counts, learning rate and counters."""
+        return dataclasses.replace(
+            self._manifest,
+            counters=dict(self._counters),
+            updates=self._updates,
+            batches=self._batches,
+            learning_rate=self.learning_rate,
+        )
+
+    @property
+    def device(self) -> str:
+        """Where it trains: `"cpu"` or `"cuda:N"`."""
+        kind, index = self._device
+        return kind if kind == "cpu" else f"{kind}:{index}"
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates done, those before the directory was saved included."""
+        return self._updates
+
+    @property
+    def batches(self) -> int:
+        """Training batches that these updates and the unfinished one are made of."""
+        return self._batches
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next update; ONNX Runtime rounds it to float32."""
+        return self._manifest.optimizer.lr if self._rate is None else self._rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        rate = float(value)
+        if not (math.isfinite(rate) and 0 <= rate <= torch.finfo(torch.float32).max):
+            raise UnsupportedTrainingError(
+                f"learning_rate={value!r}",
+                "a learning rate is a finite number, zero or above, within float32",
+                "Pass such a number",
+            )
+        self._run.optimizer.set_learning_rate(rate)
+        self._rate = rate
+
+    def train_step(self, *batch: BatchValue, **named: BatchValue) -> float:
+        """Train on a batch.
+
+        Every `accumulate`-th call ends with an update by the mean gradient of its micro-batches.
+        BatchNorm's running statistics take in every batch.
+
+        Args:
+            *batch: Inputs, then targets.
+            **named: The same, by name.
+
+        Returns:
+            The batch's loss, before the update.
+
+        Raises:
+            InvalidBatchError: If the batch does not fit. Nothing is changed then.
+            FailedRunError: If ONNX Runtime failed. Micro-batches since the last update are
+                dropped then.
+        """  # noqa: DOC502
+        arrays = check_batch(self._training_specs, batch, named, "train_step")
+        pending = self._pending
+        module = self._run.module.train()
+        if not pending:
+            module.lazy_reset_grad()
+        try:
+            with seeded(self._seed):
+                loss = _first(module(*arrays))
+        except Exception as error:  # ONNX Runtime's exceptions have no common root of their own
+            self._batches -= pending
+            self._has_gradients = False
+            raise FailedRunError(
+                f"train_step after {self._updates} updates: {first_line(error)}",
+                "ONNX Runtime failed within the step: parameters are as before, gradients since "
+                "the last update are dropped, running statistics may hold this batch",
+                "Go on with another batch, or go back to a saved state with load",
+            ) from error
+        self._has_gradients = True
+        self._batches += 1
+        self._counters = {key: value + 1 for key, value in self._counters.items()}
+        if not self._pending:
+            with _failures("the optimizer's update", "Go back to a saved state with load"):
+                self._run.optimizer.step()
+            self._updates += 1
+        return loss
+
+    def evaluate(self, *batch: BatchValue, **named: BatchValue) -> float:
+        """Compute a batch's loss in evaluation mode. Nothing is changed.
+
+        Args:
+            *batch: Inputs, then targets.
+            **named: The same, by name.
+
+        Returns:
+            The loss.
+
+        Raises:
+            InvalidBatchError: If the batch does not fit.
+            FailedRunError: If ONNX Runtime failed.
+        """  # noqa: DOC502
+        arrays = check_batch(self._training_specs, batch, named, "evaluate")
+        with _failures("evaluate"):
+            return _first(self._run.module.eval()(*arrays))
+
+    def predict(self, *inputs: BatchValue, **named: BatchValue) -> Array | tuple[Array, ...]:
+        """Compute the model's outputs in evaluation mode. Nothing is changed.
+
+        Args:
+            *inputs: The model's inputs, without targets. Those that the outputs don't depend on
+                (such as labels, of a model that returns its loss beside its outputs) may be left
+                out.
+            **named: The same, by name.
+
+        Returns:
+            The output, or the outputs where the model has several.
+
+        Raises:
+            InvalidBatchError: If the inputs do not fit.
+            UnsupportedTrainingError: If the model gives a loss alone.
+            FailedRunError: If ONNX Runtime failed.
+        """  # noqa: DOC502
+        if self._predictor is None:
+            self._predictor = Predictor(self._graphs[EVAL_MODEL], self._manifest, *self._device)
+        needed = self._predictor.inputs
+        specs = list(self._manifest.inputs)
+        if len(inputs) + len(named) < len(specs):
+            specs = [spec for spec in specs if spec.name in needed]
+        arrays = check_batch(specs, inputs, named, "predict")
+        with _failures("predict"):
+            outputs = self._predictor.run(self._run, _by_name(specs, arrays))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def compute_gradients(self, *batch: BatchValue, **named: BatchValue) -> dict[str, Array]:
+        """Compute the gradients that the next `train_step` would add. Nothing is changed.
+
+        They come from a session of its own over the same graph, made at the first call. Dropout
+        draws what the next `train_step` will draw.
+
+        Args:
+            *batch: Inputs, then targets.
+            **named: The same, by name.
+
+        Returns:
+            The gradients of the trainable parameters, by name; not clipped.
+
+        Raises:
+            InvalidBatchError: If the batch does not fit.
+            FailedRunError: If ONNX Runtime failed.
+        """  # noqa: DOC502
+        specs = self._training_specs
+        arrays = check_batch(specs, batch, named, "compute_gradients")
+        if self._gradient_session is None:
+            self._gradient_session = GradientSession(
+                self._graphs[TRAINING_MODEL], self._manifest, *self._device
+            )
+        with _failures("compute_gradients"):
+            return self._gradient_session.run(self._run, _by_name(specs, arrays), self._seed)
+
+    def gradients(self) -> dict[str, Array]:
+        """Copy the gradients that the last `train_step` has left.
+
+        They are summed over the micro-batches since the last update, or where it has just been
+        made, over its micro-batches. With `max_grad_norm` and without accumulation the optimizer
+        clips them in place, so that they are clipped.
+
+        Returns:
+            The gradients of the trainable parameters, by name.
+
+        Raises:
+            TrainerStateError: If there was no `train_step` since the trainer was loaded.
+        """
+        if not self._has_gradients:
+            raise TrainerStateError(
+                "gradients, and no train_step before it",
+                "the buffers hold nothing yet",
+                "Call train_step first, or compute_gradients",
+            )
+        specs = self._manifest.parameters
+        return {spec.name: self._run.gradient(spec.name) for spec in specs if spec.trainable}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Copy the trained tensors, for `load_state_dict` of the model that was exported.
+
+        Returns:
+            CPU tensors by state_dict key, running statistics and `num_batches_tracked` included.
+        """
+        return read_state(self._run, self._manifest, self._counters)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the trained tensors. The optimizer's state and the counts stay.
+
+        Args:
+            state: Tensors or arrays under the keys of `state_dict`.
+
+        Raises:
+            StateMismatchError: If keys, shapes or dtypes differ. Nothing is changed then.
+            TrainerStateError: If an update is unfinished.
+        """  # noqa: DOC502
+        self._require_finished("load_state_dict")
+        self._counters = write_state(self._run, self._manifest, state)
+
+    def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write a directory to go on from, bit for bit, in this process or another.
+
+        It holds parameters, running statistics, the optimizer's state, the learning rate, the
+        counts and the seed. What draws from generators of its own (`RandomNormalLike` and the like)
+        is not covered, `load_trainer` warns of it.
+
+        Args:
+            directory: Where to, complete or not at all.
+            overwrite: Replace artifacts that are there.
+
+        Raises:
+            TrainerStateError: If an update is unfinished: gradient buffers can't be saved.
+            ArtifactsExistError: If something is there that may not be replaced.
+            ArtifactsWriteError: If the system refuses.
+        """  # noqa: DOC502
+        self._require_finished("save")
+        with write_directory(directory, overwrite) as new:
+            for name, graph in self._graphs.items():
+                (new.path / name).write_bytes(graph)
+            with _failures("save"):
+                self._run.save(new.path / CHECKPOINT)
+            new.manifest = self.manifest
+
+    def load(self, directory: str | os.PathLike[str]) -> None:
+        """Go back, or forward, to a saved state of the same model.
+
+        Args:
+            directory: What `save` wrote.
+
+        Raises:
+            DamagedArtifactsError: If the directory is damaged or its graphs are not this trainer's.
+                Nothing is changed then.
+        """
+        manifest, _ = read_checked(directory)
+        for name in GRAPHS:
+            if manifest.files[name] != self._manifest.files[name]:
+                raise DamagedArtifactsError(
+                    f"{Path(directory) / name}",
+                    "it is not the graph that this trainer runs, the directory is of another model",
+                    "Pass a directory that this trainer's save wrote, or call load_trainer",
+                )
+        self._start(open_run(directory, manifest, *self._device), manifest)
+
+    def __repr__(self) -> str:
+        layers = ", ".join(f"{layer.name}: λ={layer.lambda_:g}" for layer in self._manifest.layers)
+        inputs = ", ".join(spec.name for spec in self._manifest.inputs)
+        return (
+            f"OrtTrainer({inputs} -> {', '.join(self._manifest.outputs) or 'loss'}, "
+            f"loss: {self._manifest.loss}, {self._manifest.optimizer}, "
+            f"TrAct: {layers or 'none'}, {self.device}, {self.updates} updates)"
+        )
+
+    @property
+    def _training_specs(self) -> tuple[TensorSpec, ...]:
+        return (*self._manifest.inputs, *self._manifest.targets)
+
+    @property
+    def _pending(self) -> int:
+        """Micro-batches since the last update."""
+        return self._batches % self._manifest.optimizer.accumulate
+
+    @property
+    def _seed(self) -> int | None:
+        """What the next batch's random numbers are set to, None where there are none."""
+        return seed_of(self._manifest.seed, self._batches) if self._draws else None
+
+    def _require_finished(self, call: str) -> None:
+        if self._pending:
+            every = self._manifest.optimizer.accumulate
+            raise TrainerStateError(
+                f"{call} after {self._pending} of an update's {every} micro-batches",
+                "gathered gradients can be neither saved nor carried over to other parameters",
+                f"Call train_step {every - self._pending} times more before it",
+            )
+
+
+@contextmanager
+def _failures(call: str, remedy: str = "Check the batch's values") -> Iterator[None]:
+    """Give ONNX Runtime's exceptions the three parts of our errors."""
+    try:
+        yield
+    except Exception as error:  # they have no common root of their own
+        raise FailedRunError(
+            f"{call}: {first_line(error)}", "ONNX Runtime failed while it ran the graph", remedy
+        ) from error
+
+
+def _first(outputs: Any) -> float:
+    """Take the loss from what a module returns: an array, or a tuple that begins with it."""
+    return float(outputs[0] if isinstance(outputs, tuple) else outputs)
+
+
+def _by_name(specs: Any, arrays: list[Array]) -> dict[str, Array]:
+    return {spec.name: array for spec, array in zip(specs, arrays, strict=True)}

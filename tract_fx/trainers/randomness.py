@@ -1,0 +1,93 @@
+"""Dropout's random numbers: a function of the run's seed and the batch's number.
+
+ONNX Runtime draws them from generators of the whole process, one on the CPU and one for CUDA, which
+nothing saves. So they are set before every run of a graph that draws: runs repeat, a resumed one
+goes on with the same numbers, and several trainers in one process don't disturb each other.
+
+`RandomNormalLike`, `RandomUniformLike` and their kin keep a generator of their own per node, which
+can only be set when the session is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Iterator
+
+import onnx
+
+from tract_fx.ort_training import runtime
+
+__all__ = ["OWN_GENERATOR", "SHARED_GENERATOR", "operators", "seed_of", "seeded"]
+
+# Operators that draw from the process's generators, and those that each have one of their own.
+SHARED_GENERATOR = frozenset({"BiasDropout", "BitmaskBiasDropout", "BitmaskDropout", "Dropout"})
+OWN_GENERATOR = frozenset(
+    {
+        "Bernoulli",
+        "Multinomial",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+    }
+)
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def seed_of(seed: int, batch: int) -> int:
+    """Derive the seed of one batch.
+
+    Neighbouring numbers would not do: ONNX Runtime itself counts up from the seed, one for each
+    dropout of a graph, so that the second one's mask would be the first one's of the next batch.
+
+    Args:
+        seed: The run's seed.
+        batch: Number of training batches before this one.
+
+    Returns:
+        A number of 62 bits.
+    """
+    digest = hashlib.sha256(f"tract_fx dropout {seed} {batch}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Run a graph with the generators set, and without another thread's run in between.
+
+    Args:
+        seed: What to set the generators to; None for a graph that does not draw.
+
+    Yields:
+        Nothing.
+    """
+    if seed is None:
+        yield
+        return
+    with _ONE_AT_A_TIME:
+        runtime().set_seed(seed)
+        yield
+
+
+def operators(model: bytes) -> set[str]:
+    """List the operators of a model, those in branches, loops and local functions included.
+
+    Args:
+        model: The serialised model.
+
+    Returns:
+        Their names, without domains.
+    """
+    proto = onnx.ModelProto.FromString(model)
+    found: set[str] = set()
+    pending = [list(proto.graph.node), *(list(function.node) for function in proto.functions)]
+    while pending:
+        for node in pending.pop():
+            found.add(node.op_type)
+            for attribute in node.attribute:
+                graphs = [attribute.g] if attribute.HasField("g") else []
+                pending.extend(list(graph.node) for graph in (*graphs, *attribute.graphs))
+    return found

@@ -1,0 +1,244 @@
+"""What ONNX Runtime holds of a training run: the checkpoint's state, the module, the optimizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tract_fx.errors import DamagedArtifactsError, MissingRuntimeError
+from tract_fx.export.directory import (
+    CHECKPOINT,
+    EVAL_MODEL,
+    OPTIMIZER_MODEL,
+    TRAINING_MODEL,
+    read_directory,
+)
+from tract_fx.export.manifest import Manifest, ParameterSpec
+from tract_fx.ort_training import parameter_value, session_options, training_api
+from tract_fx.trainers.batches import Array
+
+__all__ = ["GRAPHS", "RunState", "first_line", "open_run", "read_checked"]
+
+GRAPHS = (TRAINING_MODEL, EVAL_MODEL, OPTIMIZER_MODEL)
+TARGET = "ort-training"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The native objects of one run.
+
+    Attributes:
+        checkpoint: An `onnxruntime.training.api.CheckpointState`.
+        module: The `Module` over it.
+        optimizer: The `Optimizer` over both.
+    """
+
+    checkpoint: Any
+    module: Any
+    optimizer: Any
+
+    def value(self, name: str) -> Array:
+        """Copy a parameter to the host.
+
+        Args:
+            name: Its name in the checkpoint.
+
+        Returns:
+            A new array. (What ONNX Runtime hands out on the CPU is its own memory, writable.)
+        """
+        return np.array(self.checkpoint.parameters[name].data, order="C")
+
+    def live_value(self, name: str) -> Any:
+        """Take a parameter where it lies, for a session to read from.
+
+        Args:
+            name: Its name in the checkpoint.
+
+        Returns:
+            An `onnxruntime.OrtValue`.
+        """
+        return parameter_value(self.checkpoint.parameters[name])
+
+    def gradient(self, name: str) -> Array:
+        """Copy a trainable parameter's gradient buffer to the host.
+
+        Args:
+            name: Its name in the checkpoint.
+
+        Returns:
+            A new array.
+        """
+        return np.array(self.checkpoint.parameters[name].grad, order="C")
+
+    def set_value(self, name: str, value: Array) -> None:
+        """Replace a parameter's value.
+
+        Args:
+            name: Its name in the checkpoint.
+            value: The value, of its shape and dtype.
+        """
+        self.checkpoint.parameters[name].data = np.array(value, order="C")
+
+    def save(self, file: Path) -> None:
+        """Write a checkpoint with the optimizer's state.
+
+        Args:
+            file: Where to.
+        """
+        training_api().CheckpointState.save_checkpoint(
+            self.checkpoint, os.fspath(file), include_optimizer_state=True
+        )
+
+
+def read_checked(directory: str | os.PathLike[str]) -> tuple[Manifest, dict[str, bytes]]:
+    """Check a directory, and read its graphs.
+
+    Args:
+        directory: The directory.
+
+    Returns:
+        The manifest, and the serialised graphs by file name.
+
+    Raises:
+        DamagedArtifactsError: If the directory is not complete and unaltered, or not for ONNX
+            Runtime Training.
+    """
+    manifest = read_directory(directory)
+    if manifest.target != TARGET:
+        raise DamagedArtifactsError(
+            f"{directory}: artifacts for {manifest.target!r}",
+            "this trainer runs on ONNX Runtime Training",
+            f"Export the model with target={TARGET!r}",
+        )
+    missing = [name for name in (*GRAPHS, CHECKPOINT) if name not in manifest.files]
+    if missing:
+        raise DamagedArtifactsError(
+            f"{directory}: the manifest names no {missing[0]}",
+            "training needs it",
+            "Export the model again",
+        )
+    return manifest, {name: (Path(directory) / name).read_bytes() for name in GRAPHS}
+
+
+def open_run(
+    directory: str | os.PathLike[str], manifest: Manifest, kind: str, index: int
+) -> RunState:
+    """Start a run from a directory.
+
+    Args:
+        directory: The directory, checked.
+        manifest: Its manifest.
+        kind: `"cpu"` or `"cuda"`.
+        index: The device's index.
+
+    Returns:
+        The run, with the manifest's learning rate.
+
+    Raises:
+        DamagedArtifactsError: If the checkpoint or a graph is not the manifest's, or ONNX Runtime
+            does not take them.
+        MissingRuntimeError: If the parameters are not on the device.
+    """
+    api, folder = training_api(), Path(directory)
+    options = session_options()
+    try:
+        checkpoint = api.CheckpointState.load_checkpoint(os.fspath(folder / CHECKPOINT))
+        _check_parameters(folder, manifest.parameters, checkpoint)
+        module = api.Module(
+            os.fspath(folder / TRAINING_MODEL),
+            checkpoint,
+            os.fspath(folder / EVAL_MODEL),
+            device="cpu" if kind == "cpu" else f"{kind}:{index}",
+            session_options=options,
+        )
+        optimizer = api.Optimizer(os.fspath(folder / OPTIMIZER_MODEL), module)
+    except DamagedArtifactsError:
+        raise
+    except Exception as error:  # ONNX Runtime's exceptions have no common root of their own
+        raise DamagedArtifactsError(
+            f"{folder}: ONNX Runtime does not load it ({first_line(error)})",
+            "graphs, checkpoint and ONNX Runtime do not go together",
+            "Export the model again with the installed versions",
+        ) from error
+    _check_graph_inputs(folder, manifest, module)
+    _check_device(checkpoint, kind, index)
+    rate = manifest.optimizer.lr if manifest.learning_rate is None else manifest.learning_rate
+    optimizer.set_learning_rate(rate)  # a checkpoint does not bring it back
+    return RunState(checkpoint, module, optimizer)
+
+
+def _check_parameters(folder: Path, specs: Sequence[ParameterSpec], checkpoint: Any) -> None:
+    """Compare the checkpoint's tensors with the manifest's."""
+    found = {
+        name: (tuple(parameter.data.shape), parameter.data.dtype.name, parameter.requires_grad)
+        for name, parameter in checkpoint.parameters
+    }
+    wanted = {spec.name: (spec.shape, spec.dtype, spec.trainable) for spec in specs}
+    differing = sorted(n for n in found.keys() | wanted if found.get(n) != wanted.get(n))
+    if differing:
+        name = differing[0]
+        raise DamagedArtifactsError(
+            f"{folder / CHECKPOINT}: {name!r} is {_described(found.get(name))}",
+            f"the manifest says {_described(wanted.get(name))}: the checkpoint is another model's",
+            "Take the directory again from where it was written, or export the model again",
+        )
+
+
+def _described(entry: tuple[tuple[int, ...], str, bool] | None) -> str:
+    """Write what is known of a parameter."""
+    if entry is None:
+        return "not there"
+    shape, dtype, trainable = entry
+    return f"{dtype} {shape}, {'trainable' if trainable else 'frozen'}"
+
+
+def _check_device(checkpoint: Any, kind: str, index: int) -> None:
+    """Make sure that the parameters lie where training was asked for."""
+    found = {parameter_value(parameter).device_name() for _, parameter in checkpoint.parameters}
+    if found - {kind}:
+        raise MissingRuntimeError(
+            f"device '{kind}:{index}', and parameters on {', '.join(sorted(found))}",
+            "ONNX Runtime did not start there, and training does not go on elsewhere unasked",
+            "Pass device='cpu', or check CUDA's installation",
+        )
+
+
+def _check_graph_inputs(folder: Path, manifest: Manifest, module: Any) -> None:
+    """Compare what the graphs take with the manifest."""
+    wanted = [spec.name for spec in (*manifest.inputs, *manifest.targets)]
+    outputs: dict[bool, list[str]] = {}
+    for training, file in ((True, TRAINING_MODEL), (False, EVAL_MODEL)):
+        module.train(training)
+        outputs[training] = list(module.output_names())
+        names = list(module.input_names())
+        if names != wanted:
+            raise DamagedArtifactsError(
+                f"{folder / file} takes {', '.join(names)}",
+                f"the manifest says {', '.join(wanted)}",
+                "Export the model again",
+            )
+    if outputs[False][1:] != list(manifest.outputs):
+        raise DamagedArtifactsError(
+            f"{folder / EVAL_MODEL} gives {', '.join(outputs[False])}",
+            f"the manifest says a loss and {', '.join(manifest.outputs) or 'nothing else'}",
+            "Export the model again",
+        )
+    module.train()
+
+
+def first_line(error: Exception) -> str:
+    """Shorten an exception of ONNX Runtime, for messages.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        The first line of its message, or its class.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

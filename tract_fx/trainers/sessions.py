@@ -1,0 +1,147 @@
+"""Sessions beside the training API: predictions, and gradients that change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from tract_fx.errors import DamagedArtifactsError, UnsupportedTrainingError
+from tract_fx.export.manifest import Manifest
+from tract_fx.ort_training import inference_session, ort_value, run_session
+from tract_fx.trainers.batches import Array
+from tract_fx.trainers.randomness import seeded
+from tract_fx.trainers.run_state import RunState
+
+__all__ = ["GradientSession", "Predictor"]
+
+_BUFFER = "_grad.accumulation.buffer"
+_RESET = "lazy_reset_grad"
+
+
+class Predictor:
+    """The evaluation graph, cut back to the predictions.
+
+    Parameters are read where the run has them, so that a prediction follows every update.
+
+    Args:
+        model: `eval_model.onnx`, serialised.
+        manifest: The manifest.
+        kind: `"cpu"` or `"cuda"`.
+        index: The device's index.
+
+    Raises:
+        UnsupportedTrainingError: If the model gives a loss alone, or its predictions depend on
+            targets.
+
+    Attributes:
+        inputs: Names of the model inputs that the predictions depend on, in order.
+    """
+
+    def __init__(self, model: bytes, manifest: Manifest, kind: str, index: int) -> None:
+        if not manifest.outputs:
+            raise UnsupportedTrainingError(
+                "predict, and a model that gives its loss alone",
+                "there is no other output to predict",
+                "Use evaluate, or let the model return its predictions beside the loss",
+            )
+        graph, needed = _cut(model, manifest.outputs)
+        targets = [spec.name for spec in manifest.targets if spec.name in needed]
+        if targets:
+            raise UnsupportedTrainingError(
+                f"predict, and outputs that depend on {', '.join(targets)}",
+                "there are no targets when one predicts",
+                "Use evaluate, or let the model compute its predictions from its inputs alone",
+            )
+        self.inputs = tuple(spec.name for spec in manifest.inputs if spec.name in needed)
+        self._parameters = [spec.name for spec in manifest.parameters if spec.name in needed]
+        self._device = (kind, index)
+        self._session = inference_session(graph, kind, index)
+
+    def run(self, run: RunState, inputs: Mapping[str, Array]) -> list[Array]:
+        """Predict.
+
+        Args:
+            run: The run whose parameters are used.
+            inputs: The model's inputs by name; those that the predictions don't need are left.
+
+        Returns:
+            The predictions, in the manifest's order.
+        """
+        feeds = {name: run.live_value(name) for name in self._parameters}
+        feeds |= {name: ort_value(inputs[name], *self._device) for name in self.inputs}
+        return run_session(self._session, feeds)
+
+
+class GradientSession:
+    """The training graph, run on copies of whatever it writes to.
+
+    Args:
+        model: `training_model.onnx`, serialised.
+        manifest: The manifest.
+        kind: `"cpu"` or `"cuda"`.
+        index: The device's index.
+    """
+
+    def __init__(self, model: bytes, manifest: Manifest, kind: str, index: int) -> None:
+        self._session = inference_session(model, kind, index)
+        self._device = (kind, index)
+        taken = {value.name for value in self._session.get_inputs()}
+        self._parameters = [spec for spec in manifest.parameters if spec.name in taken]
+
+    def run(self, run: RunState, inputs: Mapping[str, Array], seed: int | None) -> dict[str, Array]:
+        """Compute gradients.
+
+        Args:
+            run: The run whose parameters are used. It stays as it is.
+            inputs: The batch by name.
+            seed: For the random numbers, None where the graph draws none.
+
+        Returns:
+            The gradients by parameter.
+        """
+        feeds = {name: ort_value(array, *self._device) for name, array in inputs.items()}
+        buffers = {}
+        for spec in self._parameters:
+            if spec.trainable:
+                feeds[spec.name] = run.live_value(spec.name)
+                zeros = ort_value(np.zeros(spec.shape, spec.dtype), *self._device)
+                buffers[spec.name] = feeds[spec.name + _BUFFER] = zeros
+            else:  # the graph updates running statistics in place
+                feeds[spec.name] = ort_value(run.value(spec.name), *self._device)
+        feeds[_RESET] = ort_value(np.array([True]), *self._device)
+        with seeded(seed):
+            run_session(self._session, feeds)
+        return {name: np.array(buffer.numpy()) for name, buffer in buffers.items()}
+
+
+def _cut(model: bytes, outputs: Sequence[str]) -> tuple[bytes, set[str]]:
+    """Keep what some outputs of a graph need.
+
+    Args:
+        model: The serialised model.
+        outputs: Names of the outputs.
+
+    Returns:
+        The model, and the names of its inputs.
+
+    Raises:
+        DamagedArtifactsError: If the graph has no such output.
+    """
+    whole = ir.from_proto(onnx.ModelProto.FromString(model))
+    known = {value.name: value for value in whole.graph.outputs}
+    missing = [name for name in outputs if name not in known]
+    if missing:
+        raise DamagedArtifactsError(
+            f"eval_model.onnx has no output {missing[0]!r}",
+            "the manifest names it as a prediction",
+            "Export the model again",
+        )
+    whole.graph.outputs[:] = [known[name] for name in outputs]
+    RemoveUnusedNodesPass()(whole)
+    used = [value for value in whole.graph.inputs if value.uses() or value.is_graph_output()]
+    whole.graph.inputs[:] = used
+    return ir.to_proto(whole).SerializeToString(), {str(value.name) for value in used}

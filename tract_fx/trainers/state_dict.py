@@ -1,0 +1,103 @@
+"""A run's tensors under the PyTorch model's state_dict keys, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from tract_fx.errors import StateMismatchError
+from tract_fx.export.manifest import Manifest
+from tract_fx.trainers.batches import Array
+from tract_fx.trainers.run_state import RunState
+
+__all__ = ["read_state", "write_state"]
+
+
+def read_state(
+    run: RunState, manifest: Manifest, counters: Mapping[str, int]
+) -> dict[str, torch.Tensor]:
+    """Copy a run's tensors.
+
+    Args:
+        run: The run.
+        manifest: Its manifest.
+        counters: The counters' present values.
+
+    Returns:
+        Tensors on the CPU: parameters, then aliases (the same tensor objects), then counters.
+    """
+    state = {spec.name: torch.from_numpy(run.value(spec.name)) for spec in manifest.parameters}
+    state |= {key: state[name] for key, name in manifest.aliases.items()}
+    return state | {key: torch.tensor(value) for key, value in counters.items()}
+
+
+def write_state(run: RunState, manifest: Manifest, state: Mapping[str, Any]) -> dict[str, int]:
+    """Replace a run's tensors, all of them or none.
+
+    Args:
+        run: The run.
+        manifest: Its manifest.
+        state: Tensors or arrays under the keys that `read_state` gives.
+
+    Returns:
+        The counters' values.
+
+    Raises:
+        StateMismatchError: If a key is missing or unknown, a shape or dtype differs, or an alias
+            has other values than what it is an alias of. Nothing is changed then.
+    """
+    known = {spec.name for spec in manifest.parameters} | {*manifest.aliases, *manifest.counters}
+    for word, keys in (("no", known - state.keys()), ("an unknown", state.keys() - known)):
+        if keys:
+            raise StateMismatchError(
+                f"a state_dict with {word} {sorted(keys)[0]!r}, and {len(keys) - 1} more like it",
+                "its keys have to be the trained model's",
+                "Pass the state_dict of the model that was exported",
+            )
+    arrays = {key: _array(key, value) for key, value in state.items()}
+    for spec in manifest.parameters:
+        _check(spec.name, arrays[spec.name], spec.shape, spec.dtype)
+    for key, name in manifest.aliases.items():
+        if arrays[key].dtype != arrays[name].dtype or not np.array_equal(
+            arrays[key], arrays[name], equal_nan=arrays[name].dtype.kind == "f"
+        ):
+            raise StateMismatchError(
+                f"a state_dict whose {key!r} and {name!r} differ",
+                "they are one tensor in the trained model",
+                "Pass the state_dict of a model that shares them",
+            )
+    for key in manifest.counters:
+        _check(key, arrays[key], (), "int64")
+    for spec in manifest.parameters:
+        run.set_value(spec.name, arrays[spec.name])
+    return {key: int(arrays[key]) for key in manifest.counters}
+
+
+def _array(key: str, value: Any) -> Array:
+    """Make a numpy array of a tensor."""
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
+        if value.dtype != torch.bfloat16:
+            return value.detach().cpu().numpy()
+        kind = "bfloat16 tensor"
+    else:
+        kind = type(value).__name__
+    raise StateMismatchError(
+        f"a state_dict whose {key!r} is a {kind}",
+        "numpy arrays and dense tensors of numpy's dtypes can be taken",
+        "Pass the state_dict of the model that was exported",
+    )
+
+
+def _check(key: str, array: Array, shape: tuple[int, ...], dtype: str) -> None:
+    """Compare an array with what it is to replace."""
+    if array.shape != shape or array.dtype != np.dtype(dtype):
+        raise StateMismatchError(
+            f"a state_dict whose {key!r} is {array.dtype} {array.shape}",
+            f"the trained model has {dtype} {shape}",
+            "Pass the state_dict of the model that was exported, in its dtype",
+        )
