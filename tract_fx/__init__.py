@@ -5,18 +5,27 @@ Petersen, Borgelt, Ermon: TrAct: Making First-layer Pre-Activations Trainable, N
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
+from tract_fx import extras
 from tract_fx.eager import tract_module
 from tract_fx.errors import (
     AmbiguousInputLayerError,
+    ArtifactsExistError,
+    ArtifactsWriteError,
+    DamagedArtifactsError,
+    ExportError,
     FrozenLayerWarning,
+    InvalidBatchError,
     InvalidLambdaError,
+    MissingRuntimeError,
     NoInputLayerError,
     TractError,
     TractWarning,
     UnknownLayerError,
     UnsupportedLayerError,
     UnsupportedModelError,
+    UnsupportedTrainingError,
     UnsupportedTransformError,
     UntraceableModelError,
 )
@@ -30,31 +39,66 @@ from tract_fx.passes import (
 )
 from tract_fx.preconditioner import PatchGeometry, precondition_grad
 
+if TYPE_CHECKING:
+    from tract_fx.export import SGD, AdamW, TrainingArtifacts, export_training
+    from tract_fx.trainers import load_trainer
+
+# What needs an extra is imported on first use: ONNX is not needed to train in PyTorch.
+_EXTRAS = {
+    "AdamW": "tract_fx.export",
+    "SGD": "tract_fx.export",
+    "TrainingArtifacts": "tract_fx.export",
+    "export_training": "tract_fx.export",
+    "load_trainer": "tract_fx.trainers",
+}
+
 try:
     __version__ = version("tract_fx")
 except PackageNotFoundError:  # run from a folder that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "SGD",
+    "AdamW",
     "AmbiguousInputLayerError",
+    "ArtifactsExistError",
+    "ArtifactsWriteError",
+    "DamagedArtifactsError",
+    "ExportError",
     "Findings",
     "FrozenLayerWarning",
     "InputLayer",
+    "InvalidBatchError",
     "InvalidLambdaError",
+    "MissingRuntimeError",
     "NoInputLayerError",
     "PatchGeometry",
     "Refusal",
     "TractError",
     "TractWarning",
+    "TrainingArtifacts",
     "UnknownLayerError",
     "UnsupportedLayerError",
     "UnsupportedModelError",
+    "UnsupportedTrainingError",
     "UnsupportedTransformError",
     "UntraceableModelError",
     "__version__",
+    "export_training",
     "find_input_layers",
+    "load_trainer",
     "precondition_grad",
     "remove_tract",
     "tract_module",
     "tract_pass",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXTRAS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return extras.load(_EXTRAS[name], name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,6 +16,7 @@ __all__ = [
     "TESTED_VERSION",
     "artifacts",
     "inference_session",
+    "message_of",
     "onnxblock",
     "ort_value",
     "parameter_value",
@@ -162,7 +163,7 @@ def require_device(device: object) -> tuple[str, int]:
         started = "CUDAExecutionProvider" in session.get_providers() and value.size == _PROBE_SIZE
         cause = "it fell back to the CPU when it was started"
     except Exception as error:  # ONNX Runtime's exceptions have no common root of their own
-        started, cause = False, str(error).splitlines()[0].rstrip(".")
+        started, cause = False, message_of(error)
     if not started:
         raise MissingRuntimeError(
             f"device {str(device)!r}, whose CUDA provider does not start ({cause})",
@@ -239,6 +240,19 @@ def run_session(session: Any, feeds: Mapping[str, Any]) -> list[np.ndarray[Any, 
     return [value.numpy() for value in session.run_with_ort_values(None, dict(feeds))]
 
 
+def message_of(error: Exception) -> str:
+    """Shorten an exception of ONNX Runtime, for the messages of ours.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        The first line, without the place in ONNX Runtime's source and without a full stop.
+    """
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return re.sub(r"^.*?\[ONNXRuntimeError\] : \d+ : \w+ : ", "", line).strip(" .")
+
+
 def _probe() -> bytes:
     """Serialise an identity on float32 vectors."""
     helper = importlib.import_module("onnx.helper")
@@ -246,7 +260,5 @@ def _probe() -> bytes:
     # Neg rather than Identity: nothing that an optimizer could take away.
     graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "probe", [x], [y])
     opsets = [helper.make_opsetid("", 20)]
-    model: bytes = helper.make_model(
-        graph, ir_version=10, opset_imports=opsets
-    ).SerializeToString()
+    model: bytes = helper.make_model(graph, ir_version=10, opset_imports=opsets).SerializeToString()
     return model

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from tract_fx.errors import UnsupportedModelError, UnsupportedTrainingError
-from tract_fx.passes.onnx_graph.slots import FLOATS, LIFT, find_parameters
+from tract_fx.passes.onnx_graph.slots import FLOATS, LIFT, find_parameters, stands_in_layer
 
 __all__ = ["TrainingInputs", "forward_parameters", "is_training_graph", "training_parameters"]
 
 _BUFFER, _RESET = "_grad.accumulation.buffer", "lazy_reset_grad"
+_GIVE = "Give training_model.onnx as onnxruntime.training.artifacts.generate_artifacts wrote it"
 
 
 def forward_parameters(model: ir.Model, trainable: Iterable[str] | None = None) -> tuple[str, ...]:
@@ -102,14 +103,20 @@ def is_training_graph(model: ir.Model) -> bool:
     return _RESET in names and any(name.endswith(_BUFFER) for name in names)
 
 
-def training_parameters(model: ir.Model) -> TrainingInputs:
+def training_parameters(
+    model: ir.Model, parameters: Collection[str] | None = None
+) -> TrainingInputs:
     """Read off a training graph what its inputs are.
 
-    They stand in the order: the batch, parameters that are trained, parameters that are not, a
-    gradient buffer of each that is, the flag that resets these.
+    They stand in the order: the batch, the parameters (trained or not, as the forward model's
+    initializers stood), a gradient buffer of each that is trained, the flag that resets these. The
+    graph does not say where the batch ends: a frozen parameter in front of all trained ones is told
+    by its place in a layer. One that has none there (a frozen bias, say) counts as part of the
+    batch.
 
     Args:
         model: A graph as `onnxruntime.training.artifacts.generate_artifacts` writes it.
+        parameters: Names of all parameters, where they are known: those of the checkpoint.
 
     Returns:
         The names of the batch and of the parameters.
@@ -117,26 +124,35 @@ def training_parameters(model: ir.Model) -> TrainingInputs:
     Raises:
         UnsupportedModelError: It is no such graph.
     """
-    names = [str(value.name) for value in model.graph.inputs]
+    inputs = list(model.graph.inputs)
+    names = [str(value.name) for value in inputs]
     if not is_training_graph(model):
         raise UnsupportedModelError(
             f"a graph with the inputs {', '.join(names) or 'none'}",
             f"a training graph has gradient buffers ({_BUFFER!r}) and {_RESET!r} among its inputs",
-            "Give the training_model.onnx that onnxruntime.training.artifacts.generate_artifacts "
-            "wrote",
+            _GIVE,
         )
-    trainable = [name.removesuffix(_BUFFER) for name in names if name.endswith(_BUFFER)]
-    first = names.index(trainable[0]) if trainable[0] in names else len(names)
-    behind = first + len(trainable)
-    end = next(i for i, name in enumerate(names) if name.endswith(_BUFFER))
-    expected = [*trainable, *names[behind:end], *(name + _BUFFER for name in trainable), _RESET]
-    if names[first:] != expected:
-        missing = [name for name in trainable if name not in names]
+    buffers = [name for name in names if name.endswith(_BUFFER)]
+    trainable = tuple(name.removesuffix(_BUFFER) for name in buffers)
+    given = names[: names.index(buffers[0])]
+    missing = [name for name in trainable if name not in given]
+    if missing:
+        raise UnsupportedModelError(
+            f"a training graph with gradient buffers of {', '.join(missing)}",
+            "these are not among the inputs in front of the buffers",
+            _GIVE,
+        )
+    known = {*trainable, *(parameters or ())}
+    first = next(
+        i
+        for i, value in enumerate(inputs)
+        if value.name in known or (parameters is None and stands_in_layer(value))
+    )
+    if not first or names[len(given) :] != [*buffers, _RESET]:
         raise UnsupportedModelError(
             f"a training graph with the inputs {', '.join(names)}",
-            f"its buffers are of {', '.join(missing)}, which are no inputs"
-            if missing
-            else "they are not in the order batch, trained parameters, frozen ones, buffers, reset",
-            "Give the training_model.onnx as generate_artifacts wrote it",
+            "they are not in the order batch, parameters, buffers, reset",
+            _GIVE,
         )
-    return TrainingInputs(tuple(names[:first]), tuple(trainable), tuple(names[behind:end]))
+    frozen = tuple(name for name in given[first:] if name not in trainable)
+    return TrainingInputs(tuple(given[:first]), trainable, frozen)

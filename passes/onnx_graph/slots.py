@@ -18,7 +18,7 @@ from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.layers import module_of
 from tract_fx.passes.onnx_graph.values import carries_no_values, operands, static_shape, subgraphs
 
-__all__ = ["FLOATS", "LIFT", "find_parameters"]
+__all__ = ["FLOATS", "LIFT", "find_parameters", "stands_in_layer"]
 
 FLOATS = (
     ir.DataType.FLOAT,
@@ -115,6 +115,31 @@ def find_parameters(graph: ir.Graph) -> set[str]:
     for value in walk.found:
         _refuse_merged(value)
     return {str(value.name) for value in walk.found}
+
+
+def stands_in_layer(value: ir.Value) -> bool:
+    """Tell a value that a layer reads as its weight, bias, scale or statistics.
+
+    Args:
+        value: A graph's input.
+
+    Returns:
+        Whether it is of a static shape and stands in such a place, as it is or moved.
+    """
+    if static_shape(value) is None or value.dtype not in FLOATS:
+        return False
+    for use in value.uses():
+        if use.node.op_type in {"BatchNormalization", "BatchNormInternal"} and use.idx > 0:
+            return True
+        if is_standard(use.node, *_LAYERS) and use.idx in _LAYERS[use.node.op_type]:
+            if use.node.op_type not in {"MatMul", "Gemm", "Gather", "Einsum"} or (
+                use.idx != (use.node.op_type != "Gather") - 1 and len(value.shape or ()) == 2
+            ):
+                return True
+        if is_standard(use.node, *_MOVES) and use.idx == 0:
+            if any(stands_in_layer(output) for output in use.node.outputs):
+                return True
+    return False
 
 
 def _refuse_merged(value: ir.Value) -> None:
@@ -260,11 +285,11 @@ class _Walk:
     def _take_operand(self, node: ir.Node, value: ir.Value | None) -> None:
         """Take a bias, a scale, a token: what arithmetic combines features with."""
         origin = self._origin(value)
-        if not origin.is_constant:
+        if value is None or not origin.is_constant or (origin.computed and _is_number(value)):
             return
         sources = [v for v in origin.sources if not str(v.name).lower().endswith("mask")]
         unknown = [v for v in sources if _KIND not in v.metadata_props and not _is_number(v)]
-        if origin.computed and unknown:
+        if origin.computed and not self.found.issuperset(unknown):
             raise _untold(node, unknown)
         self.found.update(v for v in sources if not _is_number(v) or _is_bias_of_one(node, v))
 

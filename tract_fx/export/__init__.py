@@ -1,1 +1,6 @@
 """Export: from a rewritten model, or an ONNX model of any framework, to training artifacts."""
+
+from tract_fx.export.api import TrainingArtifacts, export_training
+from tract_fx.export.optimizers import SGD, AdamW
+
+__all__ = ["SGD", "AdamW", "TrainingArtifacts", "export_training"]

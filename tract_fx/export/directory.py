@@ -69,7 +69,7 @@ def write_directory(
         ArtifactsExistError: If something is there that may not be replaced.
         ArtifactsWriteError: If the system refuses a step.
         ValueError: If the block did not set a manifest.
-    """
+    """  # noqa: DOC502 (raised by what it calls)
     place = Path(directory).resolve()
     _refuse_to_replace(place, overwrite)
     with _system_errors(place):

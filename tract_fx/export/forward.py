@@ -16,8 +16,8 @@ from torch.export import ExportedProgram
 
 from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.export.losses import Loss
+from tract_fx.export.model_outputs import default_output, logits_of
 from tract_fx.export.onnx_model import read_forward
-from tract_fx.export.onnx_outputs import value_for_loss
 from tract_fx.export.records import ForwardGraphs
 from tract_fx.export.torch_model import TorchForward, export_forward
 from tract_fx.passes import remove_tract
@@ -117,7 +117,7 @@ def onnx_source(
     )
     inputs = [v for v in graphs.train.graph.inputs if v.name not in graphs.train.graph.initializers]
     if loss is not None and output is None:
-        output = value_for_loss(graphs.evaluation, loss)
+        output = logits_of(graphs.evaluation, default_output(graphs.evaluation, loss), loss)
     if example_inputs is None:
         return Source(graphs, _made_up(inputs), output, {})
     args, kwargs = arguments(example_inputs)

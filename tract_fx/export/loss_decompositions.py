@@ -15,12 +15,14 @@ What torch.onnx (torch 2.13) and ONNX Runtime Training 1.19.2 do with them, as m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.export.graph_signature import TensorArgument
+from torch.fx.experimental.proxy_tensor import make_fx
 
 __all__ = ["exact_losses"]
 
@@ -31,36 +33,65 @@ _MEAN, _SUM = 1, 2  # at::Reduction
 def exact_losses(program: ExportedProgram) -> ExportedProgram:
     """Replace losses in a program that would not come out right in ONNX Runtime Training.
 
-    A cross entropy with class indices, without label smoothing and reduced stays one operator,
-    unless the program holds another that can't.
+    A cross entropy with batched class indices, without label smoothing and reduced, stays one
+    operator. The rest of the program is left alone (`run_decompositions` would rewrite its
+    batch normalisations).
 
     Args:
-        program: A loss, or a model that returns its loss.
+        program: A loss, or a model; edited in place.
 
     Returns:
-        The same program where nothing has to be replaced, else a new one with equal values and
-        gradients.
+        The program.
     """
-    table = {
-        node.target: _DECOMPOSITIONS[node.target]
-        for node in _calls(program.graph_module)
-        if node.target in _DECOMPOSITIONS and not _is_plain(node)
-    }
-    return program.run_decompositions(table) if table else program
+    renamed: dict[str, str] = {}
+    for module in program.graph_module.modules():
+        if isinstance(module, fx.GraphModule):  # no_grad and autocast hold graphs of their own
+            for node in list(module.graph.nodes):
+                if node.target in _DECOMPOSITIONS and not _is_plain(node):
+                    renamed[node.name] = _replace(node).name
+            module.recompile()
+    for spec in program.graph_signature.output_specs:
+        if isinstance(spec.arg, TensorArgument) and spec.arg.name in renamed:
+            spec.arg = TensorArgument(name=renamed[spec.arg.name])
+    return program
 
 
-def _calls(module: fx.GraphModule) -> Iterator[fx.Node]:
-    """Walk the calls of a graph and of the graphs inside it (`no_grad`, autocast, branches).
+def _replace(node: fx.Node) -> fx.Node:
+    """Put a decomposition in a node's place.
 
     Args:
-        module: The graph module.
+        node: The node, which is erased.
 
-    Yields:
-        Its `call_function` nodes.
+    Returns:
+        The node of the result.
     """
-    for child in module.modules():
-        if isinstance(child, fx.GraphModule):
-            yield from (node for node in child.graph.nodes if node.op == "call_function")
+    sources = node.all_input_nodes
+    decomposition = _DECOMPOSITIONS[node.target]
+
+    def compute(*values: Tensor) -> Tensor:
+        given = dict(zip(sources, values, strict=True))
+        args = fx.node.map_arg(node.args, given.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, given.__getitem__)
+        result: Tensor = decomposition(*args, **kwargs)
+        return result
+
+    # pre_dispatch keeps log_softmax and the like, which torch.onnx knows, in one piece.
+    traced = make_fx(compute, pre_dispatch=True)(*(source.meta["val"] for source in sources))
+    graph = node.graph
+    copies: dict[fx.Node, fx.Node] = {}
+    places = iter(sources)
+    with graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op == "placeholder":
+                copies[inner] = next(places)
+            elif inner.op == "output":
+                result = copies[inner.args[0]]
+            else:
+                copies[inner] = graph.node_copy(inner, copies.__getitem__)
+                copies[inner].meta = {**node.meta, "val": inner.meta["val"]}
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    return result
 
 
 def _is_plain(node: fx.Node) -> bool:

@@ -39,7 +39,7 @@ def check_batch(
     Raises:
         InvalidBatchError: If values are missing or too many, or one is of another kind, dtype,
             rank or size, empty, or a class index out of range.
-    """
+    """  # noqa: DOC502 (raised by what it calls)
     values = _assign(specs, positional, named, call)
     arrays = [_array(spec, value, call) for spec, value in zip(specs, values, strict=True)]
     _check_sizes(specs, arrays, call)
@@ -122,12 +122,12 @@ def _check_sizes(specs: Sequence[TensorSpec], arrays: Sequence[Array], call: str
         found = f"{call}: {spec.name!r} has shape {array.shape}"
         remedy = f"Pass an array of shape {_shape_text(spec)}"
         if array.ndim != len(spec.shape):
-            raise InvalidBatchError(
-                found, f"the graph takes {len(spec.shape)} dimensions", remedy
-            )
+            raise InvalidBatchError(found, f"the graph takes {len(spec.shape)} dimensions", remedy)
         if array.size == 0:
             raise InvalidBatchError(
-                found, "it is empty, and ONNX Runtime can't train on nothing", "Leave this batch out"
+                found,
+                "it is empty, and ONNX Runtime crashes on that",
+                "Leave this batch out",
             )
         for axis, (wanted, size) in enumerate(zip(spec.shape, array.shape, strict=True)):
             if isinstance(wanted, int) and size != wanted:
@@ -168,9 +168,7 @@ def _shape_text(spec: TensorSpec) -> str:
 
 
 def _contiguous(array: Array) -> Array:
-    """Copy what is strided, unaligned or of a subclass; numpy.ascontiguousarray adds a dimension
-    to scalars.
-    """  # noqa: D205
+    """Copy what is strided or unaligned; numpy's own function adds a dimension to scalars."""
     array = np.asarray(array)
     if array.flags.c_contiguous and array.flags.aligned:
         return array

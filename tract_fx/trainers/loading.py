@@ -21,9 +21,9 @@ def load_trainer(
 ) -> OrtTrainer:
     """Start or resume training from a directory of artifacts.
 
-    On a GPU, float32 products go through TensorFloat-32 by default on Ampere and later, and so do
-    TrAct's Gram matrix and its inverse: set the environment variable `NVIDIA_TF32_OVERRIDE=0` before
-    the process starts for full float32.
+    On a GPU of the Ampere generation or later, float32 products go through TensorFloat-32 by
+    default, and so do those of TrAct's Gram matrix and its inverse: set the environment variable
+    `NVIDIA_TF32_OVERRIDE=0` before the process starts for full float32.
 
     ONNX Runtime's random numbers are the whole process's: a trainer with dropout sets them
     (`onnxruntime.set_seed`) before each of its training steps.
@@ -41,7 +41,7 @@ def load_trainer(
         DamagedArtifactsError: If the directory is incomplete, altered, or of another kind.
         MissingRuntimeError: If ONNX Runtime Training, or its CUDA provider, is not there.
         UnsupportedTrainingError: If the seed is no integer.
-    """  # noqa: DOC502
+    """  # noqa: DOC502 (raised by what it calls)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise UnsupportedTrainingError(
             f"seed={seed!r}", "a seed is an integer", "Pass an int, or None"
@@ -60,7 +60,7 @@ def load_trainer(
     if own:
         warnings.warn(
             TractWarning(
-                f"{', '.join(own)} in the training graph: their random numbers are not part of what "
+                f"{', '.join(own)} in the training graph: the random numbers are not part of what "
                 "is saved, so that a resumed run differs from an uninterrupted one"
             ),
             stacklevel=2,

@@ -20,9 +20,11 @@ from tract_fx.errors import (
 )
 from tract_fx.export.directory import CHECKPOINT, EVAL_MODEL, TRAINING_MODEL, write_directory
 from tract_fx.export.manifest import Manifest, TensorSpec
+from tract_fx.ort_training import message_of
 from tract_fx.trainers.batches import Array, BatchValue, check_batch
+from tract_fx.trainers.class_indices import class_ranges, with_range
 from tract_fx.trainers.randomness import SHARED_GENERATOR, operators, seed_of, seeded
-from tract_fx.trainers.run_state import GRAPHS, RunState, first_line, open_run, read_checked
+from tract_fx.trainers.run_state import GRAPHS, RunState, open_run, read_checked
 from tract_fx.trainers.sessions import GradientSession, Predictor
 from tract_fx.trainers.state_dict import read_state, write_state
 
@@ -43,10 +45,15 @@ class OrtTrainer:
     """
 
     def __init__(
-        self, run: RunState, manifest: Manifest, graphs: Mapping[str, bytes], device: tuple[str, int]
+        self,
+        run: RunState,
+        manifest: Manifest,
+        graphs: Mapping[str, bytes],
+        device: tuple[str, int],
     ) -> None:
         self._graphs = dict(graphs)
         self._device = device
+        self._ranges = class_ranges(graphs[EVAL_MODEL])
         self._draws = bool(operators(graphs[TRAINING_MODEL]) & SHARED_GENERATOR)
         self._predictor: Predictor | None = None
         self._gradient_session: GradientSession | None = None
@@ -123,7 +130,7 @@ class OrtTrainer:
             InvalidBatchError: If the batch does not fit. Nothing is changed then.
             FailedRunError: If ONNX Runtime failed. Micro-batches since the last update are
                 dropped then.
-        """  # noqa: DOC502
+        """  # noqa: DOC502 (raised by what it calls)
         arrays = check_batch(self._training_specs, batch, named, "train_step")
         pending = self._pending
         module = self._run.module.train()
@@ -136,7 +143,7 @@ class OrtTrainer:
             self._batches -= pending
             self._has_gradients = False
             raise FailedRunError(
-                f"train_step after {self._updates} updates: {first_line(error)}",
+                f"train_step after {self._updates} updates: {message_of(error)}",
                 "ONNX Runtime failed within the step: parameters are as before, gradients since "
                 "the last update are dropped, running statistics may hold this batch",
                 "Go on with another batch, or go back to a saved state with load",
@@ -163,7 +170,7 @@ class OrtTrainer:
         Raises:
             InvalidBatchError: If the batch does not fit.
             FailedRunError: If ONNX Runtime failed.
-        """  # noqa: DOC502
+        """  # noqa: DOC502 (raised by what it calls)
         arrays = check_batch(self._training_specs, batch, named, "evaluate")
         with _failures("evaluate"):
             return _first(self._run.module.eval()(*arrays))
@@ -184,7 +191,7 @@ class OrtTrainer:
             InvalidBatchError: If the inputs do not fit.
             UnsupportedTrainingError: If the model gives a loss alone.
             FailedRunError: If ONNX Runtime failed.
-        """  # noqa: DOC502
+        """  # noqa: DOC502 (raised by what it calls)
         if self._predictor is None:
             self._predictor = Predictor(self._graphs[EVAL_MODEL], self._manifest, *self._device)
         needed = self._predictor.inputs
@@ -212,7 +219,7 @@ class OrtTrainer:
         Raises:
             InvalidBatchError: If the batch does not fit.
             FailedRunError: If ONNX Runtime failed.
-        """  # noqa: DOC502
+        """  # noqa: DOC502 (raised by what it calls)
         specs = self._training_specs
         arrays = check_batch(specs, batch, named, "compute_gradients")
         if self._gradient_session is None:
@@ -261,7 +268,7 @@ class OrtTrainer:
         Raises:
             StateMismatchError: If keys, shapes or dtypes differ. Nothing is changed then.
             TrainerStateError: If an update is unfinished.
-        """  # noqa: DOC502
+        """  # noqa: DOC502 (raised by what it calls)
         self._require_finished("load_state_dict")
         self._counters = write_state(self._run, self._manifest, state)
 
@@ -280,7 +287,7 @@ class OrtTrainer:
             TrainerStateError: If an update is unfinished: gradient buffers can't be saved.
             ArtifactsExistError: If something is there that may not be replaced.
             ArtifactsWriteError: If the system refuses.
-        """  # noqa: DOC502
+        """  # noqa: DOC502 (raised by what it calls)
         self._require_finished("save")
         with write_directory(directory, overwrite) as new:
             for name, graph in self._graphs.items():
@@ -319,8 +326,9 @@ class OrtTrainer:
         )
 
     @property
-    def _training_specs(self) -> tuple[TensorSpec, ...]:
-        return (*self._manifest.inputs, *self._manifest.targets)
+    def _training_specs(self) -> list[TensorSpec]:
+        specs = (*self._manifest.inputs, *self._manifest.targets)
+        return [with_range(spec, self._ranges) for spec in specs]
 
     @property
     def _pending(self) -> int:
@@ -349,7 +357,7 @@ def _failures(call: str, remedy: str = "Check the batch's values") -> Iterator[N
         yield
     except Exception as error:  # they have no common root of their own
         raise FailedRunError(
-            f"{call}: {first_line(error)}", "ONNX Runtime failed while it ran the graph", remedy
+            f"{call}: {message_of(error)}", "ONNX Runtime failed while it ran the graph", remedy
         ) from error
 
 

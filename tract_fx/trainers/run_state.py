@@ -19,10 +19,10 @@ from tract_fx.export.directory import (
     read_directory,
 )
 from tract_fx.export.manifest import Manifest, ParameterSpec
-from tract_fx.ort_training import parameter_value, session_options, training_api
+from tract_fx.ort_training import message_of, parameter_value, session_options, training_api
 from tract_fx.trainers.batches import Array
 
-__all__ = ["GRAPHS", "RunState", "first_line", "open_run", "read_checked"]
+__all__ = ["GRAPHS", "RunState", "open_run", "read_checked"]
 
 GRAPHS = (TRAINING_MODEL, EVAL_MODEL, OPTIMIZER_MODEL)
 TARGET = "ort-training"
@@ -143,7 +143,7 @@ def open_run(
         DamagedArtifactsError: If the checkpoint or a graph is not the manifest's, or ONNX Runtime
             does not take them.
         MissingRuntimeError: If the parameters are not on the device.
-    """
+    """  # noqa: DOC502 (raised by what it calls)
     api, folder = training_api(), Path(directory)
     options = session_options()
     try:
@@ -161,7 +161,7 @@ def open_run(
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common root of their own
         raise DamagedArtifactsError(
-            f"{folder}: ONNX Runtime does not load it ({first_line(error)})",
+            f"{folder}: ONNX Runtime does not load it ({message_of(error)})",
             "graphs, checkpoint and ONNX Runtime do not go together",
             "Export the model again with the installed versions",
         ) from error
@@ -229,16 +229,3 @@ def _check_graph_inputs(folder: Path, manifest: Manifest, module: Any) -> None:
             "Export the model again",
         )
     module.train()
-
-
-def first_line(error: Exception) -> str:
-    """Shorten an exception of ONNX Runtime, for messages.
-
-    Args:
-        error: The exception.
-
-    Returns:
-        The first line of its message, or its class.
-    """
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

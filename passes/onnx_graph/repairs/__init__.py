@@ -13,7 +13,14 @@ from tract_fx.passes.onnx_graph.repairs.evaluation import (
     random_free,
     random_operators,
 )
+from tract_fx.passes.onnx_graph.repairs.gradients import (
+    GradientPath,
+    gradient_path,
+    require_gradients,
+    unreached_parameters,
+)
 from tract_fx.passes.onnx_graph.repairs.layer_norm import layer_norm_biases
+from tract_fx.passes.onnx_graph.repairs.matrices import vectors_as_matrices
 from tract_fx.passes.onnx_graph.repairs.metadata import strip_exporter_metadata
 from tract_fx.passes.onnx_graph.repairs.names import named_nodes
 from tract_fx.passes.onnx_graph.repairs.normalizations import normalizations_as_primitives
@@ -24,8 +31,9 @@ from tract_fx.passes.onnx_graph.repairs.pooling import (
     average_pools_as_convolutions,
     max_pools_as_gathers,
 )
-from tract_fx.passes.onnx_graph.repairs.powers import powers_of_constants
+from tract_fx.passes.onnx_graph.repairs.powers import powers_as_exponentials
 from tract_fx.passes.onnx_graph.repairs.reductions import (
+    explicit_axes,
     extrema_as_primitives,
     reductions_as_primitives,
     variadic_as_binary,
@@ -33,7 +41,7 @@ from tract_fx.passes.onnx_graph.repairs.reductions import (
 from tract_fx.passes.onnx_graph.repairs.running_variance import unbiased_running_variance
 from tract_fx.passes.onnx_graph.repairs.selections import full_size_selections
 from tract_fx.passes.onnx_graph.repairs.sequence import prepare_for_gradients
-from tract_fx.passes.onnx_graph.repairs.sequences import sequences_as_splits
+from tract_fx.passes.onnx_graph.repairs.sequences import partly_used_splits, sequences_as_splits
 from tract_fx.passes.onnx_graph.repairs.shapes import inferred_shapes
 from tract_fx.passes.onnx_graph.repairs.stop_gradients import (
     detached_values,
@@ -43,14 +51,17 @@ from tract_fx.passes.onnx_graph.repairs.torch_exports import training_batch_norm
 from tract_fx.passes.onnx_graph.repairs.versions import supported_versions
 
 __all__ = [
+    "GradientPath",
     "activations_as_primitives",
     "average_pools_as_convolutions",
     "casts_like",
     "detached_values",
     "evaluation_mode",
+    "explicit_axes",
     "extrema_as_primitives",
     "frozen_batch_norm",
     "full_size_selections",
+    "gradient_path",
     "inferred_shapes",
     "layer_norm_biases",
     "max_pools_as_gathers",
@@ -58,11 +69,13 @@ __all__ = [
     "normalizations_as_primitives",
     "optional_outputs",
     "paddings_as_gathers",
-    "powers_of_constants",
+    "partly_used_splits",
+    "powers_as_exponentials",
     "prepare_for_gradients",
     "random_free",
     "random_operators",
     "reductions_as_primitives",
+    "require_gradients",
     "separate_operands",
     "sequences_as_splits",
     "steps_without_gradient",
@@ -71,5 +84,7 @@ __all__ = [
     "train_batch_norm",
     "training_batch_norms",
     "unbiased_running_variance",
+    "unreached_parameters",
     "variadic_as_binary",
+    "vectors_as_matrices",
 ]

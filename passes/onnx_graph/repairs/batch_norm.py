@@ -35,7 +35,7 @@ def frozen_batch_norm(model: ir.Model, names: Collection[str] | None = None) -> 
     Raises:
         ExportError: If the rank of an input is not known, or if statistics of the batch, the
             outputs of a node in training mode, are read elsewhere.
-    """
+    """  # noqa: DOC502 - raised by _require_unread
     changed = 0
     for node in list(model.graph):
         if not is_standard(node, "BatchNormalization"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.calls import is_standard

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.repairs.replacement import (
     FLOATING,
+    Additions,
     Replacement,
     constant_array,
     known_dtype,
+    known_rank,
 )
 
-__all__ = ["extrema_as_primitives", "reductions_as_primitives", "variadic_as_binary"]
+__all__ = [
+    "explicit_axes",
+    "extrema_as_primitives",
+    "reductions_as_primitives",
+    "variadic_as_binary",
+]
 
 FX_NODE = "pkg.torch.onnx.fx_node"
 # torch's reductions that give an index as well send the whole gradient to it.
@@ -45,6 +50,34 @@ def reductions_as_primitives(model: ir.Model) -> int:
             terms = x
         result = _reduce_sum(new, terms)
         new.finish(new.op("Log", result, like=x) if node.op_type == "ReduceLogSum" else result)
+        changed += 1
+    return changed
+
+
+def explicit_axes(model: ir.Model) -> int:
+    """Give ReduceL2 and ReduceLogSumExp over everything the axes that they reduce.
+
+    Without them, and without `keepdims`, ONNX Runtime's gradient is an invalid graph.
+
+    Args:
+        model: The model, edited in place.
+
+    Returns:
+        The number of nodes changed.
+    """
+    changed = 0
+    for node in list(model.graph):
+        if not is_standard(node, "ReduceL2", "ReduceLogSumExp"):
+            continue
+        given = node.inputs[1] if len(node.inputs) > 1 else None
+        x = node.inputs[0]
+        if given is not None or x is None or node.attributes.get_int("noop_with_empty_axes", 0):
+            continue
+        new = Additions(node.name or node.outputs[0].name or node.op_type)
+        axes = new.int64(list(range(known_rank(x, node))))
+        model.graph.insert_before(node, new.nodes)
+        node.resize_inputs(2)
+        node.replace_input_with(1, axes)
         changed += 1
     return changed
 

@@ -15,6 +15,7 @@ __all__ = [
     "Additions",
     "Replacement",
     "constant_array",
+    "is_fixed",
     "known_dtype",
     "known_rank",
 ]
@@ -222,3 +223,22 @@ def constant_array(value: ir.Value | None) -> np.ndarray | None:
     if node.op_type == "Squeeze":
         return inner.squeeze(None if shape is None else tuple(int(axis) for axis in shape.ravel()))
     return None
+
+
+def is_fixed(value: ir.Value) -> bool:
+    """Tell whether a value is a constant and no parameter; an initializer may be trained.
+
+    Args:
+        value: Any value.
+
+    Returns:
+        Whether it comes from Constant nodes alone.
+    """
+    return constant_array(value) is not None and not _reads_initializer(value)
+
+
+def _reads_initializer(value: ir.Value) -> bool:
+    node = value.producer()
+    if node is None:
+        return value.is_initializer()
+    return any(_reads_initializer(operand) for operand in node.inputs if operand is not None)

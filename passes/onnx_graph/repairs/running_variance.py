@@ -41,7 +41,7 @@ def unbiased_running_variance(
 
     Raises:
         ExportError: If a node has no outputs for its running variance and inverse deviation.
-    """
+    """  # noqa: DOC502 - raised by _variance
     graph = training_model.graph
     done = {output.name for output in graph.outputs}
     changed = 0

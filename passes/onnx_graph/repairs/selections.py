@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.calls import is_standard
-from tract_fx.passes.onnx_graph.repairs.replacement import Additions, constant_array
+from tract_fx.passes.onnx_graph.repairs.replacement import Additions, is_fixed
 
 __all__ = ["full_size_selections"]
 
@@ -29,7 +29,7 @@ def full_size_selections(model: ir.Model) -> int:
         for index in (1, 2):
             value = node.inputs[index]
             assert value is not None
-            if constant_array(value) is not None:
+            if is_fixed(value):
                 continue
             others = [other for other in node.inputs if other is not None and other is not value]
             smaller = [other for other in others if not _covers(value.shape, other.shape)]

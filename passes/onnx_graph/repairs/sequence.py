@@ -9,22 +9,28 @@ import onnx_ir as ir
 from tract_fx.passes.onnx_graph.repairs.activations import activations_as_primitives
 from tract_fx.passes.onnx_graph.repairs.batch_norm import frozen_batch_norm
 from tract_fx.passes.onnx_graph.repairs.casts import casts_like
+from tract_fx.passes.onnx_graph.repairs.gradients import require_gradients
 from tract_fx.passes.onnx_graph.repairs.layer_norm import layer_norm_biases
+from tract_fx.passes.onnx_graph.repairs.matrices import vectors_as_matrices
 from tract_fx.passes.onnx_graph.repairs.metadata import strip_exporter_metadata
 from tract_fx.passes.onnx_graph.repairs.names import named_nodes
 from tract_fx.passes.onnx_graph.repairs.normalizations import normalizations_as_primitives
 from tract_fx.passes.onnx_graph.repairs.operands import separate_operands
 from tract_fx.passes.onnx_graph.repairs.optional_outputs import optional_outputs
 from tract_fx.passes.onnx_graph.repairs.padding import paddings_as_gathers
-from tract_fx.passes.onnx_graph.repairs.pooling import average_pools_as_convolutions
-from tract_fx.passes.onnx_graph.repairs.powers import powers_of_constants
+from tract_fx.passes.onnx_graph.repairs.pooling import (
+    average_pools_as_convolutions,
+    max_pools_as_gathers,
+)
+from tract_fx.passes.onnx_graph.repairs.powers import powers_as_exponentials
 from tract_fx.passes.onnx_graph.repairs.reductions import (
+    explicit_axes,
     extrema_as_primitives,
     reductions_as_primitives,
     variadic_as_binary,
 )
 from tract_fx.passes.onnx_graph.repairs.selections import full_size_selections
-from tract_fx.passes.onnx_graph.repairs.sequences import sequences_as_splits
+from tract_fx.passes.onnx_graph.repairs.sequences import partly_used_splits, sequences_as_splits
 from tract_fx.passes.onnx_graph.repairs.shapes import inferred_shapes
 from tract_fx.passes.onnx_graph.repairs.stop_gradients import (
     detached_values,
@@ -39,15 +45,17 @@ BEFORE: tuple[Callable[[ir.Model], int], ...] = (
     inferred_shapes,
     detached_values,
     reductions_as_primitives,
+    explicit_axes,
     extrema_as_primitives,
     strip_exporter_metadata,
     named_nodes,
     casts_like,
     sequences_as_splits,
+    vectors_as_matrices,
     steps_without_gradient,
     variadic_as_binary,
     activations_as_primitives,
-    powers_of_constants,
+    powers_as_exponentials,
     normalizations_as_primitives,
     frozen_batch_norm,
     layer_norm_biases,
@@ -59,17 +67,38 @@ BEFORE: tuple[Callable[[ir.Model], int], ...] = (
 )
 
 
-def prepare_for_gradients(model: ir.Model, *, trainable: Collection[str]) -> tuple[str, ...]:
+def prepare_for_gradients(
+    model: ir.Model,
+    *,
+    trainable: Collection[str],
+    outputs: Collection[str] | None = None,
+    device: str = "cpu",
+) -> tuple[str, ...]:
     """Run all repairs that a forward graph needs before ONNX Runtime builds its gradients.
 
     BatchNormalization nodes with `training_mode=0` are frozen by it: `train_batch_norm` comes
-    first where they are to be trained.
+    first where they are to be trained. Parameters named by `unreached_parameters` afterwards must
+    be among the frozen ones.
 
     Args:
         model: The forward graph, edited in place.
         trainable: Names of the initializers that are to have gradients.
+        outputs: Names of the graph outputs that the loss reads; None for all.
+        device: Where it is to be trained: "cpu" or "cuda".
 
     Returns:
         Names of the passes that changed something, in their order.
-    """
-    return tuple(repair.__name__ for repair in BEFORE if repair(model))
+
+    Raises:
+        ExportError: If a repair, or a gradient, is not possible.
+    """  # noqa: DOC502 - raised by the passes
+    repairs = [*BEFORE]
+    if device != "cpu":
+        repairs.append(max_pools_as_gathers)
+    done = [repair.__name__ for repair in repairs if repair(model)]
+    if inferred_shapes(model) and inferred_shapes.__name__ not in done:
+        done.append(inferred_shapes.__name__)
+    if partly_used_splits(model, outputs):
+        done.append(partly_used_splits.__name__)
+    require_gradients(model, trainable, outputs, device=device)
+    return tuple(done)

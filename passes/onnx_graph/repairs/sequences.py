@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
+
 import onnx_ir as ir
 
+from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.calls import is_standard
+from tract_fx.passes.onnx_graph.repairs.gradients import gradient_path
 from tract_fx.passes.onnx_graph.repairs.replacement import (
+    FLOATING,
     Additions,
+    Replacement,
     constant_array,
     known_rank,
 )
 
-__all__ = ["sequences_as_splits"]
+__all__ = ["partly_used_splits", "sequences_as_splits"]
 
 
 def sequences_as_splits(model: ir.Model) -> int:
@@ -35,6 +42,70 @@ def sequences_as_splits(model: ir.Model) -> int:
         for node in list(model.graph)
         if is_standard(node, "SplitToSequence")
     )
+
+
+def partly_used_splits(model: ir.Model, outputs: Collection[str] | None = None) -> int:
+    """Write Split as Slices where a loss depends on some of the pieces only.
+
+    ONNX Runtime's gradient puts together the pieces' gradients that there are, and leaves out the
+    others: it has the wrong size, and its entries are in the wrong places, without a word.
+
+    Args:
+        model: The model, edited in place.
+        outputs: Names of the graph outputs that a loss reads; None for all.
+
+    Returns:
+        The number of nodes replaced.
+
+    Raises:
+        ExportError: If the sizes of the pieces are not known before running.
+    """
+    graph = model.graph
+    path = gradient_path(model, {value.name or "" for value in _sources(graph)}, outputs)
+    changed = 0
+    for node in list(graph):
+        if not is_standard(node, "Split") or all(v in path.values for v in node.outputs):
+            continue
+        x = node.inputs[0]
+        if x is None or not any(v in path.values for v in node.outputs):
+            continue
+        axis = node.attributes.get_int("axis", 0)
+        sizes = _split_sizes(node, x, axis % known_rank(x, node))
+        if sizes is None:
+            raise ExportError(
+                f"Split {node.name!r} has pieces of sizes that are computed, and a loss depends on "
+                "some of them only",
+                "ONNX Runtime Training 1.19.2 has a wrong gradient for it",
+                "Export the model with fixed sizes; the batch may stay dynamic",
+            )
+        new = Replacement(node)
+        pieces, start = [], 0
+        for size in sizes:
+            bounds = [new.int64([n]) for n in (start, start + size, axis)]
+            pieces.append(new.op("Slice", x, *bounds, like=x))
+            start += size
+        new.finish(*pieces)
+        changed += 1
+    return changed
+
+
+def _sources(graph: ir.Graph) -> list[ir.Value]:
+    """Give every value from which a gradient could be asked, whatever is trained."""
+    values = [*graph.inputs, *graph.initializers.values()]
+    return [value for value in values if value.dtype is None or value.dtype in FLOATING]
+
+
+def _split_sizes(node: ir.Node, x: ir.Value, axis: int) -> list[int] | None:
+    """Give the sizes of a Split's pieces, None where they aren't known before running."""
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    if given is not None:
+        array = constant_array(given)
+        return None if array is None else [int(size) for size in array]
+    whole = None if x.shape is None else x.shape[axis]
+    if not isinstance(whole, int):
+        return None
+    step = math.ceil(whole / len(node.outputs))
+    return [min(step, whole - start) for start in range(0, whole, step)]
 
 
 def _replace(graph: ir.Graph, node: ir.Node) -> bool:

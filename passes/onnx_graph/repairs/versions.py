@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import onnx
 import onnx.version_converter
 import onnx_ir as ir
 
@@ -26,7 +25,7 @@ def supported_versions(model: ir.Model) -> int:
 
     Raises:
         ExportError: If the opset can't be converted.
-    """
+    """  # noqa: DOC502 - raised by _convert
     changed = 0
     for domain in ("", "ai.onnx"):
         opset = model.opset_imports.get(domain)

@@ -1,2 +1,0 @@
-def value_for_loss(model, loss):
-    return None

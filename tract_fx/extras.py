@@ -1,0 +1,46 @@
+"""Names that need an extra: imported when they are first asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from tract_fx.errors import MissingRuntimeError
+
+__all__ = ["load"]
+
+# The packages of each extra, by the name that they are imported under.
+_EXTRAS = {
+    "onnx": "onnx",
+    "onnx_ir": "onnx",
+    "onnxscript": "onnx",
+    "numpy": "onnx",
+    "google": "onnx",
+}
+
+
+def load(module: str, name: str) -> Any:
+    """Import a name from a module of the package that needs an extra.
+
+    Args:
+        module: The module.
+        name: What to take from it.
+
+    Returns:
+        The object.
+
+    Raises:
+        MissingRuntimeError: A package of the extra is not installed.
+        ModuleNotFoundError: Something else is missing.
+    """
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRAS:
+            raise
+        raise MissingRuntimeError(
+            f"{name} needs the package {missing}, which is not installed",
+            "it belongs to an extra",
+            f"pip install 'tract_fx[{_EXTRAS[missing]}]', or 'tract_fx[ort-training]' to train too",
+        ) from error
