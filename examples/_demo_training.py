@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from _demo_data import Dataset, Split
+from _demo_data import Dataset
 from tract_fx import tract_pass
 
 Arm = Literal["plain", "tract"]
@@ -20,7 +21,7 @@ ARMS: tuple[Arm, Arm] = ("plain", "tract")
 
 @dataclass(frozen=True)
 class Settings:
-    """What both arms share."""
+    """What all runs share."""
 
     epochs: int
     seeds: int
@@ -32,11 +33,43 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Histories:
-    """Test accuracy of both arms, as `[seed][epoch]`; epoch 0 is before the first step."""
+class Run:
+    """How one training went.
 
-    plain: list[list[float]]
-    tract: list[list[float]]
+    Attributes:
+        accuracies: Test accuracy by epoch; epoch 0 is before the first step.
+        losses: Training loss by step, before its update.
+    """
+
+    accuracies: list[float]
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class Histories:
+    """The runs of both arms, by seed."""
+
+    plain: list[Run]
+    tract: list[Run]
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What the loop trains, in whatever runtime.
+
+    Attributes:
+        step: Trains on a batch: learning rate, images, labels → loss.
+        predict: Gives the class scores of images, in evaluation mode.
+    """
+
+    step: Callable[[float, Tensor, Tensor], float]
+    predict: Callable[[Tensor], Tensor]
+
+
+def initial_model(dataset: Dataset, seed: int) -> nn.Sequential:
+    """Build the net that all runs of a seed start from."""
+    torch.manual_seed(seed)
+    return build_model(dataset.train.images.shape[1], len(dataset.classes))
 
 
 def build_model(channels: int, classes: int) -> nn.Sequential:
@@ -58,8 +91,24 @@ def build_model(channels: int, classes: int) -> nn.Sequential:
     )
 
 
+def with_tract(model: nn.Module, settings: Settings) -> nn.Module:
+    """Rewrite a copy of the model."""
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+    return tract_pass(traced, lambda_=settings.lambda_)
+
+
+def sgd(model: nn.Module, settings: Settings) -> torch.optim.SGD:
+    """Make the optimizer that all runs use."""
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+
+
 def train_arms(dataset: Dataset, settings: Settings, on_epoch: Callable[[], None]) -> Histories:
-    """Train every seed twice, from the same weights and over the same batches.
+    """Train every seed twice in PyTorch, from the same weights and over the same batches.
 
     Args:
         dataset: The images.
@@ -67,58 +116,76 @@ def train_arms(dataset: Dataset, settings: Settings, on_epoch: Callable[[], None
         on_epoch: Called after every epoch of either arm.
 
     Returns:
-        Both arms' test accuracy by epoch.
+        Both arms' runs.
     """
     histories = Histories([], [])
     for seed in range(settings.seeds):
-        torch.manual_seed(seed)
-        initial = build_model(dataset.train.images.shape[1], len(dataset.classes))
+        initial = initial_model(dataset, seed)
         for arm in ARMS:
-            model: nn.Module = copy.deepcopy(initial)
-            if arm == "tract":
-                model = tract_pass(torch.fx.symbolic_trace(model), lambda_=settings.lambda_)
-            accuracies = _train(model, dataset, settings, seed, on_epoch)
-            getattr(histories, arm).append(accuracies)
+            model = copy.deepcopy(initial) if arm == "plain" else with_tract(initial, settings)
+            learner = torch_learner(model, settings)
+            getattr(histories, arm).append(train(learner, dataset, settings, seed, on_epoch))
     return histories
 
 
-def _train(
-    model: nn.Module,
+def torch_learner(model: nn.Module, settings: Settings) -> Learner:
+    """Train a model in PyTorch."""
+    optimizer = sgd(model, settings)
+
+    def step(rate: float, images: Tensor, labels: Tensor) -> float:
+        model.train()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    @torch.no_grad()
+    def predict(images: Tensor) -> Tensor:
+        scores: Tensor = model.eval()(images)
+        return scores
+
+    return Learner(step, predict)
+
+
+def train(
+    learner: Learner,
     dataset: Dataset,
     settings: Settings,
     seed: int,
     on_epoch: Callable[[], None],
-) -> list[float]:
-    """Train with SGD under a cosine schedule; `seed` sets the order of the batches."""
+) -> Run:
+    """Train under a cosine schedule; `seed` sets the order of the batches.
+
+    Args:
+        learner: What is trained.
+        dataset: The images.
+        settings: Batches and schedule.
+        seed: Of the order.
+        on_epoch: Called after every epoch.
+
+    Returns:
+        The accuracies and losses.
+    """
     order = torch.Generator().manual_seed(seed)
     count = len(dataset.train.labels)
     batch_size = min(settings.batch_size, count)
     steps = count // batch_size
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * settings.epochs)
-    accuracies = [_accuracy(model, dataset.test)]
+    run = Run([_accuracy(learner, dataset)], [])
     for _ in range(settings.epochs):
-        model.train()
         # The last, incomplete batch is left out; every epoch leaves out other images.
         permutation = torch.randperm(count, generator=order)[: steps * batch_size]
         for batch in permutation.split(batch_size):
-            optimizer.zero_grad()
-            logits = model(dataset.train.images[batch])
-            F.cross_entropy(logits, dataset.train.labels[batch]).backward()
-            optimizer.step()
-            schedule.step()
-        accuracies.append(_accuracy(model, dataset.test))
+            progress = len(run.losses) / (steps * settings.epochs)
+            rate = settings.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+            images, labels = dataset.train.images[batch], dataset.train.labels[batch]
+            run.losses.append(learner.step(rate, images, labels))
+        run.accuracies.append(_accuracy(learner, dataset))
         on_epoch()
-    return accuracies
+    return run
 
 
-@torch.no_grad()
-def _accuracy(model: nn.Module, split: Split) -> float:
-    model.eval()
-    predictions = torch.cat([model(images).argmax(1) for images in split.images.split(500)])
-    return (predictions == split.labels).double().mean().item()
+def _accuracy(learner: Learner, dataset: Dataset) -> float:
+    scores = torch.cat([learner.predict(images) for images in dataset.test.images.split(500)])
+    return (scores.argmax(1) == dataset.test.labels).double().mean().item()

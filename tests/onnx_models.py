@@ -18,6 +18,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from reference import Inputs, arguments
+from tract_fx.passes.choose import choose
+from tract_fx.passes.onnx_graph.find import LocatedOnnx
 
 Initializers = Mapping[str, Sequence[int] | np.ndarray[Any, Any]]
 
@@ -136,3 +138,10 @@ def training_graph(
         artifact_directory=str(directory),
     )
     return directory / "training_model.onnx"
+
+
+def as_chosen(located: LocatedOnnx, layers: tuple[str, ...] | None = None) -> set[str]:
+    """Names of the layers that the pass would take, or its error."""
+    records = [record for record, _ in located.eligible]
+    chosen = choose(located.findings, records, 0.1, layers)
+    return {record.name for record in records if record.node in chosen}

@@ -5,6 +5,8 @@ The nets are plain (no TrAct): a trainer does not look at what a graph computes.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,14 @@ from onnxruntime.training import artifacts
 from torch import Tensor, nn
 
 from tract_fx.export.directory import write_directory
-from tract_fx.export.manifest import Manifest, ParameterSpec, TensorSpec, TractLayer
+from tract_fx.export.manifest import (
+    MANIFEST_FILE,
+    FileRecord,
+    Manifest,
+    ParameterSpec,
+    TensorSpec,
+    TractLayer,
+)
 from tract_fx.export.optimizer_graph import build_optimizer
 from tract_fx.export.optimizers import SGD, AdamW
 
@@ -146,7 +155,16 @@ def build(
             "seed": 17,
         }
         new.manifest = Manifest(**fields | entries)
+    assert new.manifest is not None
     return new.manifest
+
+
+def replace_file(directory: Path, manifest: Manifest, name: str, content: bytes) -> None:
+    """Alter a file, and the manifest with it."""
+    (directory / name).write_bytes(content)
+    record = FileRecord(hashlib.sha256(content).hexdigest(), len(content))
+    new = dataclasses.replace(manifest, files=manifest.files | {name: record})
+    (directory / MANIFEST_FILE).write_text(new.to_json(), encoding="utf-8")
 
 
 def _loss_only(file: Path) -> None:

@@ -29,6 +29,7 @@ from tract_fx.passes.onnx_graph.reasons import Why
 from tract_fx.passes.onnx_graph.values import (
     FEATURES,
     Content,
+    ancestors,
     carries_no_values,
     node_names,
     operands,
@@ -111,7 +112,7 @@ def locate(
     graph = model.graph
     nodes = list(graph)
     if is_training_graph(model):
-        forward = _ancestors(graph.outputs[0])
+        forward = ancestors(graph.outputs[0])
         nodes = [node for node in graph if node in forward]
     walk = _Walk(graph, nodes, frozenset(trainable), frozenset(frozen), present or {})
     walk.run(frozenset())
@@ -119,18 +120,6 @@ def locate(
     if labels:
         walk.run(labels)
     return walk.located()
-
-
-def _ancestors(output: ir.Value) -> set[ir.Node]:
-    """All nodes that a value is computed by."""
-    found: set[ir.Node] = set()
-    open_values = [output]
-    while open_values:
-        node = open_values.pop().producer()
-        if node is not None and node not in found:
-            found.add(node)
-            open_values.extend(operands(node))
-    return found
 
 
 class _Walk:

@@ -57,6 +57,8 @@ def _calls(weight: ir.Value) -> list[ir.Node]:
     """The calls that a weight goes to, through a Transpose where there is one."""
     found: list[ir.Node] = []
     for node, index in weight.uses():
+        if is_standard(node, "Shape"):
+            continue
         if is_standard(node, "Transpose", "Identity"):
             found += _calls(node.outputs[0])
         elif match_call(node) is not None and index == 1:

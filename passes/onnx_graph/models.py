@@ -30,8 +30,7 @@ def as_ir_model(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
     if isinstance(model, ir.Model):
         result = model.clone()
     elif isinstance(model, onnx.ModelProto):
-        _refuse_sparse(model)
-        result = ir.serde.deserialize_model(model)
+        result = _deserialized(model)
     elif isinstance(model, (str, Path)):
         result = _read(Path(model))
     else:
@@ -57,8 +56,7 @@ def _read(path: Path) -> ir.Model:
         raise UnsupportedModelError(
             f"the file {str(path)!r}", "it holds no graph", "Give an .onnx file"
         )
-    _refuse_sparse(proto)
-    model = ir.serde.deserialize_model(proto)
+    model = _deserialized(proto)
     ir.external_data.set_base_dir(model.graph, path.parent)
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
@@ -69,6 +67,54 @@ def _read(path: Path) -> ir.Model:
                 "Put that file beside the model, where the exporter wrote it",
             )
     return model
+
+
+def _deserialized(proto: onnx.ModelProto) -> ir.Model:
+    _refuse_sparse(proto)
+    return ir.serde.deserialize_model(_without_maps(proto))
+
+
+def _without_maps(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Leave out outputs that are dictionaries, as scikit-learn's classifiers have them.
+
+    onnx-ir has no type for these, and no gradient goes through them.
+
+    Args:
+        proto: The model. Not changed.
+
+    Returns:
+        The model without them, itself where there are none.
+
+    Raises:
+        UnsupportedModelError: An input is a dictionary.
+    """
+    maps = {v.name for v in (*proto.graph.output, *proto.graph.value_info) if _is_map(v.type)}
+    given = [v.name for v in proto.graph.input if _is_map(v.type)]
+    if given:
+        raise UnsupportedModelError(
+            f"the input {given[0]!r}, a dictionary",
+            "training takes batches as arrays",
+            "Export the model without the step that reads dictionaries",
+        )
+    if not maps:
+        return proto
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    graph = result.graph
+    for field in (graph.output, graph.value_info):
+        kept = [v for v in field if v.name not in maps]
+        del field[:]
+        field.extend(kept)
+    nodes = [node for node in graph.node if maps.isdisjoint(node.output)]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return result
+
+
+def _is_map(kind: onnx.TypeProto) -> bool:
+    if kind.HasField("sequence_type"):
+        return _is_map(kind.sequence_type.elem_type)
+    return bool(kind.HasField("map_type"))
 
 
 def _refuse_sparse(proto: onnx.ModelProto) -> None:

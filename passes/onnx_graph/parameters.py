@@ -9,11 +9,21 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from tract_fx.errors import UnsupportedModelError, UnsupportedTrainingError
-from tract_fx.passes.onnx_graph.slots import FLOATS, LIFT, find_parameters, stands_in_layer
+from tract_fx.passes.onnx_graph.calls import is_standard
+from tract_fx.passes.onnx_graph.slots import FLOATS, LAYERS, LIFT, MOVES, find_parameters
+from tract_fx.passes.onnx_graph.values import ancestors, static_shape
 
 __all__ = ["TrainingInputs", "forward_parameters", "is_training_graph", "training_parameters"]
 
 _BUFFER, _RESET = "_grad.accumulation.buffer", "lazy_reset_grad"
+# Where nothing else stands: what tells parameters among a training graph's inputs.
+_PLACES: dict[str, tuple[int, ...]] = {
+    **{op: places for op, places in LAYERS.items() if op != "Einsum"},
+    "Gemm": (1, 2),
+    "MatMul": (1,),
+    "BatchNormalization": (1, 2, 3, 4),
+    "BatchNormInternal": (1, 2, 3, 4),
+}
 _GIVE = "Give training_model.onnx as onnxruntime.training.artifacts.generate_artifacts wrote it"
 
 
@@ -143,10 +153,11 @@ def training_parameters(
             _GIVE,
         )
     known = {*trainable, *(parameters or ())}
+    forward = ancestors(model.graph.outputs[0])
     first = next(
         i
         for i, value in enumerate(inputs)
-        if value.name in known or (parameters is None and stands_in_layer(value))
+        if value.name in known or (parameters is None and _stands_in_layer(value, forward))
     )
     if not first or names[len(given) :] != [*buffers, _RESET]:
         raise UnsupportedModelError(
@@ -156,3 +167,29 @@ def training_parameters(
         )
     frozen = tuple(name for name in given[first:] if name not in trainable)
     return TrainingInputs(tuple(given[:first]), trainable, frozen)
+
+
+def _stands_in_layer(value: ir.Value, nodes: Collection[ir.Node]) -> bool:
+    """Tell a value that a layer reads as its weight, bias, scale or statistics.
+
+    Args:
+        value: A graph's input.
+        nodes: The nodes that count: the gradient's read the batch where layers have weights.
+
+    Returns:
+        Whether it is of a static shape and stands in such a place, as it is or moved.
+    """
+    shape = static_shape(value)
+    if shape is None or value.dtype not in FLOATS:
+        return False
+    for node, index in value.uses():
+        if node not in nodes:
+            continue
+        if index in _PLACES.get(node.op_type, ()):
+            # A product of two batches has its second one there too, but seldom as a matrix.
+            if node.op_type not in {"MatMul", "Gather"} or len(shape) == 2:
+                return True
+        moved = is_standard(node, *MOVES) and index == 0
+        if moved and any(_stands_in_layer(output, nodes) for output in node.outputs):
+            return True
+    return False

@@ -15,10 +15,10 @@ import onnx_ir as ir
 
 from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.passes.onnx_graph.calls import is_standard
-from tract_fx.passes.onnx_graph.layers import module_of
+from tract_fx.passes.onnx_graph.merged import refuse_merged
 from tract_fx.passes.onnx_graph.values import carries_no_values, operands, static_shape, subgraphs
 
-__all__ = ["FLOATS", "LIFT", "find_parameters", "stands_in_layer"]
+__all__ = ["FLOATS", "LAYERS", "LIFT", "MOVES", "find_parameters"]
 
 FLOATS = (
     ir.DataType.FLOAT,
@@ -34,8 +34,7 @@ LIFT = (
 )
 """What to do with weights that are Constant nodes."""
 
-# Operators of layers -> the inputs that are parameters. Running statistics are none.
-_LAYERS: dict[str, tuple[int, ...]] = {
+LAYERS: dict[str, tuple[int, ...]] = {
     "Conv": (1, 2),
     "ConvTranspose": (1, 2),
     "DeformConv": (1, 3),
@@ -54,14 +53,17 @@ _LAYERS: dict[str, tuple[int, ...]] = {
     "PRelu": (1,),
     "Gather": (0,),
 }
+"""Operators of layers, with the inputs that are parameters. Running statistics are none."""
+
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN")
 # Arithmetic of features with a parameter: biases, layer scales, positions, tokens.
 _ARITHMETIC = ("Add", "Sum", "Mul", "Concat", "Where")
-# What moves a parameter's entries and computes nothing of them.
-_MOVES = (
+MOVES = (
     *("Identity", "Cast", "CastLike", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"),
     *("Expand", "Tile", "Slice", "Gather", "Split", "Concat", "Pad", "Resize"),
 )
+"""What moves a parameter's entries and computes nothing of them."""
+
 # The parameters of torch's weight norm, spectral norm, pruning and other reparametrisations.
 _REPARAMETRISED = re.compile(r"(parametrizations\.\w+\.original\d*|weight_(g|v|orig))$")
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
@@ -113,67 +115,8 @@ def find_parameters(graph: ir.Graph) -> set[str]:
             LIFT,
         )
     for value in walk.found:
-        _refuse_merged(value)
+        refuse_merged(value)
     return {str(value.name) for value in walk.found}
-
-
-def stands_in_layer(value: ir.Value) -> bool:
-    """Tell a value that a layer reads as its weight, bias, scale or statistics.
-
-    Args:
-        value: A graph's input.
-
-    Returns:
-        Whether it is of a static shape and stands in such a place, as it is or moved.
-    """
-    if static_shape(value) is None or value.dtype not in FLOATS:
-        return False
-    for use in value.uses():
-        if use.node.op_type in {"BatchNormalization", "BatchNormInternal"} and use.idx > 0:
-            return True
-        if is_standard(use.node, *_LAYERS) and use.idx in _LAYERS[use.node.op_type]:
-            if use.node.op_type not in {"MatMul", "Gemm", "Gather", "Einsum"} or (
-                use.idx != (use.node.op_type != "Gather") - 1 and len(value.shape or ()) == 2
-            ):
-                return True
-        if is_standard(use.node, *_MOVES) and use.idx == 0:
-            if any(stands_in_layer(output) for output in use.node.outputs):
-                return True
-    return False
-
-
-def _refuse_merged(value: ir.Value) -> None:
-    """Refuse one tensor in the place of several parameters that were equal when exported.
-
-    Exporters that optimise merge them: new biases and scales, all zeros or ones. Trained, they
-    would stay equal. A tied weight is a matrix and no constant, and a shared module is one module.
-    """
-    readers = list(dict.fromkeys(value.consumers()))
-    modules = {module[0] if (module := module_of(node)) else None for node in readers}
-    is_vector = len(static_shape(value) or ()) < 2
-    merged = any(
-        use.idx in {3, 4} and is_standard(use.node, "BatchNormalization") for use in value.uses()
-    )
-    if len(readers) > 1 and None in modules:
-        merged = merged or _is_filled(value)
-    elif len(modules) > 1:
-        merged = merged or is_vector or _is_filled(value)
-    if merged:
-        names = ", ".join(repr(node.name or node.op_type) for node in readers[:4])
-        raise UnsupportedTrainingError(
-            f"the initializer {value.name!r}, read by {names}",
-            "the exporter has merged what was equal when it ran, and it would stay equal",
-            "Export without optimising (torch.onnx.export(…, optimize=False)), or say what is "
-            "trained with trainable=[…]",
-        )
-
-
-def _is_filled(value: ir.Value) -> bool:
-    """Tell a tensor of one number all over."""
-    if value.const_value is None:
-        return False
-    entries = value.const_value.numpy().ravel()
-    return bool((entries == entries[:1]).all())
 
 
 class _Walk:
@@ -243,8 +186,8 @@ class _Walk:
         Returns:
             Whether the node is a layer, which makes features.
         """
-        if is_standard(node, *_LAYERS):
-            slots = [node.inputs[i] for i in _LAYERS[node.op_type] if i < len(node.inputs)]
+        if is_standard(node, *LAYERS):
+            slots = [node.inputs[i] for i in LAYERS[node.op_type] if i < len(node.inputs)]
             return any([self._take_slot(node, value) for value in slots])
         if is_standard(node, *_ARITHMETIC):
             if features:
@@ -297,7 +240,7 @@ class _Walk:
 def _computed(node: ir.Node, origins: list[_Origin]) -> _Origin:
     """Where a value that is made of constants comes from."""
     sources = tuple(dict.fromkeys(v for origin in origins for v in origin.sources))
-    computed = any(o.computed for o in origins) or not is_standard(node, *_MOVES)
+    computed = any(o.computed for o in origins) or not is_standard(node, *MOVES)
     return _Origin(
         sources=sources,
         computed=computed and bool(sources),

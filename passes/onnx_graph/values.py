@@ -13,6 +13,7 @@ from tract_fx.passes.onnx_graph.calls import is_standard
 __all__ = [
     "FEATURES",
     "Content",
+    "ancestors",
     "carries_no_values",
     "node_names",
     "operands",
@@ -116,6 +117,26 @@ def operands(node: ir.Node) -> Iterator[ir.Value]:
             yield from (value for value in operands(inner) if value not in inside)
             inside.update(inner.outputs)
         yield from (value for value in graph.outputs if value not in inside)
+
+
+def ancestors(output: ir.Value) -> set[ir.Node]:
+    """Give all nodes that a value is computed by.
+
+    Args:
+        output: The value; a training graph's first output is the loss, which the forward part
+            makes.
+
+    Returns:
+        The nodes.
+    """
+    found: set[ir.Node] = set()
+    open_values = [output]
+    while open_values:
+        node = open_values.pop().producer()
+        if node is not None and node not in found:
+            found.add(node)
+            open_values.extend(operands(node))
+    return found
 
 
 def static_shape(value: ir.Value) -> tuple[int, ...] | None:

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from tract_fx.errors import UnsupportedLayerError
 from tract_fx.passes.onnx_graph.calls import Layout, OnnxCall, is_standard
+from tract_fx.passes.onnx_graph.geometry import conv_geometry
 
 __all__ = ["WeightGradient", "find_weight_gradient"]
 
@@ -50,7 +51,8 @@ def find_weight_gradient(graph: ir.Graph, call: OnnxCall) -> WeightGradient | No
         The term, or None where the graph has no gradient for the weight, which is then frozen.
 
     Raises:
-        UnsupportedLayerError: The weight has a gradient and the call's term can't be told apart.
+        UnsupportedLayerError: The weight has a gradient and the call's term can't be told apart, or
+            ONNX Runtime computes it wrongly.
     """
     gradients = {value.name: value for node in graph for value in node.outputs if value.name}
     pattern = re.compile(re.escape(f"{call.weight.name}_grad") + r"(_\d+)?")
@@ -66,7 +68,23 @@ def find_weight_gradient(graph: ir.Graph, call: OnnxCall) -> WeightGradient | No
             "Build the training graph with ONNX Runtime Training 1.19, and give the layer's input "
             "a known rank",
         )
+    if call.layout is Layout.CONVOLUTION and _loses_padding(call):
+        raise UnsupportedLayerError(
+            f"node {call.node.name!r} (Conv) with auto_pad="
+            f"{call.node.attributes.get_string('auto_pad')}",
+            "ONNX Runtime's ConvGrad takes that for no padding at all, so that the plain gradient "
+            "is wrong already",
+            "Write the zeros as pads in the forward model, and build the training graph again",
+        )
     return WeightGradient(call, terms[0], dy)
+
+
+def _loses_padding(call: OnnxCall) -> bool:
+    """Whether ConvGrad, which does not know auto_pad, reads other patches than Conv."""
+    if call.node.attributes.get_string("auto_pad", "NOTSET") in {"NOTSET", "VALID"}:
+        return False
+    geometry = conv_geometry(call.node, call.input, call.weight)
+    return geometry is None or any(any(sides) for sides in geometry.padding)
 
 
 def _terms(call: OnnxCall, dy: ir.Value) -> list[ir.Value]:

@@ -42,7 +42,7 @@ class NewDirectory:
 
     Attributes:
         path: The temporary folder to write files in. It holds files only, no folders.
-        manifest: The manifest, to be set before the end; its `files` are filled in.
+        manifest: The manifest, to be set before the end; then its `files` are filled in.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,7 +81,7 @@ def write_directory(
         if new.manifest is None:
             raise ValueError("no manifest was set")
         with _system_errors(place):
-            _seal(new.path, new.manifest)
+            new.manifest = _seal(new.path, new.manifest)
             _put_in_place(new.path, place, overwrite)
     finally:
         shutil.rmtree(new.path, ignore_errors=True)
@@ -146,7 +146,8 @@ def _read_manifest(place: Path) -> Manifest:
         raise DamagedArtifactsError(
             f"{place}: {error.found}", error.reason, error.remedy
         ) from error
-    odd = [name for name in manifest.files if Path(name).name != name or name == MANIFEST_FILE]
+    no_names = {"", ".", "..", MANIFEST_FILE}
+    odd = [name for name in manifest.files if name in no_names or Path(name).name != name]
     if odd:
         raise DamagedArtifactsError(
             f"{place / MANIFEST_FILE} names the file {odd[0]!r}",
@@ -188,16 +189,17 @@ def _refuse_to_replace(place: Path, overwrite: bool) -> None:
         )
 
 
-def _seal(folder: Path, manifest: Manifest) -> None:
-    """Flush the files to the disk and write the manifest, the last one."""
+def _seal(folder: Path, manifest: Manifest) -> Manifest:
+    """Flush the files to the disk and write the manifest, the last one, with their records."""
     files = {file.name: file for file in sorted(folder.iterdir())}
     records = {n: FileRecord(_sha256(f), f.stat().st_size) for n, f in files.items()}
-    text = dataclasses.replace(manifest, files=records).to_json()
+    manifest = dataclasses.replace(manifest, files=records)
     for file in files.values():
         _flush(file)
-    (folder / MANIFEST_FILE).write_bytes(text.encode())
+    (folder / MANIFEST_FILE).write_bytes(manifest.to_json().encode())
     _flush(folder / MANIFEST_FILE)
     _flush(folder)
+    return manifest
 
 
 def _put_in_place(new: Path, place: Path, overwrite: bool) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime
 import torch
-from onnxruntime.capi._pybind_state import GradientGraphBuilder
 from torch import Tensor
 
+from tract_fx import ort_training
 from tract_fx.errors import ExportError, UnsupportedTrainingError
 
 __all__ = ["check_loss"]
@@ -56,10 +57,7 @@ def check_loss(
     names = [v.name or "" for v in model.graph.inputs]
     needed = _used(model, names[:outputs])
     proto = _with_gradients(model, needed)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    session = ort_training.inference_session(proto, "cpu", 0)
     feeds = {n: v.detach().numpy() for n, v in zip(names, values, strict=True)}
     taken = {i.name for i in session.get_inputs()}
     wanted = [model.graph.outputs[0].name, *(f"{n}_grad" for n in needed)]
@@ -68,7 +66,7 @@ def check_loss(
     except Exception as error:  # ONNX Runtime's own classes are not public
         raise ExportError(
             f"ONNX Runtime can't compute the loss for shapes "
-            f"{[tuple(v.shape) for v in values]}: {str(error).strip()}",
+            f"{[tuple(v.shape) for v in values]}: {ort_training.message_of(error)}",
             "its graph has to hold for every batch size",
             "Write the loss with other operators, or let the model return it (loss=None)",
         ) from error
@@ -118,7 +116,7 @@ def _with_gradients(model: ir.Model, names: Sequence[str]) -> bytes:
     loss = model.graph.outputs[0].name
     proto = ir.to_proto(model).SerializeToString()
     try:
-        builder = GradientGraphBuilder(proto, {loss}, set(names), loss, None)
+        builder = _gradient_builder()(proto, {loss}, set(names), loss, None)
         builder.build()
         graph: bytes = builder.get_model()
     except RuntimeError as error:
@@ -130,6 +128,16 @@ def _with_gradients(model: ir.Model, names: Sequence[str]) -> bytes:
             "Write the loss with other operators (ReduceMax, for one, has no gradient there)",
         ) from error
     return graph
+
+
+def _gradient_builder() -> Any:
+    """Import ONNX Runtime's gradient builder, which no public module has.
+
+    Returns:
+        The class.
+    """
+    ort_training.runtime()
+    return importlib.import_module("onnxruntime.capi._pybind_state").GradientGraphBuilder
 
 
 def _compare(what: str, found: Array | None, expected: Tensor, absolute: float) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import onnx
 import onnx.version_converter
 import onnx_ir as ir
 

@@ -128,7 +128,8 @@ def trace_loss(
                 "they would not be those of PyTorch, and can't be verified",
                 "Pass random values in as a target",
             )
-    signature = program.graph_signature
+    # A program as traced changes its buffers inside its graph; decomposed, it says which.
+    signature = program.run_decompositions({}).graph_signature
     changed = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     if changed:
         raise ExportError(

@@ -51,11 +51,16 @@ class TargetSpec:
         dtype: The dtype.
         shape: Sizes, a symbol's name where the size is not fixed.
         example: A target that fits the example output.
+        classes: For class indices, the number of classes: what is not in [0, classes) has to be
+            kept from ONNX Runtime, which reads memory that is not the batch's, or crashes.
+        ignore_index: For class indices, the one value outside that range that is right.
     """
 
     dtype: torch.dtype
     shape: tuple[int | str, ...]
     example: Tensor
+    classes: int | None = None
+    ignore_index: int | None = None
 
 
 def loss_function(loss: Loss) -> Callable[..., Tensor]:
@@ -165,8 +170,10 @@ def loss_targets(
     if indices:
         classes = output.shape[1 if output.dim() > 1 else 0]
         example = (torch.arange(count) % max(classes, 1)).reshape(sizes)
-    else:  # zeros and ones are right for probabilities too
-        example = (torch.arange(count) % 2).float().reshape(sizes)
+        ignored = getattr(loss, "ignore_index", -100)
+        return (TargetSpec(example.dtype, shape, example, classes, ignored),)
+    # Zeros and ones are right for probabilities too.
+    example = (torch.arange(count) % 2).float().reshape(sizes)
     return (TargetSpec(example.dtype, shape, example),)
 
 
@@ -293,7 +300,21 @@ def _to_onnx(
         ) from error
     assert exported is not None
     model = exported.model
-    symbols: dict[str, str | None] = {}
+    _rename(model, outputs, dynamic)
+    casts_like(model)
+    optional_outputs(model)
+    return model
+
+
+def _rename(model: ir.Model, outputs: int, dynamic: Sequence[Dims]) -> None:
+    """Name inputs, the output and the symbols of sizes.
+
+    Args:
+        model: The loss as torch.onnx gives it, edited in place.
+        outputs: How many of its inputs are outputs of the model.
+        dynamic: For each input, the name of the symbol at each dimension of no fixed size.
+    """
+    symbols: dict[str, str] = {}
     for number, (value, dims) in enumerate(zip(model.graph.inputs, dynamic, strict=True)):
         target = number - outputs
         value.name = f"output_{number}" if target < 0 else f"target_{target}"
@@ -309,43 +330,12 @@ def _to_onnx(
     loss.name = "loss"
     for node in model.graph:
         node.metadata_props.clear()
-        for value in (*node.inputs, *node.outputs):
-            if value is not None and value.shape is not None:
-                value.shape = ir.Shape(_named(d, symbols) for d in value.shape)
-    for value in model.graph.inputs:
-        if value.shape is not None:
-            value.shape = ir.Shape(_named(d, symbols) for d in value.shape)
-    casts_like(model)
-    optional_outputs(model)
-    return model
-
-
-def _named(dim: int | ir.SymbolicDim, symbols: Mapping[str, str | None]) -> int | str | None:
-    """Rename a symbol of the exporter's.
-
-    Args:
-        dim: A size.
-        symbols: New names by old ones.
-
-    Returns:
-        The size, its new name, or None for an expression.
-    """
-    if isinstance(dim, int):
-        return dim
-    return symbols.get(str(dim)) if str(dim) in symbols else _kept(str(dim), symbols)
-
-
-def _kept(name: str, symbols: Mapping[str, str | None]) -> str | None:
-    """Keep a name that is a new one already.
-
-    Args:
-        name: A size's name.
-        symbols: New names by old ones.
-
-    Returns:
-        The name, None if it is an expression of the exporter's.
-    """
-    return name if name in symbols.values() else None
+    made = (v for node in model.graph for v in node.outputs)
+    for value in {*model.graph.inputs, *made}:
+        if value.shape is not None:  # an expression of symbols is left open
+            value.shape = ir.Shape(
+                d if isinstance(d, int) else symbols.get(str(d)) for d in value.shape
+            )
 
 
 def _innermost(error: BaseException) -> str:

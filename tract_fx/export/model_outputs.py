@@ -24,7 +24,7 @@ _BINARY = {
     F.binary_cross_entropy_with_logits,
     nn.BCEWithLogitsLoss,
 }
-_UNCHANGED = ("Identity", "Cast", "Dropout")
+_UNCHANGED = ("Identity", "Cast")
 _RESHAPED = ("Squeeze", "Unsqueeze", "Reshape", "Flatten", "Transpose")
 _ACTIVATIONS = ("Softmax", "LogSoftmax", "Sigmoid")
 _NO_GRADIENT = (
@@ -82,8 +82,7 @@ def default_output(model: ir.Model, loss: Loss) -> str:
         if output.dtype in {None, ir.DataType.FLOAT} and _trains(output):
             candidates[output.name or ""] = output
     if len(candidates) > 1 and _kind(loss):
-        # Logits and their probabilities are one answer.
-        candidates = {name: candidates.get(name, v) for name, v in _logits(model, candidates, loss)}
+        candidates = _without_doubles(model, candidates, loss)
     if len(candidates) == 1:
         return next(iter(candidates))
     listed = ", ".join(f"{v.name}: {v.dtype}{v.shape}" for v in model.graph.outputs)
@@ -218,27 +217,32 @@ def _refused(output: str, what: str, remedy: str, loss: Loss) -> UnsupportedTrai
     )
 
 
-def _logits(
+def _without_doubles(
     model: ir.Model, candidates: dict[str, ir.Value], loss: Loss
-) -> list[tuple[str, ir.Value]]:
-    """Find the logits of each candidate.
+) -> dict[str, ir.Value]:
+    """Take outputs for one that are logits and what a softmax or a sigmoid makes of them.
 
     Args:
         model: The forward graph.
-        candidates: Values by name.
+        candidates: Outputs by name.
         loss: The loss.
 
     Returns:
-        Names and values of the logits; a candidate stands for itself where they can't be taken.
+        Of each such set, the logits if they are an output, else any.
     """
-    found = []
+    chosen: dict[ir.Value, str] = {}
     for name, value in candidates.items():
         try:
             logits = logits_of(model, name, loss)
         except UnsupportedTrainingError:
             logits = name
-        found.append((logits, value))
-    return found
+        source = value if logits == name else _find(model, logits)
+        while (node := source.producer()) is not None and is_standard(node, "Identity"):
+            assert node.inputs[0] is not None
+            source = node.inputs[0]
+        if logits == name or source not in chosen:
+            chosen[source] = name
+    return {name: candidates[name] for name in chosen.values()}
 
 
 def _find(model: ir.Model, name: str) -> ir.Value:

@@ -54,18 +54,16 @@ def decode(record: type[T], value: Any, where: str) -> T:
     if not isinstance(value, dict):
         raise ValueError(f"{where} is no mapping")
     hints = get_type_hints(record)
-    fields = {f.name: f for f in dataclasses.fields(record)}  # type: ignore[arg-type]
-    given = set(value) - {TAG}
+    fields = [f.name for f in dataclasses.fields(record)]  # type: ignore[arg-type]
+    unknown = sorted(set(value) - {TAG, *fields})
     if value.get(TAG) != record.__name__:
         raise ValueError(f"{where} is no {record.__name__}")
-    if given - fields.keys():
-        raise ValueError(f"{where} has unknown entries: {', '.join(sorted(given - fields.keys()))}")
-    for name, field in fields.items():
-        optional = field.default is not dataclasses.MISSING
-        optional = optional or field.default_factory is not dataclasses.MISSING
-        if name not in given and not optional:
+    if unknown:
+        raise ValueError(f"{where} has unknown entries: {', '.join(unknown)}")
+    for name in fields:
+        if name not in value:
             raise ValueError(f"{where} has no {name!r}")
-    return record(**{name: _value(hints[name], value[name], f"{where}.{name}") for name in given})
+    return record(**{name: _value(hints[name], value[name], f"{where}.{name}") for name in fields})
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

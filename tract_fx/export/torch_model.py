@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from tract_fx.errors import ExportError, UnsupportedModelError
+from tract_fx.export.layer_decompositions import exact_layers
 from tract_fx.export.loss_decompositions import exact_losses
 from tract_fx.export.onnx_program import to_onnx
 from tract_fx.export.records import ForwardGraphs
@@ -23,6 +24,7 @@ from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.find import locate
 from tract_fx.passes.onnx_graph.markers import take_markers
 from tract_fx.passes.onnx_graph.repairs import evaluation_mode
+from tract_fx.passes.onnx_graph.repairs.evaluation import RANDOM
 from tract_fx.program import capture
 
 __all__ = ["BATCH", "TorchForward", "export_forward", "refuse_other_models"]
@@ -147,7 +149,7 @@ def _capture(
 ) -> ExportedProgram:
     shapes = _batch_shapes(model, args, kwargs) if dynamic_batch else None
     try:
-        program = capture(model, args, kwargs, shapes)
+        return capture(model, args, kwargs, shapes)
     except Exception as error:
         open_batch = "; with dynamic_batch=False it is exported for this batch size alone"
         raise ExportError(
@@ -155,7 +157,6 @@ def _capture(
             "without a graph there is nothing to train elsewhere",
             "Make the model exportable with torch.export" + (open_batch if dynamic_batch else ""),
         ) from error
-    return exact_losses(program)
 
 
 def _batch_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -202,7 +203,8 @@ def _key(entry: Any) -> object:
 
 def _graph(program: ExportedProgram, outputs: tuple[str, ...]) -> ir.Model:
     """Translate a program, with named outputs and one name for the batch."""
-    model = to_onnx(program)
+    model = to_onnx(exact_losses(exact_layers(program)))
+    _refuse_random(model)
     _name_batch(model)
     kept = [v for v in program.graph_signature.user_outputs if v is not None]
     if len(model.graph.outputs) != len(outputs) or len(kept) != len(outputs):
@@ -220,6 +222,18 @@ def _graph(program: ExportedProgram, outputs: tuple[str, ...]) -> ir.Model:
             model.graph.outputs[index] = value = _identity(model.graph, value)
         value.name = unique
     return model
+
+
+def _refuse_random(model: ir.Model) -> None:
+    """Refuse random operators other than Dropout, whose state can't be set, saved or switched off."""
+    for node in model.graph:
+        if is_standard(node, *RANDOM):
+            raise ExportError(
+                f"{node.op_type} (node {node.name!r})",
+                "its random state can't be saved, nor its result be verified",
+                "Express it by dropout: stochastic depth is x * dropout(ones(N, 1, 1, 1), p), or "
+                "switch it off",
+            )
 
 
 def _name_batch(model: ir.Model) -> None:

@@ -95,6 +95,8 @@ def graph_gradients(
     """
     nodes = {str(node.name): node for node in training.graph}
     present = [r for r in layers if f"{PREFIX}{r.node}/lambda" in training.graph.initializers]
+    if not present:
+        return []
     calls = {record.node: match_call(nodes[record.node]) for record in present}
     names: list[str] = []
     for record in present:

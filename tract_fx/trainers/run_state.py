@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from tract_fx.errors import DamagedArtifactsError, MissingRuntimeError
 from tract_fx.export.directory import (
@@ -122,7 +123,15 @@ def read_checked(directory: str | os.PathLike[str]) -> tuple[Manifest, dict[str,
             "training needs it",
             "Export the model again",
         )
-    return manifest, {name: (Path(directory) / name).read_bytes() for name in GRAPHS}
+    graphs = {name: (Path(directory) / name).read_bytes() for name in GRAPHS}
+    for name, graph in graphs.items():
+        try:
+            onnx.ModelProto.FromString(graph)
+        except Exception as error:  # protobuf's own, which has no types
+            raise DamagedArtifactsError(
+                f"{Path(directory) / name}", f"it is no ONNX model ({error})", "Export it again"
+            ) from error
+    return manifest, graphs
 
 
 def open_run(

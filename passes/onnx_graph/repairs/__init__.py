@@ -8,6 +8,7 @@ rounding.
 from tract_fx.passes.onnx_graph.repairs.activations import activations_as_primitives
 from tract_fx.passes.onnx_graph.repairs.batch_norm import frozen_batch_norm, train_batch_norm
 from tract_fx.passes.onnx_graph.repairs.casts import casts_like
+from tract_fx.passes.onnx_graph.repairs.einsum import einsums_as_products
 from tract_fx.passes.onnx_graph.repairs.evaluation import (
     evaluation_mode,
     random_free,
@@ -38,6 +39,7 @@ from tract_fx.passes.onnx_graph.repairs.reductions import (
     reductions_as_primitives,
     variadic_as_binary,
 )
+from tract_fx.passes.onnx_graph.repairs.resizing import resizes_as_products
 from tract_fx.passes.onnx_graph.repairs.running_variance import unbiased_running_variance
 from tract_fx.passes.onnx_graph.repairs.selections import full_size_selections
 from tract_fx.passes.onnx_graph.repairs.sequence import prepare_for_gradients
@@ -48,6 +50,10 @@ from tract_fx.passes.onnx_graph.repairs.stop_gradients import (
     steps_without_gradient,
 )
 from tract_fx.passes.onnx_graph.repairs.torch_exports import training_batch_norms
+from tract_fx.passes.onnx_graph.repairs.transposed_convolution import (
+    transposed_convolutions_as_convolutions,
+)
+from tract_fx.passes.onnx_graph.repairs.unused import unused_nodes
 from tract_fx.passes.onnx_graph.repairs.versions import supported_versions
 
 __all__ = [
@@ -56,6 +62,7 @@ __all__ = [
     "average_pools_as_convolutions",
     "casts_like",
     "detached_values",
+    "einsums_as_products",
     "evaluation_mode",
     "explicit_axes",
     "extrema_as_primitives",
@@ -76,6 +83,7 @@ __all__ = [
     "random_operators",
     "reductions_as_primitives",
     "require_gradients",
+    "resizes_as_products",
     "separate_operands",
     "sequences_as_splits",
     "steps_without_gradient",
@@ -83,8 +91,10 @@ __all__ = [
     "supported_versions",
     "train_batch_norm",
     "training_batch_norms",
+    "transposed_convolutions_as_convolutions",
     "unbiased_running_variance",
     "unreached_parameters",
+    "unused_nodes",
     "variadic_as_binary",
     "vectors_as_matrices",
 ]

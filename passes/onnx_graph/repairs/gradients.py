@@ -125,8 +125,6 @@ def require_gradients(
     model: ir.Model,
     trainable: Collection[str],
     outputs: Collection[str] | None = None,
-    *,
-    device: str = "cpu",
 ) -> None:
     """Refuse a graph whose gradients ONNX Runtime can't build, or would build wrongly.
 
@@ -134,7 +132,6 @@ def require_gradients(
         model: A forward graph after all repairs.
         trainable: Names of the trained parameters.
         outputs: Names of the graph outputs that a loss reads; None for all.
-        device: Where it is to be trained: "cpu" or "cuda".
 
     Raises:
         ExportError: If a node between a trained parameter and an output has no gradient.
@@ -143,7 +140,7 @@ def require_gradients(
     for node in path.nodes:
         if node.op_type not in DIFFERENTIABLE:
             raise _refusal(node, "has no gradient in ONNX Runtime Training 1.19.2")
-        if node.op_type in CUDA_ALONE and device == "cpu":
+        if node.op_type in CUDA_ALONE:
             raise _refusal(node, "has a gradient for CUDA alone in ONNX Runtime Training 1.19.2")
         if problem := _problem(node):
             raise _refusal(node, problem)

@@ -126,13 +126,15 @@ class Replacement(Additions):
         """Put the nodes in and take the node out; its users read the results, under its names.
 
         Args:
-            *results: One value made here for each of the node's first outputs; the others must be
-                unused.
+            *results: One value made here for each of the node's first outputs, or that output if it
+                is unused, as the others must be.
         """
         graph = self.node.graph
         assert graph is not None
         graph.insert_before(self.node, self.nodes)
         for old, new in zip(self.node.outputs, results, strict=False):
+            if new is old:
+                continue
             name, kind, shape = old.name, old.type, old.shape
             old.replace_all_uses_with(new, replace_graph_outputs=True)
             old.name = None

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from tract_fx.passes.onnx_graph.repairs.activations import activations_as_primitives
 from tract_fx.passes.onnx_graph.repairs.batch_norm import frozen_batch_norm
 from tract_fx.passes.onnx_graph.repairs.casts import casts_like
+from tract_fx.passes.onnx_graph.repairs.einsum import einsums_as_products
 from tract_fx.passes.onnx_graph.repairs.gradients import require_gradients
 from tract_fx.passes.onnx_graph.repairs.layer_norm import layer_norm_biases
 from tract_fx.passes.onnx_graph.repairs.matrices import vectors_as_matrices
@@ -29,6 +30,7 @@ from tract_fx.passes.onnx_graph.repairs.reductions import (
     reductions_as_primitives,
     variadic_as_binary,
 )
+from tract_fx.passes.onnx_graph.repairs.resizing import resizes_as_products
 from tract_fx.passes.onnx_graph.repairs.selections import full_size_selections
 from tract_fx.passes.onnx_graph.repairs.sequences import partly_used_splits, sequences_as_splits
 from tract_fx.passes.onnx_graph.repairs.shapes import inferred_shapes
@@ -36,22 +38,26 @@ from tract_fx.passes.onnx_graph.repairs.stop_gradients import (
     detached_values,
     steps_without_gradient,
 )
+from tract_fx.passes.onnx_graph.repairs.transposed_convolution import (
+    transposed_convolutions_as_convolutions,
+)
 from tract_fx.passes.onnx_graph.repairs.versions import supported_versions
 
 __all__ = ["prepare_for_gradients"]
 
 BEFORE: tuple[Callable[[ir.Model], int], ...] = (
     supported_versions,
+    named_nodes,
     inferred_shapes,
     detached_values,
-    reductions_as_primitives,
     explicit_axes,
+    reductions_as_primitives,
     extrema_as_primitives,
     strip_exporter_metadata,
-    named_nodes,
     casts_like,
     sequences_as_splits,
     vectors_as_matrices,
+    einsums_as_products,
     steps_without_gradient,
     variadic_as_binary,
     activations_as_primitives,
@@ -60,6 +66,9 @@ BEFORE: tuple[Callable[[ir.Model], int], ...] = (
     frozen_batch_norm,
     layer_norm_biases,
     average_pools_as_convolutions,
+    max_pools_as_gathers,
+    resizes_as_products,
+    transposed_convolutions_as_convolutions,
     paddings_as_gathers,
     full_size_selections,
     separate_operands,
@@ -68,11 +77,7 @@ BEFORE: tuple[Callable[[ir.Model], int], ...] = (
 
 
 def prepare_for_gradients(
-    model: ir.Model,
-    *,
-    trainable: Collection[str],
-    outputs: Collection[str] | None = None,
-    device: str = "cpu",
+    model: ir.Model, *, trainable: Collection[str], outputs: Collection[str] | None = None
 ) -> tuple[str, ...]:
     """Run all repairs that a forward graph needs before ONNX Runtime builds its gradients.
 
@@ -84,7 +89,6 @@ def prepare_for_gradients(
         model: The forward graph, edited in place.
         trainable: Names of the initializers that are to have gradients.
         outputs: Names of the graph outputs that the loss reads; None for all.
-        device: Where it is to be trained: "cpu" or "cuda".
 
     Returns:
         Names of the passes that changed something, in their order.
@@ -92,13 +96,10 @@ def prepare_for_gradients(
     Raises:
         ExportError: If a repair, or a gradient, is not possible.
     """  # noqa: DOC502 - raised by the passes
-    repairs = [*BEFORE]
-    if device != "cpu":
-        repairs.append(max_pools_as_gathers)
-    done = [repair.__name__ for repair in repairs if repair(model)]
-    if inferred_shapes(model) and inferred_shapes.__name__ not in done:
-        done.append(inferred_shapes.__name__)
+    done = [repair.__name__ for repair in BEFORE if repair(model)]
+    inferred_shapes(model)  # of what the repairs have written
     if partly_used_splits(model, outputs):
         done.append(partly_used_splits.__name__)
-    require_gradients(model, trainable, outputs, device=device)
+        inferred_shapes(model)
+    require_gradients(model, trainable, outputs)
     return tuple(done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection
 
@@ -17,6 +18,7 @@ from tract_fx.passes.onnx_graph.repairs.replacement import (
     constant_array,
     known_rank,
 )
+from tract_fx.passes.onnx_graph.repairs.stop_gradients import stopped_copy
 
 __all__ = ["partly_used_splits", "sequences_as_splits"]
 
@@ -45,48 +47,87 @@ def sequences_as_splits(model: ir.Model) -> int:
 
 
 def partly_used_splits(model: ir.Model, outputs: Collection[str] | None = None) -> int:
-    """Write Split as Slices where a loss depends on some of the pieces only.
+    """Give the pieces of a Split that have no gradient a source of their own.
 
-    ONNX Runtime's gradient puts together the pieces' gradients that there are, and leaves out the
-    others: it has the wrong size, and its entries are in the wrong places, without a word.
+    ONNX Runtime's gradient of Split puts together the pieces' gradients that there are and leaves
+    the others out: it has the wrong size, and entries in the wrong places, without a word. So
+    pieces with a gradient become Slices of the input, and those without one Slices of a copy that
+    no gradient passes. The copy is for Slices and Gathers as well, which ONNX Runtime joins to a
+    Split where together they are the whole.
 
     Args:
         model: The model, edited in place.
         outputs: Names of the graph outputs that a loss reads; None for all.
 
     Returns:
-        The number of nodes replaced.
+        The number of nodes changed.
+
+    Raises:
+        ExportError: If the sizes of a Split's pieces are not known before running.
+    """  # noqa: DOC502 - raised by _sliced
+    graph = model.graph
+    path = gradient_path(model, {value.name or "" for value in _sources(graph)}, outputs)
+    changed, moving = 0, set(path.values)
+    for node in list(graph):
+        if not is_standard(node, "Split") or not any(v in moving for v in node.outputs):
+            continue
+        if not all(v in moving for v in node.outputs):
+            moving.update(_sliced(node, moving))
+            changed += 1
+    for x in {node.inputs[0] for node in graph if is_standard(node, "Slice", "Gather")}:
+        if x is None or x not in moving:
+            continue
+        readers = [
+            u.node for u in x.uses() if u.idx == 0 and is_standard(u.node, "Slice", "Gather")
+        ]
+        still = [reader for reader in readers if reader.outputs[0] not in moving]
+        if not still or len(still) == len(readers):
+            continue
+        copy = stopped_copy(graph, x, still[0])
+        for reader in still:
+            reader.replace_input_with(0, copy)
+        changed += len(still)
+    return changed
+
+
+def _sliced(node: ir.Node, moving: set[ir.Value]) -> list[ir.Value]:
+    """Write a Split as Slices of those pieces that are read.
+
+    Args:
+        node: The Split.
+        moving: The values that get a gradient.
+
+    Returns:
+        The new values among them.
 
     Raises:
         ExportError: If the sizes of the pieces are not known before running.
     """
-    graph = model.graph
-    path = gradient_path(model, {value.name or "" for value in _sources(graph)}, outputs)
-    changed = 0
-    for node in list(graph):
-        if not is_standard(node, "Split") or all(v in path.values for v in node.outputs):
+    x = node.inputs[0]
+    assert x is not None
+    axis = node.attributes.get_int("axis", 0)
+    sizes = _split_sizes(node, x, axis % known_rank(x, node))
+    if sizes is None:
+        raise ExportError(
+            f"Split {node.name!r} has pieces of sizes that are computed, and a loss depends on "
+            "some of them only",
+            "ONNX Runtime Training 1.19.2 has a wrong gradient for it",
+            "Export the model with fixed sizes; the batch may stay dynamic",
+        )
+    new = Replacement(node)
+    ends = itertools.accumulate(sizes)
+    pieces: list[ir.Value] = []
+    result = []
+    for output, size, end in zip(node.outputs, sizes, ends, strict=True):
+        if not output.uses() and not output.is_graph_output():
+            pieces.append(output)
             continue
-        x = node.inputs[0]
-        if x is None or not any(v in path.values for v in node.outputs):
-            continue
-        axis = node.attributes.get_int("axis", 0)
-        sizes = _split_sizes(node, x, axis % known_rank(x, node))
-        if sizes is None:
-            raise ExportError(
-                f"Split {node.name!r} has pieces of sizes that are computed, and a loss depends on "
-                "some of them only",
-                "ONNX Runtime Training 1.19.2 has a wrong gradient for it",
-                "Export the model with fixed sizes; the batch may stay dynamic",
-            )
-        new = Replacement(node)
-        pieces, start = [], 0
-        for size in sizes:
-            bounds = [new.int64([n]) for n in (start, start + size, axis)]
-            pieces.append(new.op("Slice", x, *bounds, like=x))
-            start += size
-        new.finish(*pieces)
-        changed += 1
-    return changed
+        bounds = [new.int64([n]) for n in (end - size, end, axis)]
+        pieces.append(new.op("Slice", x, *bounds, like=x))
+        if output in moving:
+            result.append(pieces[-1])
+    new.finish(*pieces)
+    return result
 
 
 def _sources(graph: ir.Graph) -> list[ir.Value]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.repairs.replacement import FLOATING, Additions
 
-__all__ = ["detached_values", "steps_without_gradient"]
+__all__ = ["detached_values", "steps_without_gradient", "stopped_copy"]
 
 FX_NODE = "pkg.torch.onnx.fx_node"
 DETACH = ("aten.detach.", "aten.detach_.")
@@ -52,22 +54,46 @@ def steps_without_gradient(model: ir.Model) -> int:
     return changed
 
 
-def _stop(graph: ir.Graph, value: ir.Value) -> bool:
-    """Send a value through a sequence of one, where ONNX Runtime looks for no gradient."""
-    users = value.uses()
-    if value.is_graph_output() or not users:
-        return False
-    if all(is_standard(use.node, "SequenceConstruct") for use in users):
-        return False
+def stopped_copy(graph: ir.Graph, value: ir.Value, before: ir.Node) -> ir.Value:
+    """Copy a value through a sequence of one, where ONNX Runtime looks for no gradient.
+
+    Args:
+        graph: The graph.
+        value: The value to copy.
+        before: The node before which the copy is made.
+
+    Returns:
+        The copy.
+    """
     new = Additions(f"{value.name}/stop_gradient")
     sequence = new.op("SequenceConstruct", value)
     if value.dtype is not None:
         sequence.type = ir.SequenceType(ir.TensorType(value.dtype))
-    stopped = new.op("SequenceAt", sequence, new.int64(0), like=value)
-    stopped.shape = value.shape
+    copy = new.op("SequenceAt", sequence, new.int64(0), like=value)
+    copy.shape = value.shape
+    graph.insert_before(before, new.nodes)
+    return copy
+
+
+def _stop(graph: ir.Graph, value: ir.Value) -> bool:
+    """Let all readers of a value read a copy that no gradient passes."""
+    uses = list(value.uses())
+    if value.is_graph_output() or not uses:
+        return False
+    if all(is_standard(use.node, "SequenceConstruct") for use in uses):
+        return False
     producer = value.producer()
     assert producer is not None
-    value.replace_all_uses_with(stopped)
-    new.nodes[0].replace_input_with(0, value)
-    graph.insert_after(producer, new.nodes)
+    following = next(iter(_after(graph, producer)))
+    copy = stopped_copy(graph, value, following)
+    for use in uses:
+        use.node.replace_input_with(use.idx, copy)
     return True
+
+
+def _after(graph: ir.Graph, node: ir.Node) -> Iterator[ir.Node]:
+    """Give the nodes that come after one."""
+    nodes = iter(graph)
+    for candidate in nodes:
+        if candidate is node:
+            yield from nodes

@@ -1,0 +1,50 @@
+"""Conv with auto_pad, which ONNX Runtime's ConvGrad takes for a Conv without padding."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from tract_fx.errors import ExportError
+from tract_fx.passes.onnx_graph.calls import is_standard
+from tract_fx.passes.onnx_graph.geometry import conv_geometry
+
+__all__ = ["explicit_pads"]
+
+
+def explicit_pads(model: ir.Model) -> int:
+    """Write the padding of each Conv as `pads` in place of `auto_pad`.
+
+    ConvGrad does not know SAME_UPPER and SAME_LOWER: the gradients by the weight and by the input
+    would be those of another convolution.
+
+    Args:
+        model: The model, edited in place. Shapes are inferred.
+
+    Returns:
+        The number of nodes changed.
+
+    Raises:
+        ExportError: If the padding depends on a size that is not fixed.
+    """
+    changed = 0
+    for node in model.graph.all_nodes():
+        if not is_standard(node, "Conv"):
+            continue
+        auto_pad = node.attributes.get_string("auto_pad", "NOTSET")
+        if auto_pad == "NOTSET":
+            continue
+        x, weight = node.inputs[:2]
+        assert x is not None and weight is not None
+        geometry = conv_geometry(node, x, weight)
+        if geometry is None:
+            raise ExportError(
+                f"Conv {node.name!r} with auto_pad={auto_pad} on {x.name!r} of shape {x.shape}",
+                "the padding depends on a size that is not fixed, and ONNX Runtime's gradient of "
+                "Conv knows fixed padding alone",
+                "Fix the image's size in the model's input, or write the zeros as pads",
+            )
+        before, after = zip(*geometry.padding, strict=True)
+        node.attributes.add(ir.AttrInt64s("pads", [*before, *after]))
+        node.attributes.add(ir.AttrString("auto_pad", "NOTSET"))
+        changed += 1
+    return changed

@@ -1,0 +1,69 @@
+"""Nothing of a training step falls to the CPU on a GPU: each node has a CUDA kernel.
+
+The table of kernels is read off ONNX Runtime Training 1.19.2's own CUDA provider (see
+cuda_kernels.py), so that this holds without a GPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from cuda_kernels import missing_cuda_kernels
+from nets import NETS, SIZE
+from torch import fx, nn
+
+from tract_fx import SGD, AdamW, export_training, tract_pass
+
+GRAPHS = ("training_model.onnx", "eval_model.onnx", "optimizer_model.onnx")
+
+
+class FewRows(nn.Module):
+    """A linear layer that sees fewer rows than columns in small batches, and more in others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3 * SIZE * SIZE, 16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(torch.relu(self.first(x.flatten(1))))
+        return logits
+
+
+@pytest.mark.parametrize("name", [*NETS, "few-rows"])
+def test_every_node_has_a_cuda_kernel(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = FewRows() if name == "few-rows" else NETS[name]()
+    images = torch.randn(2, 3, SIZE, SIZE)
+    export_training(
+        tract_pass(fx.symbolic_trace(model.train())),
+        images,
+        tmp_path / "artifacts",
+        loss=nn.CrossEntropyLoss(label_smoothing=0.1),
+        optimizer=AdamW(max_grad_norm=1.0),
+        verify=False,
+    )
+    missing = {
+        graph: missing_cuda_kernels(onnx.load(tmp_path / "artifacts" / graph)) for graph in GRAPHS
+    }
+    assert missing == {graph: [] for graph in GRAPHS}
+
+
+@pytest.mark.parametrize("loss", ["mse", "l1", "bce_with_logits"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_losses_and_optimizers_have_cuda_kernels(
+    loss: str, momentum: float, tmp_path: Path
+) -> None:
+    export_training(
+        tract_pass(fx.symbolic_trace(FewRows().train())),
+        torch.randn(2, 3, SIZE, SIZE),
+        tmp_path / "artifacts",
+        loss=loss,
+        optimizer=SGD(momentum=momentum, weight_decay=1e-4, nesterov=momentum > 0, accumulate=2),
+        verify=False,
+    )
+    for graph in GRAPHS:
+        assert missing_cuda_kernels(onnx.load(tmp_path / "artifacts" / graph)) == []

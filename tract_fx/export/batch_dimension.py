@@ -1,0 +1,177 @@
+"""The first dimension of an ONNX model's inputs, left open so that batches of any size go in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+from tract_fx.errors import ExportError
+from tract_fx.export.gradient_builder import run_graph
+from tract_fx.ort_training import message_of
+from tract_fx.passes.onnx_graph.calls import is_standard
+from tract_fx.passes.onnx_graph.repairs import evaluation_mode
+
+__all__ = ["name_batch", "open_batch"]
+
+BATCH = "batch"
+"""Name of an open first dimension that had none."""
+
+TOLERANCE = 1e-4
+"""Largest difference of outputs between the opened and the fixed graph, relative to the largest
+output: float32 rounding, which depends on the batch's size."""
+
+
+def fixed_batch(inputs: Sequence[ir.Value]) -> int | None:
+    """Tell the size of a batch that a model's inputs fix.
+
+    Args:
+        inputs: The inputs.
+
+    Returns:
+        The first dimension, where all of them have the same fixed one; else None.
+    """
+    firsts = {v.shape[0] if v.shape is not None and len(v.shape) else None for v in inputs}
+    first = firsts.pop() if len(firsts) == 1 else None
+    return first if isinstance(first, int) else None
+
+
+def name_batch(model: ir.Model, inputs: Sequence[ir.Value]) -> None:
+    """Name the open first dimension of the only input, so that targets are held to its size.
+
+    Args:
+        model: A forward graph, edited in place.
+        inputs: Its inputs.
+    """
+    shape = inputs[0].shape if len(inputs) == 1 else None
+    if shape is None or not len(shape):
+        return
+    first = shape[0]
+    if isinstance(first, ir.SymbolicDim) and first.value is None:
+        _set_first(inputs[0], BATCH)
+        _infer_again(model, lambda shape: any(not isinstance(size, int) for size in shape))
+
+
+def open_batch(
+    model: ir.Model, inputs: Sequence[ir.Value], feeds: Mapping[str, np.ndarray]
+) -> ir.Model:
+    """Let a model that was exported for batches of one size take batches of any size.
+
+    The first dimension of the inputs becomes open, and so does each Reshape's that repeats its
+    size. Both graphs are then run: the opened one has to give for two batches in one what the
+    fixed one gives for each.
+
+    Args:
+        model: A forward graph whose inputs fix their first dimension. Not changed.
+        inputs: Its inputs.
+        feeds: Example inputs.
+
+    Returns:
+        The opened graph.
+
+    Raises:
+        ExportError: It would compute something else.
+    """
+    size = fixed_batch(inputs)
+    assert size is not None
+    opened = model.clone()
+    names = [str(value.name) for value in inputs]
+    for value in opened.graph.inputs:
+        if value.name in names:
+            _set_first(value, BATCH)
+    for node in list(opened.graph):
+        if is_standard(node, "Reshape"):
+            _open_reshape(opened.graph, node, size)
+    _infer_again(opened, lambda _: True)
+    outputs = [str(value.name) for value in model.graph.outputs]
+    batches = {name: _two_batches(feeds[name], size) for name in names}
+    try:
+        found = _run(opened, batches, outputs)
+        halves = [
+            _run(model, {n: v[i * size :][:size] for n, v in batches.items()}, outputs)
+            for i in range(2)
+        ]
+    except Exception as error:  # ONNX Runtime's exceptions have no common root of their own
+        raise _refused(size, inputs, message_of(error)) from error
+    for name in outputs:
+        if not _is_joined(found[name], halves[0][name], halves[1][name]):
+            raise _refused(size, inputs, f"the output {name!r} is another one then")
+    return opened
+
+
+def _run(
+    model: ir.Model, feeds: Mapping[str, np.ndarray], outputs: Sequence[str]
+) -> dict[str, np.ndarray]:
+    evaluation = model.clone()
+    evaluation_mode(evaluation)
+    return run_graph(evaluation, feeds, outputs)
+
+
+def _refused(size: int, inputs: Sequence[ir.Value], why: str) -> ExportError:
+    shapes = ", ".join(f"{value.name}{value.shape}" for value in inputs)
+    return ExportError(
+        f"a model for batches of {size} ({shapes}), run on {2 * size} after its batch dimension "
+        "was opened",
+        why,
+        "Export it with a dynamic batch dimension (torch.onnx.export: dynamic_shapes or "
+        "dynamic_axes; tf2onnx: an input signature of None)",
+    )
+
+
+def _set_first(value: ir.Value, name: str) -> None:
+    assert value.shape is not None
+    value.shape = ir.Shape([name, *list(value.shape)[1:]])
+
+
+def _open_reshape(graph: ir.Graph, node: ir.Node, size: int) -> None:
+    """Let a Reshape that keeps a first dimension of this size keep whatever is there."""
+    x, target = node.inputs[:2]
+    tensor = None if target is None else ir.convenience.get_const_tensor(target)
+    first = None if x is None or x.shape is None or not len(x.shape) else x.shape[0]
+    if tensor is None or node.attributes.get_int("allowzero", 0) or first != size:
+        return
+    sizes = tensor.numpy()
+    if sizes.ndim != 1 or not len(sizes) or sizes[0] != size:
+        return
+    name = f"{node.name}_open_shape"
+    constant = ir.tensor(np.array([0, *sizes[1:]], np.int64), name=name)
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape(constant.shape),
+        type=ir.TensorType(ir.DataType.INT64),
+        const_value=constant,
+    )
+    graph.register_initializer(value)
+    node.replace_input_with(1, value)
+
+
+def _infer_again(model: ir.Model, is_stale: object) -> None:
+    assert callable(is_stale)
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is not None and is_stale(value.shape):
+                value.shape = None
+    ShapeInferencePass(check_type=False, strict_mode=False)(model)
+
+
+def _two_batches(example: np.ndarray, size: int) -> np.ndarray:
+    """Make two different batches out of an example."""
+    rows = example
+    while len(rows) < 2 * size:
+        rows = np.concatenate([rows, (np.flip(rows, axis=-1) * -0.5).astype(rows.dtype)])
+    return np.ascontiguousarray(rows[: 2 * size])
+
+
+def _is_joined(whole: np.ndarray, first: np.ndarray, second: np.ndarray) -> bool:
+    """Tell whether an output is those of both batches, one behind the other."""
+    if not first.ndim:
+        return bool(np.isfinite(whole).all()) and not whole.ndim
+    joined = np.concatenate([first, second])
+    if joined.shape != whole.shape:
+        return False
+    if joined.dtype.kind != "f":
+        return bool((joined == whole).all())
+    scale = float(np.nanmax(np.abs(joined), initial=0.0)) or 1.0
+    return np.allclose(joined, whole, rtol=0, atol=TOLERANCE * scale, equal_nan=True)

@@ -1,0 +1,90 @@
+"""Operators of a model that PyTorch's ONNX exporter does not translate, or not in this form."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.nn import functional
+
+__all__ = ["exact_layers"]
+
+aten = torch.ops.aten
+
+
+def exact_layers(program: ExportedProgram) -> ExportedProgram:
+    """Write some operators of a model with others, to the same values and gradients.
+
+    - Attention on queries that are not (N, heads, length, features): the exporter takes those only.
+    - Dropout of whole channels: as a dropout of ones, so that it becomes a Dropout node. The
+      exporter would write a random number generator, whose state can't be saved.
+
+    Args:
+        program: A model as captured. Dropout of channels is replaced in place.
+
+    Returns:
+        The same program, or a new one where attention is replaced.
+    """
+    for node in list(program.graph.nodes):
+        if node.target is aten.feature_dropout.default:
+            _drop_channels(program.graph, node)
+    attention = aten.scaled_dot_product_attention.default
+    if any(node.target is attention and _has_odd_rank(node) for node in program.graph.nodes):
+        return program.run_decompositions({attention: _attention})
+    return program
+
+
+def _drop_channels(graph: fx.Graph, node: fx.Node) -> None:
+    """Multiply with a dropout of ones, one per image and channel."""
+    x, rate, train = node.args
+    assert isinstance(x, fx.Node)
+    value = x.meta["val"]
+    if train and rate:
+        dims = list(range(2, value.dim()))
+        with graph.inserting_before(node):
+            mean = graph.call_function(aten.mean.dim, (x, dims, True))
+            ones = graph.call_function(aten.ones_like.default, (mean,))
+            kept = graph.call_function(aten.dropout.default, (ones, rate, True))
+            result = graph.call_function(aten.mul.Tensor, (x, kept))
+        for made in (mean, ones, kept):
+            made.meta["val"] = value.mean(dims, keepdim=True)
+        result.meta["val"] = value
+        x = result
+    node.replace_all_uses_with(x)
+    graph.erase_node(node)
+
+
+def _has_odd_rank(node: fx.Node) -> bool:
+    return any(arg.meta["val"].dim() != 4 for arg in node.args[:3] if isinstance(arg, fx.Node))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Softmax(QKᵀ · scale + mask) V, of any rank."""
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (t.repeat_interleave(groups, -3) for t in (key, value))
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = (query * factor) @ key.transpose(-2, -1)
+    if is_causal:
+        length, width = query.shape[-2], key.shape[-2]
+        attn_mask = torch.ones(length, width, dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    weights = functional.softmax(scores, -1)
+    if dropout_p:
+        weights = functional.dropout(weights, dropout_p, training=True)
+    return weights @ value

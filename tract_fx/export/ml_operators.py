@@ -1,0 +1,77 @@
+"""Operators of the domain ai.onnx.ml, which scikit-learn's models have beside standard ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from tract_fx.export.model_outputs import without_dictionaries
+from tract_fx.passes.onnx_graph.models import as_ir_model
+from tract_fx.passes.onnx_graph.repairs.replacement import Replacement
+
+__all__ = ["read_with_scores", "standardised_preprocessing"]
+
+_DOMAIN = "ai.onnx.ml"
+# One float32 for each number that they read; onnx infers no shape for them.
+_ELEMENTWISE = ("Normalizer", "Imputer", "Binarizer")
+
+
+def read_with_scores(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
+    """Read a model; a classifier's scores stay among its outputs where they are dictionaries.
+
+    Args:
+        model: A model, or its file. Not changed.
+
+    Returns:
+        A copy.
+    """
+    result = as_ir_model(model)
+    if isinstance(model, ir.Model) or _DOMAIN not in result.opset_imports:
+        return result
+    proto = model if isinstance(model, onnx.ModelProto) else onnx.load(model)
+    with_scores = without_dictionaries(proto)
+    return result if with_scores is proto else as_ir_model(with_scores)
+
+
+def standardised_preprocessing(model: ir.Model) -> int:
+    """Write each Scaler as a difference and a product; note what others keep of their shape.
+
+    Without it no shape is known behind such a step, and on a GPU it would run on the CPU.
+
+    Args:
+        model: A forward graph, edited in place. Shapes behind the steps are to be inferred anew.
+
+    Returns:
+        The number of nodes changed.
+    """
+    changed = 0
+    for node in list(model.graph):
+        x = node.inputs[0] if node.inputs else None
+        if node.domain != _DOMAIN or x is None:
+            continue
+        if node.op_type == "Scaler":
+            _write_out(node, x)
+            changed += 1
+        elif node.op_type in _ELEMENTWISE and node.outputs[0].shape is None:
+            node.outputs[0].shape = x.shape
+            node.outputs[0].type = node.outputs[0].type or ir.TensorType(ir.DataType.FLOAT)
+            changed += 1
+    return changed
+
+
+def _write_out(node: ir.Node, x: ir.Value) -> None:
+    """Write (x - offset) * scale, in float32 as ONNX Runtime computes it."""
+    new = Replacement(node)
+    offset, scale = (
+        new.constant(np.asarray(node.attributes.get_floats(name, (default,)), np.float32))
+        for name, default in (("offset", 0.0), ("scale", 1.0))
+    )
+    if x.dtype != ir.DataType.FLOAT:
+        shape, x = x.shape, new.op("Cast", x, to=int(ir.DataType.FLOAT), like=offset)
+        x.shape = shape
+    result = new.op("Mul", new.op("Sub", x, offset, like=offset), scale, like=offset)
+    result.shape = x.shape
+    new.finish(result)
