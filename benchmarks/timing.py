@@ -23,18 +23,22 @@ def pin_allocator() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_ALLOCATOR})
 
 
-def interleaved(arms: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Time several callables in turn.
+def interleaved(
+    arms: Mapping[str, Callable[[], object]], repeats: int, threads: int = 2
+) -> dict[str, float]:
+    """Time several callables in turn. Each time, two runs that are not timed come first.
 
     Args:
         arms: The callables by name.
-        repeats: Rounds; in each, every callable runs once.
+        repeats: Rounds; in each, every callable is timed once.
+        threads: PyTorch's number of threads.
 
     Returns:
         Median milliseconds by name.
     """
     timers = {
-        name: Timer("arm()", globals={"arm": arm}, num_threads=2) for name, arm in arms.items()
+        name: Timer("arm()", globals={"arm": arm}, num_threads=threads)
+        for name, arm in arms.items()
     }
     for timer in timers.values():
         timer.timeit(2)

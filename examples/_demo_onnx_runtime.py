@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from _demo_data import Dataset
-from _demo_training import Learner, Run, Settings, initial_model, sgd, torch_learner, train, with_tract
+from _demo_training import (
+    Learner,
+    Run,
+    Settings,
+    initial_model,
+    sgd,
+    torch_learner,
+    train,
+    with_tract,
+)
 from tract_fx import export_training, load_trainer
 
 SEED = 0
@@ -58,7 +67,7 @@ def train_exported(
         return trainer.train_step(images, labels)
 
     def predict(images: Tensor) -> Tensor:
-        return torch.from_numpy(trainer.predict(images))
+        return torch.as_tensor(trainer.predict(images))
 
     return train(Learner(step, predict), dataset, settings, SEED, on_epoch)
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import matplotlib as mpl
 from rich.table import Table
 
-from _demo_training import Histories, Settings
+from _demo_training import Histories, Run, Settings
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 
@@ -37,7 +38,8 @@ class Comparison:
 
 def compare(histories: Histories) -> Comparison:
     """Compare the final accuracies and the epochs to the plain model's."""
-    pairs = list(zip(histories.plain, histories.tract, strict=True))
+    runs = zip(histories.plain, histories.tract, strict=True)
+    pairs = [(plain.accuracies, tract.accuracies) for plain, tract in runs]
     return Comparison(
         differences=[tract[-1] - plain[-1] for plain, tract in pairs],
         plain_epochs=[_first_epoch(plain, plain[-1]) for plain, _ in pairs],
@@ -83,8 +85,8 @@ def epochs_table(comparison: Comparison) -> Table:
     return table
 
 
-def _by_epoch(accuracies: list[list[float]]) -> list[list[float]]:
-    return [list(seeds) for seeds in zip(*accuracies, strict=True)]
+def _by_epoch(runs: list[Run]) -> list[list[float]]:
+    return [list(seeds) for seeds in zip(*(run.accuracies for run in runs), strict=True)]
 
 
 def _spread(values: Sequence[float], *, signed: bool = False) -> str:
@@ -136,7 +138,10 @@ def save_json(
     record = {
         "dataset": dataset,
         "settings": asdict(settings),
-        "accuracy": asdict(histories),
+        "accuracy": {
+            "plain": [run.accuracies for run in histories.plain],
+            "tract": [run.accuracies for run in histories.tract],
+        },
         "epochs_to_plain_final": {
             "plain": comparison.plain_epochs,
             "tract": comparison.tract_epochs,
@@ -175,6 +180,11 @@ def save_plot(stem: Path, dataset: str, settings: Settings, histories: Histories
     for axes in (accuracy, difference):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    return save_figure(figure, stem)
+
+
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Write a figure as PNG and as SVG."""
     paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
     for path in paths:
         figure.savefig(path, dpi=150)

@@ -1,5 +1,7 @@
 """Train a small convolutional net with the plain gradient and with TrAct's, and compare.
 
+Then export the net with TrAct and train it again from the same start in ONNX Runtime.
+
 `make demo` runs this on scikit-learn's digits; `make demo DATA=FOLDER` on the images in
 `FOLDER/train/CLASS/*.jpg` and `FOLDER/test/CLASS/*.jpg`. Both arms of a seed start from the same
 weights and see the same batches. Whatever comes out is reported as it is.
@@ -15,8 +17,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from _demo_data import DataError, Dataset, read_digits, read_image_folder
+from _demo_onnx_runtime import SEED, Runtimes, export, train_exported, train_nudged
 from _demo_report import accuracy_table, compare, epochs_table, save_json, save_plot, verdict
-from _demo_training import Histories, Settings, train_arms
+from _demo_runtimes_report import (
+    runtimes_table,
+    runtimes_verdict,
+    save_runtimes_json,
+    save_runtimes_plot,
+)
+from _demo_training import Histories, Run, Settings, train_arms
 from tract_fx import TractError
 
 # The best of seven for the *plain* gradient on the digits; its mean final test accuracy in % over
@@ -49,16 +58,12 @@ def run(
     try:
         dataset = _read(data, image_size, train_limit, test_limit)
         histories = _train(dataset, settings, console)
+        _report(dataset, settings, histories, out, console)
+        runtimes = _train_again(dataset, settings, histories.tract[SEED], out / "onnx", console)
+        _report_runtimes(dataset, settings, runtimes, out, console)
     except (DataError, TractError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
-    comparison = compare(histories)
-    console.print(accuracy_table(histories), epochs_table(comparison), verdict(comparison))
-    out.mkdir(parents=True, exist_ok=True)
-    save_json(out / "results.json", dataset.name, settings, histories, comparison)
-    plots = save_plot(out / "accuracy", dataset.name, settings, histories)
-    for path in (*plots, out / "results.json"):
-        typer.echo(f"saved {path}")
 
 
 def _read(data: Path | None, image_size: int, train_limit: int, test_limit: int) -> Dataset:
@@ -79,10 +84,60 @@ def _train(dataset: Dataset, settings: Settings, console: Console) -> Histories:
         highlight=False,
         markup=False,
     )
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with _progress(console) as progress:
         task = progress.add_task("training", total=2 * settings.seeds * settings.epochs)
         return train_arms(dataset, settings, lambda: progress.advance(task))
+
+
+def _report(
+    dataset: Dataset, settings: Settings, histories: Histories, out: Path, console: Console
+) -> None:
+    comparison = compare(histories)
+    console.print(accuracy_table(histories), epochs_table(comparison), verdict(comparison))
+    out.mkdir(parents=True, exist_ok=True)
+    save_json(out / "results.json", dataset.name, settings, histories, comparison)
+    plots = save_plot(out / "accuracy", dataset.name, settings, histories)
+    _say_saved(*plots, out / "results.json")
+
+
+def _train_again(
+    dataset: Dataset, settings: Settings, pytorch: Run, directory: Path, console: Console
+) -> Runtimes:
+    """Export the net with TrAct, and train it from there under progress bars."""
+    with console.status("exporting the net with TrAct to ONNX Runtime Training"):
+        export(dataset, settings, directory)
+    _say_saved(directory)
+    with _progress(console) as progress:
+        tasks = [
+            progress.add_task(name, total=settings.epochs)
+            for name in ("ONNX Runtime", "PyTorch, nudged")
+        ]
+        return Runtimes(
+            pytorch,
+            train_exported(directory, dataset, settings, lambda: progress.advance(tasks[0])),
+            train_nudged(dataset, settings, lambda: progress.advance(tasks[1])),
+        )
+
+
+def _report_runtimes(
+    dataset: Dataset, settings: Settings, runtimes: Runtimes, out: Path, console: Console
+) -> None:
+    console.print(runtimes_table(runtimes, settings.epochs), runtimes_verdict(runtimes))
+    save_runtimes_json(out / "losses.json", runtimes)
+    plots = save_runtimes_plot(out / "losses", dataset.name, runtimes)
+    _say_saved(*plots, out / "losses.json")
+
+
+def _progress(console: Console) -> Progress:
+    description = TextColumn("{task.description}")
+    return Progress(
+        description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+
+
+def _say_saved(*paths: Path) -> None:
+    for path in paths:
+        typer.echo(f"saved {path}")
 
 
 if __name__ == "__main__":

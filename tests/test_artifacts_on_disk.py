@@ -26,6 +26,7 @@ from tract_fx.errors import (
     ArtifactsWriteError,
     DamagedArtifactsError,
 )
+from tract_fx.export import directory
 from tract_fx.export.directory import NewDirectory, read_directory, write_directory
 from tract_fx.export.manifest import (
     FORMAT_VERSION,
@@ -339,6 +340,25 @@ def test_what_comes_in_the_meantime_stays(tmp_path: Path) -> None:
         assert (place / "thesis.tex").read_text() == "words"
         assert not beside(place)
         shutil.rmtree(place)
+
+
+def test_a_rival_between_check_and_renaming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, check, calls = tmp_path / "a", directory._refuse_to_replace, []
+
+    def late(where: Path, overwrite: bool) -> None:
+        check(where, overwrite)
+        calls.append(where)
+        if len(calls) == 2:
+            place.mkdir()
+            (place / "thesis.tex").write_text("words")
+
+    monkeypatch.setattr(directory, "_refuse_to_replace", late)
+    with pytest.raises(ArtifactsExistError):
+        write(place)
+    assert (place / "thesis.tex").read_text() == "words"
+    assert not beside(place)
 
 
 def test_links(tmp_path: Path) -> None:

@@ -362,6 +362,8 @@ class _Trained(nn.Module):
 
 
 class _Counting(nn.Module):
+    calls: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
@@ -438,7 +440,8 @@ def test_a_model_that_stops_a_gradient_is_refused() -> None:
             self.layer = nn.Linear(CLASSES, CLASSES)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x.detach()).sum() * self.layer(x).detach().mean()
+            product: Tensor = self.layer(x.detach()).sum() * self.layer(x).detach().mean()
+            return product
 
     net, x = Net(), _random(4, CLASSES)
     with pytest.raises(ExportError, match="detach_1"):

@@ -11,10 +11,10 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from cuda_kernels import missing_cuda_kernels
-from nets import NETS, SIZE
 from torch import fx, nn
 
+from cuda_kernels import missing_cuda_kernels
+from nets import NETS, SIZE
 from tract_fx import SGD, AdamW, export_training, tract_pass
 
 GRAPHS = ("training_model.onnx", "eval_model.onnx", "optimizer_model.onnx")

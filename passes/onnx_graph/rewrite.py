@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from tract_fx.errors import UnsupportedLayerError
+from tract_fx.errors import InvalidLambdaError, UnsupportedLayerError, UnsupportedModelError
 from tract_fx.passes.onnx_graph.calls import OnnxCall
 from tract_fx.passes.onnx_graph.markers import shortest
 from tract_fx.passes.onnx_graph.subgraph import write_tract
@@ -26,6 +26,8 @@ __all__ = [
 
 PROVENANCE = "tract_fx"
 """Key in `metadata_props` of every node that the pass made."""
+
+_OLDEST_OPSET = 13  # axes became inputs: ReduceSum, Squeeze, Unsqueeze
 
 PREFIX = "tract/"
 """What the names of every node, value and constant that the pass made begin with."""
@@ -49,14 +51,18 @@ def insert_tract(
         Names of the nodes whose weight has no gradient, where TrAct would be idle: left alone.
 
     Raises:
-        UnsupportedLayerError: A call's own term of the weight's gradient can't be told apart, or
-            the weight's shape is not known.
+        UnsupportedModelError: The graph is in an older version of ONNX's operators.
+        UnsupportedLayerError: A call's own term of the weight's gradient can't be told apart, the
+            weight's shape is not known, or its numbers are float64.
+        InvalidLambdaError: A λ is no number of float32.
     """  # noqa: DOC502 (raised by what it calls)
+    _check_version(model)
+    values = {name: _in_float32(lambda_) for name, lambda_ in lambdas.items()}
     found = {name: find_weight_gradient(model.graph, calls[name]) for name in lambdas}
     shapes = {name: _weight_shape(calls[name]) for name in lambdas}
     for name, gradient in found.items():
         if gradient is not None:
-            _insert(model.graph, name, gradient, shapes[name], lambdas[name])
+            _insert(model.graph, name, gradient, shapes[name], values[name])
     if any(gradient is not None for gradient in found.values()):
         model.opset_imports.setdefault("com.microsoft", 1)
         model.graph.sort()
@@ -68,12 +74,15 @@ def _insert(
     name: str,
     gradient: WeightGradient,
     weight_shape: tuple[int, ...],
-    lambda_: float,
+    lambda_: np.ndarray,
 ) -> None:
     term = gradient.term
+    # The builder leaves some types out; a gradient has that of its value.
+    term.type = term.type or gradient.call.weight.type
+    gradient.output_gradient.type = gradient.output_gradient.type or gradient.call.output.type
     record = json.dumps({"call": name, "term": term.name})
     write = NodeWriter(graph, f"{PREFIX}{name}/", {PROVENANCE: record})
-    value = write.constant(np.asarray(lambda_, np.float32), "lambda")
+    value = write.constant(lambda_, "lambda")
     users, is_output = list(term.uses()), [i for i, v in enumerate(graph.outputs) if v is term]
     result = write_tract(write, gradient, weight_shape, value)
     for node, index in users:
@@ -87,7 +96,36 @@ def _insert(
     graph.insert_after(producer, list(write.nodes))
 
 
+def _check_version(model: ir.Model) -> None:
+    version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+    if version < _OLDEST_OPSET:
+        raise UnsupportedModelError(
+            f"a training graph in opset {version}",
+            f"the subgraph is written in the operators of opset {_OLDEST_OPSET}",
+            "Convert the forward model with onnx.version_converter, and build the training graph "
+            "again",
+        )
+
+
+def _in_float32(lambda_: float) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        value = np.asarray(lambda_, np.float32)
+    if not np.finfo(np.float32).tiny <= value < np.inf:
+        raise InvalidLambdaError(
+            f"lambda_={lambda_!r}",
+            "in the graph λ is a float32, which that number is outside of",
+            "The paper uses 0.05, 0.1 (the default) and 0.2",
+        )
+    return value
+
+
 def _weight_shape(call: OnnxCall) -> tuple[int, ...]:
+    if call.weight.dtype == ir.DataType.DOUBLE:
+        raise UnsupportedLayerError(
+            f"node {call.node.name!r} with the weight {call.weight.name!r} in float64",
+            "the subgraph computes in float32, and ONNX Runtime can't train float64 parameters",
+            "Make the model in float32",
+        )
     shape = call.weight.shape
     if shape is None or not all(isinstance(size, int) for size in shape):
         raise UnsupportedLayerError(

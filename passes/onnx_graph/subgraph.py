@@ -206,11 +206,17 @@ def _row_diagonal(write: NodeWriter, square: ir.Value) -> ir.Value:
 def _regularised_inverse(
     write: NodeWriter, gram: ir.Value, count: ir.Value, diagonal: ir.Value, lambda_: ir.Value
 ) -> ir.Value:
-    """(gram/R + λI)⁻¹."""
+    """(gram/R + λI)⁻¹; all NaN for a matrix that holds an infinity."""
     mean = write.op("Div", [gram, count], "mean_gram")
     zero = write.constant(np.asarray(0, np.float32), "zero")
     ridge = write.op("Where", [diagonal, lambda_, zero], "ridge")
-    return write.microsoft("Inverse", [write.op("Add", [mean, ridge], "regularised")], "inverse")
+    matrix = write.op("Add", [mean, ridge], "regularised")
+    inverse = write.microsoft("Inverse", [matrix], "bare_inverse")
+    # The factorisation takes 1/∞ for 0, and gives a finite inverse of some matrices with ∞.
+    axes = write.integers([-2, -1], "matrix_axes")
+    total = write.op("ReduceSum", [matrix, axes], "total", {"keepdims": 1})
+    poison = write.op("Sub", [total, total], "zero_or_nan")
+    return write.op("Add", [inverse, poison], "inverse")
 
 
 def _gram(write: NodeWriter, layer: _Layer) -> ir.Value:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +14,7 @@ from tract_fx.ort_training import message_of
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.repairs import evaluation_mode
 
-__all__ = ["name_batch", "open_batch"]
+__all__ = ["fixed_batch", "name_batch", "open_batch"]
 
 BATCH = "batch"
 """Name of an open first dimension that had none."""
@@ -51,7 +51,7 @@ def name_batch(model: ir.Model, inputs: Sequence[ir.Value]) -> None:
     first = shape[0]
     if isinstance(first, ir.SymbolicDim) and first.value is None:
         _set_first(inputs[0], BATCH)
-        _infer_again(model, lambda shape: any(not isinstance(size, int) for size in shape))
+        _infer_again(model, _has_open_sizes, first)
 
 
 def open_batch(
@@ -73,7 +73,7 @@ def open_batch(
 
     Raises:
         ExportError: It would compute something else.
-    """
+    """  # noqa: DOC501, DOC502 (made by _refused)
     size = fixed_batch(inputs)
     assert size is not None
     opened = model.clone()
@@ -84,7 +84,7 @@ def open_batch(
     for node in list(opened.graph):
         if is_standard(node, "Reshape"):
             _open_reshape(opened.graph, node, size)
-    _infer_again(opened, lambda _: True)
+    _infer_again(opened, lambda _: True, size)
     outputs = [str(value.name) for value in model.graph.outputs]
     batches = {name: _two_batches(feeds[name], size) for name in names}
     try:
@@ -120,6 +120,10 @@ def _refused(size: int, inputs: Sequence[ir.Value], why: str) -> ExportError:
     )
 
 
+def _has_open_sizes(shape: ir.Shape) -> bool:
+    return any(not isinstance(size, int) for size in shape)
+
+
 def _set_first(value: ir.Value, name: str) -> None:
     assert value.shape is not None
     value.shape = ir.Shape([name, *list(value.shape)[1:]])
@@ -147,12 +151,16 @@ def _open_reshape(graph: ir.Graph, node: ir.Node, size: int) -> None:
     node.replace_input_with(1, value)
 
 
-def _infer_again(model: ir.Model, is_stale: object) -> None:
-    assert callable(is_stale)
+def _infer_again(model: ir.Model, is_stale: Callable[[ir.Shape], bool], size: object) -> None:
+    """Infer shapes anew; of operators that onnx knows none of, the first dimension is opened."""
     for node in model.graph:
         for value in node.outputs:
-            if value.shape is not None and is_stale(value.shape):
+            if value.shape is None or not is_stale(value.shape):
+                continue
+            if node.domain in {"", "ai.onnx"}:
                 value.shape = None
+            elif len(value.shape) and value.shape[0] == size:
+                _set_first(value, BATCH)
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
 
 
@@ -160,18 +168,35 @@ def _two_batches(example: np.ndarray, size: int) -> np.ndarray:
     """Make two different batches out of an example."""
     rows = example
     while len(rows) < 2 * size:
-        rows = np.concatenate([rows, (np.flip(rows, axis=-1) * -0.5).astype(rows.dtype)])
+        other = np.flip(rows, axis=-1)  # of indices, which stay in their range
+        if rows.dtype.kind == "f":
+            other = (other * -0.5).astype(rows.dtype)
+        rows = np.concatenate([rows, other])
     return np.ascontiguousarray(rows[: 2 * size])
 
 
 def _is_joined(whole: np.ndarray, first: np.ndarray, second: np.ndarray) -> bool:
-    """Tell whether an output is those of both batches, one behind the other."""
-    if not first.ndim:
-        return bool(np.isfinite(whole).all()) and not whole.ndim
-    joined = np.concatenate([first, second])
-    if joined.shape != whole.shape:
+    """Tell whether an output is those of both batches together.
+
+    Args:
+        whole: The output for both batches in one.
+        first: That for the first.
+        second: That for the second.
+
+    Returns:
+        Whether it has one's rows behind the other's; of a number (a loss), whether it is their mean
+        or their sum.
+    """
+    if whole.ndim != first.ndim:
         return False
-    if joined.dtype.kind != "f":
-        return bool((joined == whole).all())
-    scale = float(np.nanmax(np.abs(joined), initial=0.0)) or 1.0
-    return np.allclose(joined, whole, rtol=0, atol=TOLERANCE * scale, equal_nan=True)
+    if not first.ndim:
+        return any(_is_close(whole, value) for value in ((first + second) / 2, first + second))
+    joined = np.concatenate([first, second])
+    return joined.shape == whole.shape and _is_close(whole, joined)
+
+
+def _is_close(found: np.ndarray, expected: np.ndarray) -> bool:
+    if expected.dtype.kind != "f":
+        return bool((found == expected).all())
+    scale = float(np.nanmax(np.abs(expected), initial=0.0)) or 1.0
+    return np.allclose(found, expected, rtol=0, atol=TOLERANCE * scale, equal_nan=True)

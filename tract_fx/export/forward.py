@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from tract_fx.errors import UnsupportedTrainingError
+from tract_fx.errors import InvalidBatchError, UnsupportedTrainingError
+from tract_fx.export.batch_dimension import fixed_batch, name_batch, open_batch
 from tract_fx.export.losses import Loss
 from tract_fx.export.model_outputs import default_output, logits_of
-from tract_fx.export.onnx_model import read_forward
+from tract_fx.export.onnx_model import read_forward, read_model
 from tract_fx.export.records import ForwardGraphs
 from tract_fx.export.torch_model import TorchForward, export_forward
 from tract_fx.passes import remove_tract
@@ -92,6 +92,7 @@ def onnx_source(
     lambda_: float | None,
     layers: LayerChoice,
     trainable: Iterable[str] | None,
+    dynamic_batch: bool = True,
 ) -> Source:
     """Read an ONNX forward model.
 
@@ -104,33 +105,86 @@ def onnx_source(
         lambda_: λ, 0.1 if None.
         layers: Layers to treat.
         trainable: Initializers to train.
+        dynamic_batch: Whether a model for batches of one fixed size is opened for any.
 
     Returns:
         The graphs and the batch.
-    """
+
+    Raises:
+        InvalidBatchError: The example inputs do not fit.
+        UnsupportedTrainingError: There are none, and none can be made up.
+    """  # noqa: DOC502 (raised by what it calls)
+    whole = read_model(model)
+    inputs = list(whole.graph.inputs)
+    name_batch(whole, inputs)
+    if dynamic_batch and fixed_batch(inputs) is not None:
+        feeds = _feeds(inputs, example_inputs, free_batch=True)
+        whole = open_batch(whole, inputs, feeds)
+        inputs = list(whole.graph.inputs)
+    feeds = _feeds(inputs, example_inputs)
     graphs = read_forward(
-        model,
+        whole,
         lambda_=0.1 if lambda_ is None else lambda_,
         layers=layers,
         trainable=trainable,
         plain=plain,
     )
-    inputs = [v for v in graphs.train.graph.inputs if v.name not in graphs.train.graph.initializers]
     if loss is not None and output is None:
         output = logits_of(graphs.evaluation, default_output(graphs.evaluation, loss), loss)
+    return Source(graphs, feeds, output, {})
+
+
+def _feeds(
+    inputs: Sequence[ir.Value], example_inputs: Any, *, free_batch: bool = False
+) -> dict[str, np.ndarray]:
+    """Read example inputs as arrays by the inputs' names, or make some up.
+
+    Args:
+        inputs: The model's inputs.
+        example_inputs: What the user gave: arrays or tensors in order or by name, one alone, None.
+        free_batch: Whether the first dimension may be of another size than the inputs'.
+
+    Returns:
+        The arrays.
+
+    Raises:
+        InvalidBatchError: They are not what the model takes.
+    """
     if example_inputs is None:
-        return Source(graphs, _made_up(inputs), output, {})
+        return _made_up(inputs)
+    if isinstance(example_inputs, np.ndarray):
+        example_inputs = (example_inputs,)
     args, kwargs = arguments(example_inputs)
-    named = dict(zip((str(value.name) for value in inputs), args, strict=False)) | kwargs
-    missing = [str(value.name) for value in inputs if value.name not in named]
-    if missing or len(named) != len(inputs):
-        raise UnsupportedTrainingError(
-            f"example inputs {sorted(named)}",
-            f"the model takes {[str(value.name) for value in inputs]}",
+    names = [str(value.name) for value in inputs]
+    named = dict(zip(names, args, strict=False)) | kwargs
+    if len(args) + len(kwargs) != len(names) or set(named) != set(names):
+        given = [f"{len(args)} by order"] * bool(args) + [f"{name!r} by name" for name in kwargs]
+        raise InvalidBatchError(
+            f"example inputs: {', '.join(given) or 'none'}",
+            f"the model takes {', '.join(names)}",
             "Give one array for each",
         )
-    feeds = {name: _array(value) for name, value in named.items()}
-    return Source(graphs, feeds, output, {})
+    feeds = {name: _array(named[name]) for name in names}
+    for value in inputs:
+        _check_example(value, feeds[str(value.name)], free_batch)
+    return feeds
+
+
+def _check_example(value: ir.Value, array: np.ndarray, free_batch: bool) -> None:
+    sizes = None if value.shape is None else list(value.shape)
+    if sizes and free_batch:
+        sizes[0] = None
+    fits = sizes is None or (
+        len(sizes) == array.ndim
+        and all(not isinstance(a, int) or a == b for a, b in zip(sizes, array.shape, strict=True))
+    )
+    dtype = None if value.dtype is None else value.dtype.numpy()
+    if not fits or not array.size or (dtype is not None and dtype != array.dtype):
+        raise InvalidBatchError(
+            f"example input {value.name!r}: {array.dtype} of shape {array.shape}",
+            f"the model takes {dtype} of shape {value.shape}",
+            "Give an array of that dtype and shape",
+        )
 
 
 def _array(value: Any) -> np.ndarray:
@@ -138,20 +192,29 @@ def _array(value: Any) -> np.ndarray:
 
 
 def _made_up(inputs: Sequence[ir.Value]) -> dict[str, np.ndarray]:
-    """Noise of the inputs' shapes, zeros for integers."""
-    generator = torch.Generator().manual_seed(0)
+    """Make an example batch: noise for floating inputs, zeros for others.
+
+    Args:
+        inputs: The model's inputs.
+
+    Returns:
+        Arrays by name.
+
+    Raises:
+        UnsupportedTrainingError: A size beside the batch is open.
+    """
+    generator = np.random.default_rng(0)
     feeds = {}
     for value in inputs:
-        shape = [] if value.shape is None else list(value.shape)
-        known = [size if isinstance(size, int) else None for size in shape]
-        if value.shape is None or any(size is None for size in known[1:]):
+        sizes = None if value.shape is None else list(value.shape)
+        if sizes is None or not all(isinstance(size, int) for size in sizes[1:]):
             raise UnsupportedTrainingError(
                 f"the input {value.name!r} of shape {value.shape}",
                 "without example inputs the sizes beside the batch have to be fixed",
-                "Give example_inputs",
+                "Give example inputs",
             )
-        sizes = [EXAMPLES if size is None else size for size in known]
+        shape = [size if isinstance(size, int) else EXAMPLES for size in sizes]
         dtype = (value.dtype or ir.DataType.FLOAT).numpy()
-        noise = torch.randn(sizes, generator=generator).numpy()
-        feeds[str(value.name)] = noise.astype(dtype) if dtype.kind == "f" else np.zeros(sizes, dtype)
+        noise = generator.standard_normal(shape)
+        feeds[str(value.name)] = np.asarray(noise if dtype.kind == "f" else 0 * noise, dtype)
     return feeds

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +11,7 @@ import onnx_ir as ir
 
 from tract_fx import ort_training
 from tract_fx.errors import ExportError
+from tract_fx.export.quiet import quiet
 
 __all__ = ["build_gradients", "run_graph", "run_training_graph"]
 
@@ -41,7 +38,7 @@ def build_gradients(
     """
     artifacts = ort_training.artifacts()
     try:
-        with _quiet():
+        with quiet():
             artifacts.generate_artifacts(
                 forward,
                 requires_grad=list(trainable),
@@ -58,25 +55,6 @@ def build_gradients(
     for name in ("eval_model.onnx", "optimizer_model.onnx"):
         (directory / name).unlink(missing_ok=True)
     return ir.load(directory / "training_model.onnx")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the builder's chatter to itself.
-
-    Its native part writes dozens of informational lines to the process's standard error, whatever
-    the logger's severity, so that the file descriptor is what has to be turned away.
-    """
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere, warnings.catch_warnings():
-            os.dup2(nowhere.fileno(), 2)
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def run_graph(

@@ -138,7 +138,7 @@ def _is_plain(node: fx.Node) -> bool:
     defaults = (None, None, None, MEAN, -100, 0.0)
     names = ("self", "target", "weight", "reduction", "ignore_index", "label_smoothing")
     given = (*node.args, *defaults[len(node.args) :])
-    call = {n: node.kwargs.get(n, v) for n, v in zip(names, given, strict=True)}
+    call: dict[str, Any] = {n: node.kwargs.get(n, v) for n, v in zip(names, given, strict=True)}
     output, target = call["self"].meta["val"], call["target"].meta["val"]
     return bool(
         call["label_smoothing"] == 0

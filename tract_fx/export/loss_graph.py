@@ -184,7 +184,7 @@ def _align_opsets(model: ir.Model, part: ir.Model) -> None:
 
     Raises:
         ExportError: If onnx's converter can't.
-    """
+    """  # noqa: DOC502 - raised by _convert
     for domain, version in part.opset_imports.items():
         if domain not in {"", "ai.onnx"}:
             model.opset_imports.setdefault(domain, version)

@@ -1,9 +1,9 @@
-"""A loss as a program of torch's operators: traced alone, and refused where it can't stand alone."""
+"""A loss as a program of torch's operators, refused where it can't stand alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -108,7 +108,7 @@ def trace_loss(
     Raises:
         ExportError: If it can't be traced, is random, changes a state, or stops a gradient.
         UnsupportedTrainingError: If it holds one of the trained parameters.
-    """
+    """  # noqa: DOC502 - raised by _refuse_trained
     shapes = tuple(dict.fromkeys(dims, Dim.DYNAMIC) for dims in dynamic)
     try:
         program = torch.export.export(
@@ -215,6 +215,7 @@ def _stopped(module: fx.GraphModule, reached: set[str]) -> fx.Node | None:
     Returns:
         The node, None if there is none.
     """
+    node: Any  # an argument of a node has no type of its own
     for node in module.graph.nodes:
         if node.op != "call_function" or not any(
             source.name in reached for source in node.all_input_nodes
@@ -231,7 +232,7 @@ def _stopped(module: fx.GraphModule, reached: set[str]) -> fx.Node | None:
             reached.add(node.name)
         elif _floating(node):
             if node.target in _DETACH:
-                return node
+                return cast(fx.Node, node)
             reached.add(node.name)
     return None
 
@@ -279,7 +280,7 @@ def _first(inner: fx.GraphModule, reached: set[str]) -> fx.Node:
     Returns:
         The node.
     """
-    calls = [n for n in inner.graph.nodes if n.name in reached]
+    calls: list[fx.Node] = [n for n in inner.graph.nodes if n.name in reached]
     return next((n for n in calls if n.op == "call_function"), calls[0])
 
 

@@ -115,7 +115,7 @@ def logits_of(model: ir.Model, output: str, loss: Loss) -> str:
     Raises:
         UnsupportedTrainingError: If the output is of probabilities whose logits the loss can't
             take as they are.
-    """
+    """  # noqa: DOC501, DOC502 - made by _refused
     kind = _kind(loss)
     value = _find(model, output)
     if kind is None:

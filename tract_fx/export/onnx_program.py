@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
-import warnings
 from typing import Any
 
 import onnx
@@ -14,6 +12,7 @@ from onnxscript.values import Opset
 from torch.export import ExportedProgram
 
 from tract_fx.errors import ExportError
+from tract_fx.export.quiet import quiet
 from tract_fx.passes.onnx_graph.markers import LAMBDA, MARKER, MARKER_DOMAIN
 from tract_fx.passes.onnx_graph.repairs import (
     strip_exporter_metadata,
@@ -23,7 +22,7 @@ from tract_fx.passes.onnx_graph.repairs import (
 from tract_fx.passes.onnx_graph.repairs.dropout import train_dropout
 from tract_fx.preconditioner import PRECONDITION_GRAD_OPERATOR
 
-__all__ = ["OPSET", "to_onnx"]
+__all__ = ["OPSET", "to_onnx", "translate"]
 
 OPSET = 18
 """ONNX Runtime 1.19 builds gradients up to opset 21, but has CUDA kernels for all of a step's
@@ -44,35 +43,50 @@ def to_onnx(program: ExportedProgram) -> ir.Model:
         ExportError: An operator of the program has no translation.
     """
     _register_marker()
-    loud = logging.getLogger("torch.onnx")
-    level = loud.level
-    loud.setLevel(logging.ERROR)
+    model = translate(program, {PRECONDITION_GRAD_OPERATOR: _translate_marker})
+    train_batch_norm(model, training_batch_norms(model))
+    train_dropout(model)  # one that is off is not exported
+    strip_exporter_metadata(model)
+    return model
+
+
+def translate(program: ExportedProgram, table: dict[Any, Any] | None = None) -> ir.Model:
+    """Translate a program to ONNX with PyTorch's exporter, unoptimised.
+
+    Args:
+        program: The program.
+        table: Translations of custom operators.
+
+    Returns:
+        The graph, with the exporter's metadata.
+
+    Raises:
+        ExportError: An operator of the program has no translation.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
                 optimize=False,
                 opset_version=OPSET,
                 verbose=False,
-                custom_translation_table={PRECONDITION_GRAD_OPERATOR: _translate_marker},
+                custom_translation_table=table,
             )
-    except torch.onnx.OnnxExporterError as error:
-        reason = str(error).strip().splitlines()[-1]
+    except Exception as error:  # whatever a translation raises
         raise ExportError(
-            f"torch.onnx.export failed ({reason})",
-            "the model has an operator that PyTorch's exporter does not translate",
+            f"torch.onnx.export failed ({_innermost(error)})",
+            "PyTorch's exporter has no translation of an operator, or not in this form",
             "Write that part of the model with other operators",
         ) from error
-    finally:
-        loud.setLevel(level)
     assert exported is not None
-    model = ir.from_proto(exported.model_proto)  # a copy, whose tensors are its own
-    train_batch_norm(model, training_batch_norms(model))
-    train_dropout(model)  # one that is off is not exported
-    strip_exporter_metadata(model)
-    return model
+    return ir.from_proto(exported.model_proto)  # a copy, whose tensors are its own
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _translate_marker(

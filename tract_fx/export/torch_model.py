@@ -18,6 +18,7 @@ from tract_fx.errors import ExportError, UnsupportedModelError
 from tract_fx.export.layer_decompositions import exact_layers
 from tract_fx.export.loss_decompositions import exact_losses
 from tract_fx.export.onnx_program import to_onnx
+from tract_fx.export.quiet import quiet
 from tract_fx.export.records import ForwardGraphs
 from tract_fx.modules import copy_tree
 from tract_fx.passes.onnx_graph.calls import is_standard
@@ -203,7 +204,9 @@ def _key(entry: Any) -> object:
 
 def _graph(program: ExportedProgram, outputs: tuple[str, ...]) -> ir.Model:
     """Translate a program, with named outputs and one name for the batch."""
-    model = to_onnx(exact_losses(exact_layers(program)))
+    with quiet():
+        exact = exact_losses(exact_layers(program))
+    model = to_onnx(exact)
     _refuse_random(model)
     _name_batch(model)
     kept = [v for v in program.graph_signature.user_outputs if v is not None]
@@ -310,7 +313,8 @@ def _mutated(program: ExportedProgram, train: ir.Model) -> tuple[set[str], list[
         for value in node.inputs[3:5]
         if value is not None and value.name
     }
-    changed = program.run_decompositions({}).graph_signature.buffers_to_mutate.values()
+    with quiet():
+        changed = program.run_decompositions({}).graph_signature.buffers_to_mutate.values()
     counters = [name for name in changed if name.endswith("num_batches_tracked")]
     others = sorted(set(changed) - statistics - set(counters))
     if others:

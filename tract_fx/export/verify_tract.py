@@ -12,6 +12,7 @@ import torch
 from tract_fx.errors import ExportError
 from tract_fx.export.gradient_builder import run_training_graph
 from tract_fx.passes.onnx_graph.calls import Layout, OnnxCall, match_call
+from tract_fx.passes.onnx_graph.geometry import conv_geometry
 from tract_fx.passes.onnx_graph.rewrite import PREFIX, result_of
 from tract_fx.passes.records import InputLayer
 from tract_fx.preconditioner import PatchGeometry, precondition_weight_gradient
@@ -127,6 +128,11 @@ def _expected(call: OnnxCall, record: InputLayer, x: np.ndarray, plain: np.ndarr
         rows = rows.T
     if call.layout is Layout.IN_OUT:
         gradient = gradient.T
-    geometry = record.geometry or PatchGeometry()
+    geometry = PatchGeometry()
+    if call.layout is Layout.CONVOLUTION:  # "same" padding may depend on the input's size
+        sized = ir.Value(name=call.input.name, shape=ir.Shape(x.shape))
+        known = conv_geometry(call.node, sized, call.weight)
+        assert known is not None
+        geometry = known
     result = precondition_weight_gradient(gradient, rows, record.lambda_, geometry, None)
     return (result.T if call.layout is Layout.IN_OUT else result).numpy()

@@ -34,8 +34,8 @@ from tract_fx.passes.onnx_graph.repairs.pooling import (
 )
 from tract_fx.passes.onnx_graph.repairs.powers import powers_as_exponentials
 from tract_fx.passes.onnx_graph.repairs.reductions import (
-    explicit_axes,
     extrema_as_primitives,
+    norms_of_everything,
     reductions_as_primitives,
     variadic_as_binary,
 )
@@ -64,7 +64,6 @@ __all__ = [
     "detached_values",
     "einsums_as_products",
     "evaluation_mode",
-    "explicit_axes",
     "extrema_as_primitives",
     "frozen_batch_norm",
     "full_size_selections",
@@ -74,6 +73,7 @@ __all__ = [
     "max_pools_as_gathers",
     "named_nodes",
     "normalizations_as_primitives",
+    "norms_of_everything",
     "optional_outputs",
     "paddings_as_gathers",
     "partly_used_splits",

@@ -7,7 +7,6 @@ import onnx_ir as ir
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.repairs.replacement import (
     FLOATING,
-    Additions,
     Replacement,
     constant_array,
     known_dtype,
@@ -15,8 +14,8 @@ from tract_fx.passes.onnx_graph.repairs.replacement import (
 )
 
 __all__ = [
-    "explicit_axes",
     "extrema_as_primitives",
+    "norms_of_everything",
     "reductions_as_primitives",
     "variadic_as_binary",
 ]
@@ -54,30 +53,31 @@ def reductions_as_primitives(model: ir.Model) -> int:
     return changed
 
 
-def explicit_axes(model: ir.Model) -> int:
-    """Give ReduceL2 and ReduceLogSumExp over everything the axes that they reduce.
+def norms_of_everything(model: ir.Model) -> int:
+    """Write ReduceL2 and ReduceLogSumExp to a scalar with kept dimensions and a Squeeze.
 
-    Without them, and without `keepdims`, ONNX Runtime's gradient is an invalid graph.
+    ONNX Runtime's gradient of one that drops all dimensions is a graph that it can't load.
 
     Args:
         model: The model, edited in place.
 
     Returns:
-        The number of nodes changed.
+        The number of nodes replaced.
     """
     changed = 0
     for node in list(model.graph):
         if not is_standard(node, "ReduceL2", "ReduceLogSumExp"):
             continue
-        given = node.inputs[1] if len(node.inputs) > 1 else None
         x = node.inputs[0]
-        if given is not None or x is None or node.attributes.get_int("noop_with_empty_axes", 0):
+        if x is None or node.attributes.get_int("keepdims", 1):
             continue
-        new = Additions(node.name or node.outputs[0].name or node.op_type)
-        axes = new.int64(list(range(known_rank(x, node))))
-        model.graph.insert_before(node, new.nodes)
-        node.resize_inputs(2)
-        node.replace_input_with(1, axes)
+        rank, axes = known_rank(x, node), _constant_axes(node)
+        if axes is not None and len(axes) < rank:
+            continue
+        new = Replacement(node)
+        every = new.int64(list(range(rank)))
+        kept = new.op(node.op_type, x, every, like=x, keepdims=1)
+        new.finish(new.op("Squeeze", kept, every, like=x))
         changed += 1
     return changed
 

@@ -25,8 +25,8 @@ from tract_fx.passes.onnx_graph.repairs.pooling import (
 )
 from tract_fx.passes.onnx_graph.repairs.powers import powers_as_exponentials
 from tract_fx.passes.onnx_graph.repairs.reductions import (
-    explicit_axes,
     extrema_as_primitives,
+    norms_of_everything,
     reductions_as_primitives,
     variadic_as_binary,
 )
@@ -50,7 +50,7 @@ BEFORE: tuple[Callable[[ir.Model], int], ...] = (
     named_nodes,
     inferred_shapes,
     detached_values,
-    explicit_axes,
+    norms_of_everything,
     reductions_as_primitives,
     extrema_as_primitives,
     strip_exporter_metadata,

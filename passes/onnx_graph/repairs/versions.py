@@ -6,6 +6,8 @@ import onnx.version_converter
 import onnx_ir as ir
 
 from tract_fx.errors import ExportError
+from tract_fx.passes.onnx_graph.repairs.normalizations import normalizations_as_primitives
+from tract_fx.passes.onnx_graph.repairs.shapes import inferred_shapes
 
 __all__ = ["supported_versions"]
 
@@ -50,6 +52,9 @@ def _convert(model: ir.Model, opset: int, target: int) -> None:
     Raises:
         ExportError: If onnx's converter can't.
     """
+    if opset > target:  # onnx can't bring GroupNormalization back to its older form
+        inferred_shapes(model)
+        normalizations_as_primitives(model)
     try:
         converted = onnx.version_converter.convert_version(ir.to_proto(model), target)
     except Exception as error:  # the converter raises RuntimeError and others of its own

@@ -1,0 +1,101 @@
+"""Exported training on a GPU, against PyTorch on the CPU in float64.
+
+Needs ONNX Runtime Training's GPU wheel (onnxruntime-training 1.19.2) in place of the CPU one, and
+NVIDIA_TF32_OVERRIDE=0 in the environment: TF32 rounds the Gram to ten bits.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import fx, nn
+
+from nets import NETS, SIZE, STEMS
+from tract_fx import SGD, AdamW, export_training, load_trainer, tract_pass
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(
+        "CUDAExecutionProvider" not in onnxruntime.get_available_providers(),
+        reason="no CUDA execution provider",
+    ),
+    pytest.mark.skipif(
+        os.environ.get("NVIDIA_TF32_OVERRIDE") != "0", reason="TF32 is on: set the override to 0"
+    ),
+]
+
+
+def batch(size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(size, 3, SIZE, SIZE, generator=generator)
+    return images, torch.randint(0, 10, (size,), generator=generator)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, (nn.Dropout, nn.Dropout2d)):
+            module.p = 0.0
+    return model.train()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_gradients_equal_float64(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tract_pass(fx.symbolic_trace(without_dropout(NETS[name]())))
+    export_training(model, batch(4)[0], tmp_path / "run")
+    trainer = load_trainer(tmp_path / "run", device="cuda")
+    exact = model.double()
+    for size in (8, 3):  # both forms where rows < columns for the smaller one
+        images, labels = batch(size, seed=size)
+        gradients = trainer.compute_gradients(images, labels)
+        exact.zero_grad()
+        nn.functional.cross_entropy(exact(images.double()), labels).backward()
+        for key, parameter in exact.named_parameters():
+            assert parameter.grad is not None
+            expected = parameter.grad.numpy()
+            error = np.linalg.norm(gradients[key] - expected)
+            tolerance = 1e-4 if key.startswith(STEMS[name]) else 2e-5  # float32, another order
+            assert error <= tolerance * np.linalg.norm(expected) + 1e-7, key
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        AdamW(lr=1e-3, max_grad_norm=1.0),
+        SGD(lr=0.05, momentum=0.9, weight_decay=1e-3),
+        SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
+        SGD(lr=0.05, weight_decay=1e-3, accumulate=2),
+    ],
+    ids=["adamw", "momentum", "nesterov", "accumulate"],
+)
+def test_twenty_steps_equal_the_cpu(optimizer: AdamW | SGD, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tract_pass(fx.symbolic_trace(without_dropout(NETS["resnet"]())))
+    export_training(model, batch(4)[0], tmp_path / "run", optimizer=optimizer)
+    trainers = [load_trainer(tmp_path / "run", device=device) for device in ("cpu", "cuda")]
+    for step in range(20):
+        images, labels = batch(16, seed=step)
+        on_cpu, on_gpu = (trainer.train_step(images, labels) for trainer in trainers)
+        assert abs(on_cpu - on_gpu) < 1e-3 * abs(on_cpu)
+    on_cpu_state, on_gpu_state = (trainer.state_dict() for trainer in trainers)
+    for key, value in on_cpu_state.items():
+        torch.testing.assert_close(on_gpu_state[key], value, rtol=1e-2, atol=1e-3)
+
+
+def test_resumed_run_goes_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tract_pass(fx.symbolic_trace(NETS["vit"]().train()))
+    export_training(model, batch(4)[0], tmp_path / "run")
+    trainer = load_trainer(tmp_path / "run", device="cuda")
+    for step in range(3):
+        trainer.train_step(*batch(8, seed=step))
+    trainer.save(tmp_path / "middle")
+    going_on = [trainer.train_step(*batch(8, seed=step)) for step in (3, 4)]
+    resumed = load_trainer(tmp_path / "middle", device="cuda")
+    again = [resumed.train_step(*batch(8, seed=step)) for step in (3, 4)]
+    assert again == pytest.approx(going_on, rel=1e-5)

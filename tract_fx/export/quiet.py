@@ -1,0 +1,36 @@
+"""Keep the chatter of exporters and of ONNX Runtime's gradient builder to itself."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+
+__all__ = ["quiet"]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence warnings, log records below errors, and what native code writes to standard error.
+
+    PyTorch's exporter warns of packages that are not installed and of its own deprecations; the
+    gradient builder writes dozens of informational lines to the process's standard error, whatever
+    its logger's severity, so that the file descriptor is what has to be turned away. Exceptions
+    come through.
+    """
+    sys.stderr.flush()
+    disabled = logging.root.manager.disable
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere, warnings.catch_warnings():
+            os.dup2(nowhere.fileno(), 2)
+            logging.disable(logging.WARNING)
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        os.dup2(kept, 2)
+        os.close(kept)

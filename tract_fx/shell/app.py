@@ -1,0 +1,56 @@
+"""The `tract-fx` command: its parts and its exit codes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tract_fx import __version__
+from tract_fx.shell.export_command import export
+from tract_fx.shell.rewrite_command import rewrite
+from tract_fx.shell.train_command import train
+
+__all__ = ["app"]
+
+EXIT_CODES = (
+    "Exit codes: 0, done. 1, not possible, for a reason given in one line on the standard error. "
+    "2, wrong usage."
+)
+
+app = typer.Typer(
+    name="tract-fx",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tract-fx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def tract_fx(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    r"""TrAct as a compiler pass: train the pre-activations of a vision model's first layer.
+
+    \b
+    Example:
+      tract-fx export classifier.onnx artifacts
+      tract-fx train artifacts --data train.npz --epochs 5 --save trained
+    """
+
+
+for command in (export, rewrite, train):
+    app.command(epilog=EXIT_CODES)(command)

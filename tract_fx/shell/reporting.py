@@ -1,0 +1,137 @@
+"""How commands report: errors in one line, warnings, a spinner, tables on the terminal."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, TextIO, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from tract_fx.errors import TractError, TractWarning
+
+__all__ = [
+    "Debug",
+    "Overwrite",
+    "messages",
+    "output",
+    "reporting",
+    "status",
+    "usage_error",
+]
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error, and all warnings.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+def output() -> Console:
+    """Make a console for results.
+
+    Returns:
+        One on the standard output, as it is now.
+    """
+    return Console(highlight=False)
+
+
+def messages() -> Console:
+    """Make a console for what is no result.
+
+    Returns:
+        One on the standard error, as it is now.
+    """
+    return Console(stderr=True, highlight=False)
+
+
+def usage_error(message: str) -> typer.BadParameter:
+    """Make the error for arguments that don't go together; the exit code is 2.
+
+    Args:
+        message: What is wrong.
+
+    Returns:
+        The exception to raise.
+    """
+    return typer.BadParameter(message)
+
+
+def reporting(command: Command) -> Command:
+    """Let a command end with one line on the standard error and exit code 1 where it fails.
+
+    Args:
+        command: The command, which has an argument `debug`.
+
+    Returns:
+        The command to register.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        if options.get("debug"):
+            command(*args, **options)
+            return
+        try:
+            with _quiet():
+                command(*args, **options)
+        except TractError as error:
+            _print_line("error", str(error), "red")
+            raise typer.Exit(1) from error
+
+    return run  # type: ignore[return-value]
+
+
+def _print_line(kind: str, message: str, colour: str) -> None:
+    line = escape(" ".join(message.split()))
+    messages().print(f"[{colour}]{kind}:[/] {line}", soft_wrap=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Print our warnings in one line each, and none of other packages."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        _print_line("warning", str(message), "yellow")
+
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", TractWarning)
+            warnings.showwarning = show
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """Show a spinner while something takes long, on a terminal.
+
+    Args:
+        text: What is being done.
+
+    Yields:
+        Nothing.
+    """
+    console = messages()
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(text):
+        yield

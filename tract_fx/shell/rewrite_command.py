@@ -1,0 +1,135 @@
+"""`tract-fx rewrite`: TrAct into, or out of, a training graph that is there already."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tract_fx.errors import ArtifactsExistError, ArtifactsWriteError, UnsupportedModelError
+from tract_fx.shell.arguments import Lambda, Layers, layer_choice
+from tract_fx.shell.reporting import Debug, Overwrite, output, reporting, status, usage_error
+from tract_fx.shell.tables import layer_lines
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["rewrite"]
+
+
+@reporting
+def rewrite(
+    training_model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TRAINING_MODEL",
+            help="training_model.onnx, as onnxruntime.training.artifacts.generate_artifacts "
+            "writes it.",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where to write.")
+    ] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Replace the file itself.")] = False,
+    lambda_: Lambda = None,
+    layer: Layers = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Take TrAct out.")] = False,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    r"""Put TrAct into somebody's own training_model.onnx, or take it out.
+
+    Checkpoint, optimizer and evaluation graph stay as they are. Rewritten again, λ is replaced.
+
+    \b
+    Examples:
+      tract-fx rewrite training_model.onnx -o tract/training_model.onnx --lambda 0.1
+      tract-fx rewrite training_model.onnx --in-place --remove
+    """
+    if (out is None) != in_place:
+        raise usage_error("say where to write: either --out FILE or --in-place")
+    if remove and (layer or lambda_ is not None):
+        raise usage_error("--remove takes TrAct out of all layers: without --lambda and --layer")
+    chosen = layer_choice(layer, lambda_)
+    from tract_fx.passes import find_onnx_input_layers, remove_tract_onnx, tract_onnx_pass
+
+    place = training_model if out is None else out
+    _check_place(place, overwrite=overwrite or in_place)
+    with status(f"Rewriting {training_model}"):
+        before = layer_lines(find_onnx_input_layers(training_model))
+        if remove:
+            result = remove_tract_onnx(training_model)
+        else:
+            value = 0.1 if lambda_ is None else lambda_
+            result = tract_onnx_pass(training_model, lambda_=value, layers=chosen)
+        after = layer_lines(find_onnx_input_layers(result))
+        _write(result, training_model, place, overwrite=overwrite or in_place)
+    console = output()
+    for line in before:
+        if line not in after:
+            console.print(f"was on: {line}", markup=False, soft_wrap=True)
+    for line in after:
+        console.print(f"TrAct is on: {line}", markup=False, soft_wrap=True)
+    if not after:
+        there = "" if before else ", there was none"
+        console.print(f"No TrAct{there}", markup=False)
+    console.print(f"Written: {place}", markup=False, soft_wrap=True)
+
+
+def _check_place(place: Path, *, overwrite: bool) -> None:
+    """Refuse to write over a file, or into artifacts whose checksums it would break."""
+    if os.path.lexists(place) and (not overwrite or place.is_dir()):
+        raise ArtifactsExistError(
+            str(place),
+            "it exists, and is not overwritten without being asked",
+            "Choose another file, or give --overwrite",
+        )
+    if (place.parent / "manifest.json").exists() and place.suffix == ".onnx":
+        raise ArtifactsExistError(
+            str(place),
+            "the directory holds artifacts of tract_fx, whose manifest has the graph's checksum "
+            "and λ",
+            "Export the model again with the λ that you want, or write to another directory",
+        )
+
+
+def _write(model: onnx.ModelProto, source: Path, place: Path, *, overwrite: bool) -> None:
+    """Write a model beside its place and rename it, so that it is never there in half."""
+    import onnx
+
+    try:
+        if place.parent.resolve() != source.parent.resolve():
+            # What lies in files beside the source would not be found from there.
+            onnx.load_external_data_for_model(model, str(source.parent))
+        data = model.SerializeToString()
+    except ValueError as error:  # protobuf's limit of 2 GiB
+        raise UnsupportedModelError(
+            str(source),
+            f"its rewritten form can't be one file ({error})",
+            "Write it into the directory where its weights lie",
+        ) from error
+    temporary = place.parent / f".{place.name}.tract-fx-{secrets.token_hex(6)}.tmp"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if place.is_file():
+            shutil.copymode(place, temporary)
+        _check_place(place, overwrite=overwrite)  # again: it may have come in the meantime
+        os.replace(temporary, place)
+    except OSError as error:
+        if isinstance(error, ArtifactsExistError):
+            raise
+        raise ArtifactsWriteError(
+            str(place),
+            f"the system refuses: {error.strerror or error}",
+            "Check that the folder can be written and the disk has room",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,97 @@
+"""What commands print of a result."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from tract_fx.passes.records import Findings
+
+if TYPE_CHECKING:
+    from tract_fx.export import TrainingArtifacts
+    from tract_fx.export.manifest import Manifest, TensorSpec
+
+__all__ = ["export_table", "layer_lines"]
+
+
+def export_table(artifacts: TrainingArtifacts, findings: Findings | None) -> Table:
+    """Describe what an export wrote.
+
+    Args:
+        artifacts: The record of it.
+        findings: What locating found in the model, None where it was not located.
+
+    Returns:
+        A table of two columns.
+    """
+    manifest = artifacts.manifest
+    table = Table(title=escape(str(artifacts.directory)), show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for line in _taken(manifest) or ["on no layer: plain gradients"]:
+        table.add_row("TrAct", escape(line))
+    for line in [] if findings is None else _left(findings, manifest):
+        table.add_row("not on", escape(line))
+    trained = [spec for spec in manifest.parameters if spec.trainable]
+    kept = [spec.name for spec in manifest.parameters if not spec.trainable]
+    count = sum(math.prod(spec.shape) for spec in trained)
+    table.add_row("trained", escape(f"{len(trained)} tensors, {count:,} numbers"))
+    if kept:
+        table.add_row("not trained", escape(", ".join(kept)))
+    table.add_row("loss", escape(manifest.loss))
+    table.add_row("optimizer", escape(str(manifest.optimizer)))
+    table.add_row("batch", escape(", ".join(map(_spec, (*manifest.inputs, *manifest.targets)))))
+    table.add_row("predictions", escape(", ".join(manifest.outputs) or "none"))
+    files = [f"{f.name} ({_size(f.stat().st_size)})" for f in sorted(artifacts.directory.iterdir())]
+    table.add_row("files", escape(", ".join(files)))
+    return table
+
+
+def layer_lines(findings: Findings) -> list[str]:
+    """Name the calls of a graph that have TrAct.
+
+    Args:
+        findings: What locating found.
+
+    Returns:
+        A line for each.
+    """
+    return [f"{r}, λ = {r.lambda_:g}" for r in findings.layers if r.lambda_ is not None]
+
+
+def _taken(manifest: Manifest) -> list[str]:
+    return [
+        f"{r.name} ({r.op}, node {r.node!r}, weight {_shape(r.weight_shape)}), λ = {r.lambda_:g}"
+        for r in manifest.layers
+    ]
+
+
+def _left(findings: Findings, manifest: Manifest) -> list[str]:
+    """What else the input meets, with the reason."""
+    taken = {layer.name for layer in manifest.layers} | {r.node for r in manifest.layers}
+    plain = "TrAct was left out" if not manifest.layers else "another layer was named"
+    layers = [
+        f"{r}: {plain}"
+        for r in findings.layers
+        if r.name not in taken and r.node not in taken and taken.isdisjoint(r.weight)
+    ]
+    return [*layers, *(str(refusal) for refusal in findings.refusals)]
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "of open shape" if shape is None else "×".join(map(str, shape))
+
+
+def _spec(spec: TensorSpec) -> str:
+    sizes = ", ".join("any" if size is None else str(size) for size in spec.shape)
+    return f"{spec.name}: {spec.dtype} ({sizes})"
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,198 @@
+"""Reading the model that a command is about: an ONNX file, an exported program, a factory."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from tract_fx.eager import tract_module
+from tract_fx.errors import UnsupportedModelError
+from tract_fx.modules import TractLayer
+from tract_fx.passes.fx_graph import find_input_layers, locate, tract_pass
+from tract_fx.passes.records import Findings
+from tract_fx.program import arguments, capture
+
+__all__ = ["Target", "find_layers", "is_factory", "put_tract", "read_target"]
+
+_KINDS = "an .onnx file, a .pt2 exported program, or package.module:factory"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model, as it was named in the shell.
+
+    Attributes:
+        model: A module or program of PyTorch; the path of an ONNX file.
+        inputs: Example inputs, None where there are none.
+    """
+
+    model: nn.Module | ExportedProgram | Path
+    inputs: Any
+
+
+def is_factory(text: str) -> bool:
+    """Tell `package.module:factory` from a path.
+
+    Args:
+        text: The argument.
+
+    Returns:
+        Whether both sides of its colon are Python names.
+    """
+    module, colon, factory = text.rpartition(":")
+    names = [*module.split("."), *factory.split(".")]
+    return bool(colon) and all(name.isidentifier() for name in names)
+
+
+def read_target(text: str, inputs: Any, seed: int) -> Target:
+    """Read a model.
+
+    Args:
+        text: `package.module:factory`, or the path of an `.onnx` or `.pt2` file.
+        inputs: Example inputs, None where none were given.
+        seed: What PyTorch's random numbers start from before a factory is called.
+
+    Returns:
+        The model, with example inputs that it has itself where none were given.
+
+    Raises:
+        UnsupportedModelError: There is no such model, or it can't be read.
+    """
+    if is_factory(text):
+        torch.manual_seed(seed)
+        return Target(_made_by(text), inputs)
+    path = Path(text)
+    if not path.is_file():
+        raise UnsupportedModelError(
+            f"the model {text!r}", "there is no such file", f"Give {_KINDS}"
+        )
+    if path.suffix == ".pt2":
+        program = _load_program(path)
+        args, kwargs = program.example_inputs or ((), {})
+        if inputs is None and (args or kwargs):
+            inputs = _as_keywords(program, args, kwargs) if kwargs else args
+        return Target(program, inputs)
+    if path.suffix != ".onnx":
+        raise UnsupportedModelError(
+            f"the model {text!r}", "its kind can't be told from its name", f"Give {_KINDS}"
+        )
+    return Target(path, inputs)
+
+
+def _as_keywords(
+    program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Name the positional arguments of a program that has keyword arguments as well."""
+    if args:
+        raise UnsupportedModelError(
+            f"an exported program with {len(args)} positional and {len(kwargs)} keyword arguments",
+            "a batch is either in order or by name",
+            "Give --input-shape NAME=SIZES for each",
+        )
+    return dict(kwargs)
+
+
+def _made_by(text: str) -> nn.Module:
+    """Call a factory in a module on the path, or in the working directory."""
+    module_name, _, factory_name = text.rpartition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory: Any = importlib.import_module(module_name)
+        for name in factory_name.split("."):
+            factory = getattr(factory, name)
+        model = factory if isinstance(factory, nn.Module) else factory()
+    except Exception as error:  # whatever the user's code raises
+        raise UnsupportedModelError(
+            f"{text} ({type(error).__name__}: {error})".rstrip("."),
+            "a module is imported and its factory called without arguments",
+            "Correct the name or the code; --debug shows where it fails",
+        ) from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"{text}, which gives a {type(model).__name__}",
+            "a factory returns a torch.nn.Module",
+            "Return the model itself",
+        )
+    return model
+
+
+def _load_program(path: Path) -> ExportedProgram:
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # torch.export raises whatever a broken archive leads to
+        raise UnsupportedModelError(
+            f"the file {str(path)!r} ({type(error).__name__})",
+            "torch.export.load can't read it as an exported program",
+            "Write it with torch.export.save, under the same version of PyTorch",
+        ) from error
+
+
+def put_tract(
+    target: Target, lambda_: float | None, layers: dict[str, float] | None
+) -> nn.Module | ExportedProgram:
+    """Put TrAct on a PyTorch model: on its graph where fx can trace it, else on the eager model.
+
+    Args:
+        target: A PyTorch model. One that has TrAct already stays as it is where neither λ nor
+            layers are given.
+        lambda_: λ of layers without one of their own.
+        layers: λ by layer, where the choice is the user's.
+
+    Returns:
+        The rewritten model.
+    """
+    model = target.model
+    assert not isinstance(model, Path)
+    if lambda_ is None and layers is None and _has_tract(model):
+        return model
+    value = 0.1 if lambda_ is None else lambda_
+    if isinstance(model, (ExportedProgram, fx.GraphModule)):
+        return tract_pass(model, lambda_=value, layers=layers)
+    graph = _traced(model)
+    if graph is None:
+        return tract_module(model, target.inputs, lambda_=value, layers=layers)
+    return tract_pass(graph, lambda_=value, layers=layers)
+
+
+def find_layers(target: Target) -> Findings:
+    """Locate a PyTorch model's input layers, for a report.
+
+    Args:
+        target: The model.
+
+    Returns:
+        What was found.
+    """
+    model = target.model
+    assert not isinstance(model, Path)
+    if isinstance(model, (ExportedProgram, fx.GraphModule)):
+        return find_input_layers(model)
+    graph = _traced(model)
+    return find_input_layers(capture(model, *arguments(target.inputs)) if graph is None else graph)
+
+
+def _traced(model: nn.Module) -> fx.GraphModule | None:
+    try:
+        return fx.symbolic_trace(model)
+    except Exception:  # whatever the model's own code raises on a Proxy
+        return None
+
+
+def _has_tract(model: nn.Module | ExportedProgram) -> bool:
+    if isinstance(model, nn.Module) and any(isinstance(m, TractLayer) for m in model.modules()):
+        return True
+    if not isinstance(model, (ExportedProgram, fx.GraphModule)):
+        return False
+    graph = model.module() if isinstance(model, ExportedProgram) else model
+    assert isinstance(graph, fx.GraphModule)
+    return any(record.lambda_ is not None for record, _ in locate(graph).eligible)

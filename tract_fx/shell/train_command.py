@@ -1,0 +1,170 @@
+"""`tract-fx train`: from a directory of artifacts and a file of data to trained artifacts."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tract_fx.errors import ArtifactsExistError
+from tract_fx.shell.reporting import Debug, Overwrite, messages, output, reporting, status
+
+if TYPE_CHECKING:
+    from tract_fx.shell.batches import Arrays
+    from tract_fx.trainers.ort_trainer import OrtTrainer
+
+__all__ = ["train"]
+
+
+@reporting
+def train(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIRECTORY", help="What `tract-fx export` wrote.")
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE.npz", help="Arrays by the names of the graph's inputs and targets."
+        ),
+    ],
+    save: Annotated[
+        Path, typer.Option(metavar="DIRECTORY", help="Where the trained artifacts go.")
+    ],
+    epochs: Annotated[int, typer.Option(min=1)] = 1,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    eval_data: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="Evaluated after each epoch.")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate, where not the saved one.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of the rows.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    r"""Train from a directory of artifacts, print the loss of each epoch, and save.
+
+    The rows are shuffled in each epoch, the last batch is as short as it comes. What is saved can
+    be trained further. For schedules, augmentation or data of another kind, write the loop yourself
+    with tract_fx.load_trainer.
+
+    \b
+    Example:
+      tract-fx train artifacts --data train.npz --eval-data test.npz --epochs 5 --save trained
+    """
+    from tract_fx import load_trainer
+    from tract_fx.shell.batches import read_arrays
+
+    _refuse_existing(save, overwrite)
+    with status(f"Reading {directory}"):
+        trainer = load_trainer(directory, device=device)
+        specs = (*trainer.manifest.inputs, *trainer.manifest.targets)
+        arrays = read_arrays(data, specs, batch_size)
+        held_out = None if eval_data is None else read_arrays(eval_data, specs, batch_size)
+    if lr is not None:
+        trainer.learning_rate = lr
+    console = output()
+    for epoch in range(1, epochs + 1):
+        loss = _train_epoch(
+            trainer, arrays, batch_size, seed, epochs - epoch, f"epoch {epoch}/{epochs}"
+        )
+        line = f"epoch {epoch}: loss {loss:.6g}"
+        if held_out is not None:
+            line += _evaluation(trainer, held_out, batch_size)
+        console.print(line)
+    trainer.save(save, overwrite=overwrite)
+    console.print(f"Saved: {save} ({trainer.updates} updates)", markup=False, soft_wrap=True)
+
+
+def _refuse_existing(save: Path, overwrite: bool) -> None:
+    """Say before the training, not behind it, that there is no place for its result."""
+    if os.path.lexists(save) and not overwrite:
+        raise ArtifactsExistError(
+            str(save),
+            "it exists, and is not overwritten without being asked",
+            "Choose another directory, or give --overwrite",
+        )
+
+
+def _train_epoch(
+    trainer: OrtTrainer,
+    arrays: Arrays,
+    batch_size: int,
+    seed: int,
+    epochs_left: int,
+    title: str,
+) -> float:
+    """Train on all rows once; give the mean loss over the rows.
+
+    Of the last epoch's batches, those that don't fill an update of their own are left out where the
+    optimizer accumulates: gathered gradients can't be saved.
+    """
+    import numpy as np
+
+    from tract_fx.shell.batches import batches_of
+
+    count = math.ceil(len(next(iter(arrays.values()))) / batch_size)
+    every = trainer.manifest.optimizer.accumulate
+    steps = count if epochs_left else count - (trainer.batches + count) % every
+    # Of where the run is: going on after a save is what going on without one would be.
+    generator = np.random.default_rng([seed, trainer.batches])
+    total, rows = 0.0, 0
+    with _progress() as progress:
+        task = progress.add_task(title, total=max(steps, 0))
+        for _, batch in zip(range(steps), batches_of(arrays, batch_size, generator), strict=False):
+            size = len(next(iter(batch.values())))
+            total += trainer.train_step(**batch) * size
+            rows += size
+            progress.advance(task)
+    return total / rows if rows else math.nan
+
+
+def _progress() -> Progress:
+    console = messages()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _evaluation(trainer: OrtTrainer, arrays: Arrays, batch_size: int) -> str:
+    """The loss on other data, and for class indices the accuracy."""
+    from tract_fx.shell.batches import batches_of
+
+    total, right, counted, rows = 0.0, 0, 0, 0
+    for batch in batches_of(arrays, batch_size):
+        size = len(next(iter(batch.values())))
+        total += trainer.evaluate(**batch) * size
+        rows += size
+        scored = _right_classes(trainer, batch)
+        right, counted = right + scored[0], counted + scored[1]
+    accuracy = f", accuracy {right / counted:.2%}" if counted else ""
+    return f", eval loss {total / rows:.6g}{accuracy}"
+
+
+def _right_classes(trainer: OrtTrainer, batch: Arrays) -> tuple[int, int]:
+    """Count the labels that have the highest score, and all labels; none for other losses."""
+    targets = trainer.manifest.targets
+    classes = trainer.manifest.loss.lower().replace("_", "").startswith("crossentropy")
+    if not classes or len(targets) != 1 or targets[0].dtype != "int64":
+        return 0, 0
+    labels = batch[targets[0].name]
+    inputs = {spec.name: batch[spec.name] for spec in trainer.manifest.inputs}
+    outputs = trainer.predict(**inputs)
+    for scores in outputs if isinstance(outputs, tuple) else (outputs,):
+        is_scores = scores.dtype.kind == "f" and scores.ndim == labels.ndim + 1
+        if is_scores and (scores.shape[0], *scores.shape[2:]) == labels.shape:
+            known = labels >= 0  # what the loss ignores is negative by default
+            found = scores.argmax(axis=1) == labels
+            return int((found & known).sum()), int(known.sum())
+    return 0, 0
