@@ -110,11 +110,10 @@ def main() -> None:
     nets = [net for net in NETS if options.only in net.name]
     if options.quick:
         nets = [dataclasses.replace(n, shape=(n.shape[0] // 8, *n.shape[1:])) for n in nets]
-    table = Table(title=f"A training step in ONNX Runtime, {THREADS} threads")
+    table = Table(title=f"A training step: plain in ms, TrAct ÷ plain; {THREADS} threads")
     table.add_column("", no_wrap=True)
-    for column in ("batch", "plain,\nms", "TrAct ÷\nplain", "aim", "PyTorch:\nplain, ms"):
+    for column in ("batch", "ORT,\nms", "TrAct\n÷", "aim", "PyTorch,\nms", "TrAct\n÷"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("PyTorch:\nTrAct ÷ plain", justify="right")
     console, records = Console(), []
     for net in track(nets, "nets", console=console):
         rounds = 1 if options.quick else rounds_for(net, options.repeats)

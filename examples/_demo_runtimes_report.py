@@ -24,8 +24,9 @@ def runtimes_table(runtimes: Runtimes, epochs: int) -> Table:
         table.add_column(name, justify="right")
     finals = [f"{100 * run.accuracies[-1]:.2f}" for run in runs.values()]
     table.add_row("final test accuracy (%)", *finals)
+    first = min(FIRST_STEPS, steps)
     spans = (
-        (f"|Δ loss|, first {FIRST_STEPS} steps", FIRST_STEPS),
+        (f"|Δ loss|, first {first} steps", first),
         ("|Δ loss|, first epoch", steps // epochs),
         (f"|Δ loss|, all {steps} steps", steps),
     )
@@ -45,17 +46,18 @@ def _named(runtimes: Runtimes) -> dict[str, Run]:
 
 def runtimes_verdict(runtimes: Runtimes) -> str:
     """Say in words how far the losses of the two runtimes are apart, and what that compares to."""
+    steps = len(runtimes.pytorch.losses)
     early, late, own = (
-        largest_difference(runtimes.pytorch, run, steps)
-        for run, steps in (
+        largest_difference(runtimes.pytorch, run, span)
+        for run, span in (
             (runtimes.onnx_runtime, FIRST_STEPS),
-            (runtimes.onnx_runtime, None),
-            (runtimes.nudged, None),
+            (runtimes.onnx_runtime, steps),
+            (runtimes.nudged, steps),
         )
     )
     return (
         f"Largest difference between the losses in PyTorch and in ONNX Runtime: {early:.1e} over "
-        f"the first {FIRST_STEPS} steps, {late:.1e} over all {len(runtimes.pytorch.losses)}. "
+        f"the first {min(FIRST_STEPS, steps)} steps, {late:.1e} over all {steps}. "
         "Training magnifies every rounding, so that float32 runs drift apart in any runtime: "
         f"PyTorch's own loss moves by {own:.1e} when its starting weights change in their last "
         "bit (nudged)."

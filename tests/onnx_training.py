@@ -7,7 +7,7 @@ tests can have any gradient that they want.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,7 +19,7 @@ from onnxruntime import InferenceSession, SessionOptions
 from onnxruntime.training import onnxblock
 from onnxruntime.training.api import CheckpointState, Module
 
-from onnx_models import training_graph
+from onnx_models import by_hand, training_graph
 
 Array: TypeAlias = NDArray[Any]
 
@@ -124,17 +124,6 @@ def initializers(model: onnx.ModelProto) -> dict[str, Array]:
     return {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
 
 
-def nodes_of_tract(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """Nodes under `tract/`, or with the pass's provenance, in all graphs of a model."""
-
-    def is_made(node: onnx.NodeProto) -> bool:
-        return node.name.startswith("tract/") or any(
-            entry.key == "tract_fx" for entry in node.metadata_props
-        )
-
-    return [node for node in all_nodes(model.graph) if is_made(node)]
-
-
 def all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """A graph's nodes and those of the graphs in them."""
     found: list[onnx.NodeProto] = []
@@ -144,3 +133,52 @@ def all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
             if attribute.HasField("g"):
                 found += all_nodes(attribute.g)
     return found
+
+
+HEAD = "f = Flatten(h) z = Gemm(f, u, c) q = Mul(z, t) loss = ReduceSum<keepdims=0>(q)"
+
+
+def convnet(batch: int | str = "N", opset: int = 20) -> onnx.ModelProto:
+    """A convolution, and a linear layer behind it; 27 columns, 49 rows per image."""
+    return by_hand(
+        "y = Conv<pads=[1, 1, 1, 1]>(x, w, b) h = Relu(y) " + HEAD,
+        {"w": (4, 3, 3, 3), "b": (4,), "u": (196, 2), "c": (2,)},
+        f"float[{batch},3,7,7] x, float[{batch},2] t",
+        "float loss",
+        opset,
+    )
+
+
+def mlp(batch: int | str = "N") -> onnx.ModelProto:
+    """Two linear layers, of six columns the first."""
+    return by_hand(
+        "y = Gemm(x, w, b) h = Tanh(y) " + HEAD,
+        {"w": (6, 5), "b": (5,), "u": (5, 2), "c": (2,)},
+        f"float[{batch},6] x, float[{batch},2] t",
+        "float loss",
+    )
+
+
+NETS: dict[str, tuple[Callable[[], onnx.ModelProto], tuple[int, ...]]] = {
+    "convnet": (convnet, (3, 7, 7)),
+    "convnet-static": (lambda: convnet(5), (3, 7, 7)),
+    "mlp": (mlp, (6,)),
+    "mlp-static": (lambda: mlp(5), (6,)),
+}
+
+
+def trained(model: onnx.ModelProto, trainable: tuple[str, ...] = ("w", "b", "u", "c")) -> Training:
+    return build_training(model, trainable, [n for n in ("w", "b") if n not in trainable])
+
+
+def batch_for(net: str, size: int = 5, seed: int = 1) -> tuple[Array, Array]:
+    generator = np.random.default_rng(seed)
+    x = generator.normal(0.5, 1, (size, *NETS[net][1])).astype(np.float32)
+    return x, generator.normal(size=(size, 2)).astype(np.float32)
+
+
+def same(left: Step, right: Step) -> bool:
+    """Whether two steps gave the same bits."""
+    return np.array_equal(left.loss, right.loss) and all(
+        np.array_equal(value, right.gradients[name]) for name, value in left.gradients.items()
+    )

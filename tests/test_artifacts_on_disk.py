@@ -435,7 +435,7 @@ def test_killed_while_writing(tmp_path: Path, overwrite: str) -> None:
 def test_writers_at_the_same_time(tmp_path: Path, overwrite: bool) -> None:
     """One of them wins, whole; without `overwrite` the others are told."""
     place = tmp_path / "a"
-    start = threading.Barrier(6)
+    start = threading.Barrier(6, timeout=60)
     results: list[str] = []
 
     def work(content: str) -> None:

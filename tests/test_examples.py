@@ -64,10 +64,12 @@ def results(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
         arguments += ["--batch-size", "64"]
     finished = run("demo.py", arguments, tmp_path)
     assert finished.returncode == 0, finished.stderr
-    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    assert "</svg>" in (tmp_path / "out" / "accuracy.svg").read_text()
+    for plot in ("accuracy", "losses"):
+        assert (tmp_path / "out" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
+        assert "</svg>" in (tmp_path / "out" / f"{plot}.svg").read_text()
     written: dict[str, Any] = json.loads((tmp_path / "out" / "results.json").read_text())
     assert written["dataset"] == request.param
+    written["runtimes"] = json.loads((tmp_path / "out" / "losses.json").read_text())
     return written
 
 
@@ -83,6 +85,23 @@ def test_demo_compares_like_with_like(results: dict[str, Any]) -> None:
     assert results["final_difference"] == pytest.approx(differences)
     for accuracies, epoch in zip(plain, results["epochs_to_plain_final"]["plain"], strict=True):
         assert accuracies[epoch] >= accuracies[-1]
+    check_runtimes(results)
+
+
+def check_runtimes(results: dict[str, Any]) -> None:
+    """ONNX Runtime trained on the same batches from the same start, and what is said is so."""
+    runtimes = results["runtimes"]
+    pytorch, onnx_runtime = runtimes["pytorch"], runtimes["onnx_runtime"]
+    assert pytorch["accuracies"] == results["accuracy"]["tract"][0]
+    assert len(pytorch["losses"]) == (2 * (1347 // 64) if results["dataset"] == "digits" else 2)
+    # Rounding alone is some 1e-6 after so few steps; another order of the batches, another
+    # learning rate or plain gradients are 0.01 and more from the second step on.
+    assert onnx_runtime["losses"] == pytest.approx(pytorch["losses"], abs=1e-3)
+    if results["dataset"] == "digits":  # two steps may well come out alike
+        assert onnx_runtime["losses"] != pytorch["losses"]
+    assert onnx_runtime["accuracies"] == pytest.approx(pytorch["accuracies"], abs=0.02)
+    pairs = zip(pytorch["losses"], onnx_runtime["losses"], strict=True)
+    assert runtimes["largest_difference"] == max(abs(a - b) for a, b in pairs)
 
 
 def missing(folder: Path) -> Path:

@@ -108,8 +108,9 @@ def test_running_statistics_follow_torch(momentum: float, epsilon: float, spread
     trained.module.eval()
     loss = float(np.ravel(trained.module(x, target))[0])
     h = F.conv2d(torch.tensor(x).double(), start["w"])
-    vectors = [start[n] for n in ("mean", "var", "scale", "bias")]
-    z = F.batch_norm(h, *vectors, False, 0.0, epsilon)
+    z = F.batch_norm(
+        h, start["mean"], start["var"], start["scale"], start["bias"], False, 0.0, epsilon
+    )
     assert loss == pytest.approx(F.mse_loss(torch.tanh(z), torch.tensor(target)).item(), rel=1e-5)
 
 
@@ -126,7 +127,7 @@ def test_without_the_correction_the_variance_is_biased() -> None:
     assert relative_error(trained.state.parameters["var"].data, start["var"].numpy()) > 1e-2
 
 
-def test_one_value_per_channel_makes_the_variance_nan() -> None:
+def test_one_value_per_channel_ends_the_variance() -> None:
     model = graph(
         "agraph (float[N, 3] x) => (float y) { h = MatMul (x, w) "
         "y = BatchNormalization (h, scale, bias, mean, var) }",
@@ -142,7 +143,7 @@ def test_one_value_per_channel_makes_the_variance_nan() -> None:
         after=repairs.unbiased_running_variance,
     )
     trained.step(np.ones((1, 3), np.float32), np.ones((1, 2), np.float32))
-    assert np.isnan(trained.state.parameters["var"].data).all()
+    assert not np.isfinite(trained.state.parameters["var"].data).any()
 
 
 def test_frozen_batch_norm_stays_frozen() -> None:
@@ -175,6 +176,7 @@ def _random_graph() -> ir.Model:
 def test_random_operators_and_evaluation() -> None:
     model = _random_graph()
     repairs.named_nodes(model)
+    repairs.inferred_shapes(model)
     names = repairs.random_operators(model)
     assert names == ["Dropout_d", "RandomNormalLike_n", "Dropout_y"]
     assert repairs.random_free(model) == 3
@@ -253,7 +255,7 @@ def test_refusals_name_the_node(operator: str) -> None:
     text = f"agraph (float[N, 4] x) => (float y) {{ h = MatMul(x, w) {REFUSED[operator]} }}"
     weights = {"w": np.eye(4, dtype=np.float32), "e": np.array(2.0, np.float32)}
     model = graph(text, weights if "e)" in text else {"w": weights["w"]})
-    with pytest.raises(ExportError, match=rf"{operator} {operator}_y.* trained parameter"):
+    with pytest.raises(ExportError, match=rf"{operator} '{operator}_y'.* trained parameter"):
         repairs.prepare_for_gradients(model, trainable=list(weights))
     # Before the layer, where no gradient passes, the same operator is no matter.
     text = (

@@ -6,7 +6,7 @@ from white, and noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -88,8 +88,8 @@ SUBJECTS = (
         (6, 3),
         0.03,
     ),
-    Subject("vit", small_vit, photographs, (13, 5), 0.02),
-    Subject("vit-mha", small_vit_mha, photographs, (13, 5), 0.02),
+    Subject("vit", small_vit, photographs, (13, 5), 0.01),
+    Subject("vit-mha", small_vit_mha, photographs, (13, 5), 0.005),
     Subject("convnext", small_convnext, photographs, (8, 5), 0.02),
     Subject("mlp", small_mlp, partial(photographs, size=16), (8, 5), 0.08),
     Subject("conv1d", partial(small_conv1d, 24), series, (5, 3), 0.1, frozenset({"0.bias"})),
@@ -99,16 +99,17 @@ SUBJECTS = (
 
 @dataclass(frozen=True)
 class Trained:
-    """A subject, and where it was exported to."""
+    """A subject, and where it was exported to.
+
+    Attributes:
+        subject: The subject.
+        exported: Model and artifacts.
+        first: The weight that TrAct is on, None where it is on none.
+    """
 
     subject: Subject
     exported: Exported
-
-    @property
-    def first(self) -> str | None:
-        """The weight that TrAct is on."""
-        layers = self.exported.trainer().manifest.layers
-        return layers[0].weight[0] if layers else None
+    first: str | None
 
     def batch(self, size: int, *, noise: bool = False) -> tuple[Tensor, Tensor]:
         x = self.subject.images(size, seed=3)
@@ -124,7 +125,7 @@ class Trained:
 )
 def trained(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Trained]:
+) -> Trained:
     subject, plain = request.param
     net = without_dropout(seeded(subject.build))
     exported = export(
@@ -134,8 +135,9 @@ def trained(
         optimizer=SGD(lr=subject.lr, momentum=MOMENTUM),
         plain=plain,
     )
-    assert len(exported.trainer().manifest.layers) == (0 if plain else 1)
-    yield Trained(subject, exported)
+    layers = exported.trainer().manifest.layers
+    assert len(layers) == (0 if plain else 1)
+    return Trained(subject, exported, None if plain else layers[0].weight[0])
 
 
 @pytest.mark.parametrize("noise", [False, True], ids=["photographs", "noise"])

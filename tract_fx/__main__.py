@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command; say which extra is missing where typer or rich are not there."""
     try:
-        from tract_fx.shell.app import app  # noqa: PLC0415  (an extra of its own)
+        from tract_fx.shell.app import app
     except ModuleNotFoundError as error:
         if error.name not in {"typer", "rich"}:
             raise

@@ -1,12 +1,12 @@
 """The pass on torch.fx graphs: locate → choose → rewrite, each usable alone."""
 
-from tract_fx.passes.fx_graph.api import find_input_layers, remove_tract, tract_pass
 from tract_fx.passes.choose import (
     LayerChoice,
     choose,
     named_lambdas,
     warn_of_frozen,
 )
+from tract_fx.passes.fx_graph.api import find_input_layers, remove_tract, tract_pass
 from tract_fx.passes.fx_graph.find import Located, locate
 from tract_fx.passes.fx_graph.models import refuse_wrapped
 from tract_fx.passes.fx_graph.owners import weight_parameters

@@ -12,6 +12,7 @@ from tract_fx.errors import InvalidLambdaError, UnsupportedLayerError, Unsupport
 from tract_fx.passes.onnx_graph.calls import OnnxCall
 from tract_fx.passes.onnx_graph.markers import shortest
 from tract_fx.passes.onnx_graph.subgraph import write_tract
+from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient, find_weight_gradient
 from tract_fx.passes.onnx_graph.writer import NodeWriter
 
@@ -126,14 +127,14 @@ def _weight_shape(call: OnnxCall) -> tuple[int, ...]:
             "the subgraph computes in float32, and ONNX Runtime can't train float64 parameters",
             "Make the model in float32",
         )
-    shape = call.weight.shape
-    if shape is None or not all(isinstance(size, int) for size in shape):
+    shape = static_shape(call.weight)
+    if shape is None:
         raise UnsupportedLayerError(
-            f"node {call.node.name!r} with the weight {call.weight.name!r} of shape {shape}",
+            f"node {call.node.name!r}, weight {call.weight.name!r} of shape {call.weight.shape}",
             "the number of columns has to be known when the subgraph is made",
             "Run onnx.shape_inference on the model, or give the weight a fixed shape",
         )
-    return tuple(int(size) for size in shape)  # type: ignore[call-overload]
+    return shape
 
 
 def present_lambdas(model: ir.Model) -> dict[str, float]:

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.calls import Layout, OnnxCall
+from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient
 from tract_fx.passes.onnx_graph.writer import NodeWriter
 
@@ -103,8 +104,9 @@ class _Layer:
 
 def _known_rows(gradient: WeightGradient, layer: _Layer) -> int | None:
     for value in (gradient.output_gradient, gradient.call.output):
-        if value.shape is not None and all(isinstance(size, int) for size in value.shape):
-            return math.prod(int(size) for size in value.shape) // layer.outputs  # type: ignore[call-overload]
+        shape = static_shape(value)
+        if shape is not None:
+            return math.prod(shape) // layer.outputs
     return None
 
 
@@ -137,10 +139,10 @@ def _by_columns(
     count: ir.Value,
 ) -> ir.Value:
     """gW (XᵀX/R + λI)⁻¹ by the n × n matrix."""
-    index = np.arange(layer.columns)
+    index = np.arange(layer.columns, dtype=np.int64)
     diagonal = write.op(
         "Equal",
-        [write.integers(index[:, None], "row_index"), write.integers(index[None], "column_index")],
+        [write.constant(index[:, None], "row_index"), write.constant(index[None], "column_index")],
         "diagonal",
     )
     inverse = _regularised_inverse(write, _gram(write, layer), count, diagonal, lambda_)
@@ -258,17 +260,17 @@ def _row_matrix(write: NodeWriter, layer: _Layer, *, grouped: bool = True) -> ir
 
 def _tiles(layer: _Layer) -> list[int]:
     assert layer.call.input.shape is not None
-    sizes = [int(size) for size in layer.call.input.shape[2:]]  # type: ignore[call-overload]
-    pairs = [(s // k, k) for s, k in zip(sizes, layer.kernel, strict=True)]
+    sizes = layer.call.input.shape[2:]
+    pairs = [(int(s) // k, k) for s, k in zip(sizes, layer.kernel, strict=True)]  # type: ignore[arg-type]  # known ones
     return [0, layer.channels, *(entry for pair in pairs for entry in pair)]
 
 
 def _patches(write: NodeWriter, layer: _Layer) -> ir.Value:
-    """Every patch as channels, (N, C · kernel elements, *positions), in the weight's order.
+    """Write every patch as channels, (N, C · kernel elements, *positions), in the weight's order.
 
     A convolution of each channel with the unit kernels, under the layer's own attributes, so that
     whatever they mean they mean the same here.
-    """
+    """  # noqa: DOC201
     elements = math.prod(layer.kernel)
     unit = np.eye(elements, dtype=np.float32).reshape(elements, 1, *layer.kernel)
     kernels = write.constant(np.tile(unit, (layer.channels, *(1,) * (unit.ndim - 1))), "units")

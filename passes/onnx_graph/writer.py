@@ -68,7 +68,7 @@ class NodeWriter:
         value = self._tape.op(
             op_type,
             inputs,
-            attributes=attributes,  # type: ignore[arg-type]  # a Mapping of what it takes
+            attributes=attributes,
             domain=domain,
             name=full,
             metadata_props=dict(self._provenance),

@@ -84,9 +84,9 @@ def export_training(
             keyword arguments, or one tensor. For an ONNX model None will do where the sizes beside
             the batch are fixed.
         directory: Where to write. Complete or absent, never half.
-        loss: `"cross_entropy"` (class indices), `"mse"`, `"bce_with_logits"`, `"l1"`, a loss module,
-            any callable of the model's output and the targets; None when the model returns its
-            loss.
+        loss: `"cross_entropy"` (class indices), `"mse"`, `"bce_with_logits"`, `"l1"`, a loss
+            module, any callable of the model's output and the targets; None when the model returns
+            its loss.
         optimizer: `"adamw"`, `"sgd"`, an `AdamW` or `SGD` record, or a torch optimizer of one of
             these kinds, whose settings are read.
         target: The runtime.

@@ -126,7 +126,9 @@ def _has_open_sizes(shape: ir.Shape) -> bool:
 
 def _set_first(value: ir.Value, name: str) -> None:
     assert value.shape is not None
-    value.shape = ir.Shape([name, *list(value.shape)[1:]])
+    shape = value.shape.copy(frozen=False)
+    shape[0] = name
+    value.shape = shape
 
 
 def _open_reshape(graph: ir.Graph, node: ir.Node, size: int) -> None:
@@ -134,7 +136,7 @@ def _open_reshape(graph: ir.Graph, node: ir.Node, size: int) -> None:
     x, target = node.inputs[:2]
     tensor = None if target is None else ir.convenience.get_const_tensor(target)
     first = None if x is None or x.shape is None or not len(x.shape) else x.shape[0]
-    if tensor is None or node.attributes.get_int("allowzero", 0) or first != size:
+    if tensor is None or node.attributes.get_int("allowzero") or first != size:
         return
     sizes = tensor.numpy()
     if sizes.ndim != 1 or not len(sizes) or sizes[0] != size:

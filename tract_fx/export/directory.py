@@ -34,7 +34,6 @@ OPTIMIZER_MODEL = "optimizer_model.onnx"
 CHECKPOINT = "checkpoint"
 
 _BLOCK = 1 << 20
-_SWAPS = 16  # several writers of one directory: each swap that meets another one is tried again
 
 
 class NewDirectory:
@@ -71,9 +70,10 @@ def write_directory(
         ValueError: If the block did not set a manifest.
     """  # noqa: DOC502 (raised by what it calls)
     place = Path(directory).resolve()
-    _refuse_to_replace(place, overwrite)
     with _system_errors(place):
         place.parent.mkdir(parents=True, exist_ok=True)
+        with _one_writer(place.parent):
+            _refuse_to_replace(place, overwrite)
         new = NewDirectory(_beside(place))
         new.path.mkdir()
     try:
@@ -163,8 +163,7 @@ def _refuse_to_replace(place: Path, overwrite: bool) -> None:
         return
     if not place.is_dir():
         raise ArtifactsExistError(str(place), "a file is in the way", "Choose another directory")
-    with _system_errors(place):
-        entries = {entry.name for entry in place.iterdir()}
+    entries = {entry.name for entry in place.iterdir()}
     if not overwrite:
         raise ArtifactsExistError(
             str(place),
@@ -204,21 +203,41 @@ def _seal(folder: Path, manifest: Manifest) -> Manifest:
 
 def _put_in_place(new: Path, place: Path, overwrite: bool) -> None:
     """Rename the folder to its place, and take away what was there."""
-    for attempt in range(_SWAPS):
+    with _one_writer(place.parent):
         _refuse_to_replace(place, overwrite)  # again: it may have come in the meantime
         old = _move_aside(place) if overwrite else None
         try:
             os.rename(new, place)
-        except OSError:  # another writer came first, or the system refuses
+        except OSError:
             if old is not None and not os.path.lexists(place):
                 os.rename(old, place)
-            if attempt == _SWAPS - 1 or not os.path.lexists(place):
-                raise
-        else:
-            break
-    _flush(place.parent)
+            elif os.path.lexists(place):  # somebody else's, who knows no lock
+                _refuse_to_replace(place, overwrite=False)
+            raise
+        _flush(place.parent)
     if old is not None:
         _remove_artifacts(old)
+
+
+@contextlib.contextmanager
+def _one_writer(parent: Path) -> Iterator[None]:
+    """Keep other writers of ours, threads and processes, from checking or swapping meanwhile.
+
+    Where the system or the file system has no such locks, two writers at the same instant may see
+    each other's swap, and one of them gets an error.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _move_aside(place: Path) -> Path | None:

@@ -171,12 +171,10 @@ def _feeds(
 
 
 def _check_example(value: ir.Value, array: np.ndarray, free_batch: bool) -> None:
-    sizes = None if value.shape is None else list(value.shape)
-    if sizes and free_batch:
-        sizes[0] = None
-    fits = sizes is None or (
-        len(sizes) == array.ndim
-        and all(not isinstance(a, int) or a == b for a, b in zip(sizes, array.shape, strict=True))
+    sizes = array.shape if value.shape is None else tuple(value.shape)
+    fits = len(sizes) == array.ndim and all(
+        not isinstance(wanted, int) or wanted == size or (free_batch and not axis)
+        for axis, (wanted, size) in enumerate(zip(sizes, array.shape, strict=True))
     )
     dtype = None if value.dtype is None else value.dtype.numpy()
     if not fits or not array.size or (dtype is not None and dtype != array.dtype):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from tract_fx.export.class_ranges import class_ranges
 from tract_fx.export.directory import CHECKPOINT, EVAL_MODEL, TRAINING_MODEL
 from tract_fx.export.forward import Source
 from tract_fx.export.loss_choice import ChosenLoss
@@ -124,14 +125,15 @@ def describe(
     """
     forward = source.graphs
     values = {str(v.name): v for v in forward.train.graph.inputs}
+    classes = {**class_ranges(forward.train), **chosen.classes}
     return Manifest(
         target="ort-training",
         versions=versions(),
         layers=tuple(_layer(record) for record in forward.layers),
         loss=chosen.description,
         optimizer=optimizer,
-        inputs=tuple(_spec(values[name]) for name in source.feeds if name in values),
-        targets=tuple(_spec(values[name]) for name in chosen.targets),
+        inputs=tuple(_spec(values[name], classes) for name in source.feeds if name in values),
+        targets=tuple(_spec(values[name], classes) for name in chosen.targets),
         outputs=chosen.predictions,
         parameters=tuple(
             ParameterSpec(name, value.shape, str(value.dtype), name in forward.trainable)
@@ -159,7 +161,8 @@ def _layer(record: InputLayer) -> TractLayer:
     )
 
 
-def _spec(value: ir.Value) -> TensorSpec:
+def _spec(value: ir.Value, classes: Mapping[str, tuple[int, int | None]]) -> TensorSpec:
     assert value.shape is not None and value.dtype is not None
     sizes = tuple(size if isinstance(size, int) else size.value for size in value.shape)
-    return TensorSpec(str(value.name), str(value.dtype.numpy()), sizes)
+    count, ignored = classes.get(str(value.name), (None, None))
+    return TensorSpec(str(value.name), str(value.dtype.numpy()), sizes, count, ignored)

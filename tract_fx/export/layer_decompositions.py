@@ -32,7 +32,7 @@ def exact_layers(program: ExportedProgram) -> ExportedProgram:
             _drop_channels(program.graph, node)
     attention = aten.scaled_dot_product_attention.default
     if any(node.target is attention and _has_odd_rank(node) for node in program.graph.nodes):
-        return program.run_decompositions({attention: _attention})
+        return program.run_decompositions({attention: _attention})  # type: ignore[no-any-return]
     return program
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tract_fx import ort_training
 from tract_fx.errors import ExportError, UnsupportedTrainingError
+from tract_fx.export.quiet import quiet
 
 __all__ = ["check_loss"]
 
@@ -116,9 +117,10 @@ def _with_gradients(model: ir.Model, names: Sequence[str]) -> bytes:
     loss = model.graph.outputs[0].name
     proto = ir.to_proto(model).SerializeToString()
     try:
-        builder = _gradient_builder()(proto, {loss}, set(names), loss, None)
-        builder.build()
-        graph: bytes = builder.get_model()
+        with quiet():
+            builder = _gradient_builder()(proto, {loss}, set(names), loss, None)
+            builder.build()
+            graph: bytes = builder.get_model()
     except RuntimeError as error:
         missing = str(error).strip().partition("not been registered: ")[2]
         found = f"the operator {missing}" if missing else str(error).strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,14 @@ from torch.utils import _pytree as pytree
 from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.export.gradient_builder import run_graph
 from tract_fx.export.loss_graph import attach_loss
-from tract_fx.export.losses import Loss, build_loss, describe_loss, loss_function, loss_targets
+from tract_fx.export.losses import (
+    Loss,
+    TargetSpec,
+    build_loss,
+    describe_loss,
+    loss_function,
+    loss_targets,
+)
 from tract_fx.export.records import ForwardGraphs
 
 __all__ = ["ChosenLoss", "put_loss"]
@@ -31,6 +39,7 @@ class ChosenLoss:
         function: The loss as a function of the values that it reads and the targets; None where
             the model returns it.
         targets: Names of the targets, with examples.
+        classes: Number of classes and ignored index by name of a target that holds class indices.
         predictions: Names of the model's other outputs.
         description: The loss in words.
     """
@@ -39,6 +48,7 @@ class ChosenLoss:
     reads: tuple[str, ...]
     function: Callable[..., Tensor] | None
     targets: Mapping[str, np.ndarray]
+    classes: Mapping[str, tuple[int, int | None]]
     predictions: tuple[str, ...]
     description: str
 
@@ -76,6 +86,7 @@ def put_loss(
     values = [torch.from_numpy(np.array(examples[name])) for name in reads]
     dims = [_open_dimensions(graphs.evaluation, name) for name in reads]
     shapes = [frozenset(d.items()) for d in dims]
+    specs: tuple[TargetSpec, ...] = ()
     if example_targets is None:
         specs = loss_targets(loss, values, dims)
         targets = [spec.example for spec in specs]
@@ -86,6 +97,12 @@ def put_loss(
     else:
         targets = [target.detach().cpu() for target in example_targets]
         open_ = [_like_outputs(target, values, shapes) for target in targets]
+        with contextlib.suppress(UnsupportedTrainingError):  # a callable's targets aren't known
+            specs = loss_targets(loss, values, dims)
+    classes = [
+        (spec.classes, spec.ignore_index) if target.dtype == spec.dtype else (None, None)
+        for spec, target in zip(specs, targets, strict=False)
+    ]
     model = build_loss(function, values, targets, [*dims, *open_], trained=trained)
     names = ["target"] if len(targets) == 1 else [f"target_{i}" for i in range(len(targets))]
     taken = set(feeds)
@@ -93,25 +110,27 @@ def put_loss(
     name = attach_loss(graphs.evaluation, reads, model, names)
     attach_loss(graphs.train, reads, model, names)
     given = {key: target.numpy() for key, target in zip(names, targets, strict=True)}
-    return ChosenLoss(name, reads, function, given, outputs, describe_loss(loss))
+    ranges = {
+        key: (count, ignored)
+        for key, (count, ignored) in zip(names, classes, strict=False)
+        if count is not None
+    }
+    return ChosenLoss(name, reads, function, given, ranges, outputs, describe_loss(loss))
 
 
-def _returned(
-    graphs: ForwardGraphs, output: str | None, outputs: tuple[str, ...]
-) -> ChosenLoss:
+def _returned(graphs: ForwardGraphs, output: str | None, outputs: tuple[str, ...]) -> ChosenLoss:
     """The output that is the loss: the named one, "loss", or the only scalar."""
     values = {str(value.name): value for value in graphs.train.graph.outputs}
     scalars = [n for n, v in values.items() if v.shape is not None and len(v.shape) == 0]
     name = output or ("loss" if "loss" in values else scalars[0] if len(scalars) == 1 else None)
     if name not in scalars:
         raise UnsupportedTrainingError(
-            f"a model that returns {list(outputs)}, of which {scalars} are scalars, and "
-            f"{output=}",
+            f"a model that returns {list(outputs)}, of which {scalars} are scalars, and {output=}",
             "without loss= the model has to return its loss, as a scalar",
             "Give loss=, for example loss='cross_entropy', or name the output that is the loss",
         )
     predictions = tuple(other for other in outputs if other != name)
-    return ChosenLoss(name, (), None, {}, predictions, describe_loss(None))
+    return ChosenLoss(name, (), None, {}, {}, predictions, describe_loss(None))
 
 
 def _reads(

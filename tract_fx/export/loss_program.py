@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from tract_fx.errors import ExportError, UnsupportedTrainingError
+from tract_fx.export.quiet import quiet
 
 __all__ = ["evaluate_loss", "refuse_stopped_gradients", "trace_loss"]
 
@@ -129,7 +130,8 @@ def trace_loss(
                 "Pass random values in as a target",
             )
     # A program as traced changes its buffers inside its graph; decomposed, it says which.
-    signature = program.run_decompositions({}).graph_signature
+    with quiet():
+        signature = program.run_decompositions({}).graph_signature
     changed = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     if changed:
         raise ExportError(

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tract_fx.errors import ExportError, UnsupportedTrainingError
+from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.export.loss_check import check_loss
 from tract_fx.export.loss_decompositions import exact_losses
 from tract_fx.export.loss_program import evaluate_loss, trace_loss
-from tract_fx.export.onnx_program import OPSET
+from tract_fx.export.onnx_program import translate
 from tract_fx.passes.onnx_graph.repairs.casts import casts_like
 from tract_fx.passes.onnx_graph.repairs.optional_outputs import optional_outputs
 
@@ -287,19 +287,8 @@ def _to_onnx(
 
     Raises:
         ExportError: If torch.onnx can't.
-    """
-    try:
-        exported = torch.onnx.export(
-            program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False
-        )
-    except Exception as error:  # torch.onnx raises whatever its translations raise
-        raise ExportError(
-            f"the loss can't be brought to ONNX: {_innermost(error)}",
-            "torch.onnx has no translation of an operator that it uses",
-            "Write it with other operators, or let the model return it (loss=None)",
-        ) from error
-    assert exported is not None
-    model = exported.model
+    """  # noqa: DOC502 - raised by translate
+    model = translate(program)
     _rename(model, outputs, dynamic)
     casts_like(model)
     optional_outputs(model)
@@ -336,17 +325,3 @@ def _rename(model: ir.Model, outputs: int, dynamic: Sequence[Dims]) -> None:
             value.shape = ir.Shape(
                 d if isinstance(d, int) else symbols.get(str(d)) for d in value.shape
             )
-
-
-def _innermost(error: BaseException) -> str:
-    """Find the reason at the bottom of a chain of exceptions.
-
-    Args:
-        error: The last.
-
-    Returns:
-        The first one's type and first line.
-    """
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -29,6 +29,7 @@ OPSET = 18
 operators up to 18 alone: it takes a kernel only for the very version that its schema names, and
 those of Size, Pad, Equal and ReduceMax stayed behind."""
 
+
 def to_onnx(program: ExportedProgram) -> ir.Model:
     """Translate a program to ONNX.
 
@@ -41,7 +42,7 @@ def to_onnx(program: ExportedProgram) -> ir.Model:
 
     Raises:
         ExportError: An operator of the program has no translation.
-    """
+    """  # noqa: DOC502 (raised by translate)
     _register_marker()
     model = translate(program, {PRECONDITION_GRAD_OPERATOR: _translate_marker})
     train_batch_norm(model, training_batch_norms(model))

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from tract_fx.errors import ExportError, UnsupportedModelError
 from tract_fx.export.layer_decompositions import exact_layers
 from tract_fx.export.loss_decompositions import exact_losses
+from tract_fx.export.loss_program import refuse_stopped_gradients
 from tract_fx.export.onnx_program import to_onnx
 from tract_fx.export.quiet import quiet
 from tract_fx.export.records import ForwardGraphs
@@ -85,7 +86,7 @@ def export_forward(
 
     Raises:
         ExportError: The model can't be exported with its meaning kept.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     if isinstance(model, ExportedProgram):
         model = model.module()
     args, kwargs = _two_images(args, kwargs) if dynamic_batch else (args, kwargs)
@@ -93,6 +94,7 @@ def export_forward(
     with _modes(model) as (training, evaluation):
         program = _capture(training, args, kwargs, dynamic_batch)
         outputs = _output_names(program)
+        refuse_stopped_gradients(program)
         train = _graph(program, outputs)
         if evaluation is None:
             evaluated = train.clone()
@@ -228,7 +230,7 @@ def _graph(program: ExportedProgram, outputs: tuple[str, ...]) -> ir.Model:
 
 
 def _refuse_random(model: ir.Model) -> None:
-    """Refuse random operators other than Dropout, whose state can't be set, saved or switched off."""
+    """Refuse random operators but Dropout: their state can't be set, saved or switched off."""
     for node in model.graph:
         if is_standard(node, *RANDOM):
             raise ExportError(
@@ -301,7 +303,14 @@ class _Tensors:
         constants = [n for n in held if n not in trainable and n not in frozen]
         known = {*trainable, *frozen, *counters, *constants, *aliases}
         unused = [n for n in state if n not in known]
-        return cls(*map(tuple, (trainable, frozen, counters, constants)), aliases, tuple(unused))  # type: ignore[arg-type]
+        return cls(
+            tuple(trainable),
+            tuple(frozen),
+            tuple(counters),
+            tuple(constants),
+            aliases,
+            tuple(unused),
+        )
 
 
 def _mutated(program: ExportedProgram, train: ir.Model) -> tuple[set[str], list[str]]:
@@ -309,7 +318,8 @@ def _mutated(program: ExportedProgram, train: ir.Model) -> tuple[set[str], list[
     statistics = {
         value.name
         for node in train.graph
-        if is_standard(node, "BatchNormalization") and node.attributes.get_int("training_mode", 0)
+        if is_standard(node, "BatchNormalization")
+        and node.attributes.get_int("training_mode", 0) == 1
         for value in node.inputs[3:5]
         if value is not None and value.name
     }

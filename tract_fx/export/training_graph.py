@@ -134,7 +134,7 @@ def build_evaluation_graph(
     for given in training.graph.inputs:
         if given.name not in parameters:
             continue
-        value = model.graph.initializers.pop(given.name, None)
+        value = model.graph.initializers.pop(str(given.name), None)
         if value is None:
             value = ir.Value(name=given.name, shape=given.shape, type=given.type)
         value.const_value = None

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -24,7 +25,7 @@ TRACT_TOLERANCE = 5e-2
 condition number. How exact the preconditioner itself is `verify_tract` measures."""
 
 VANISHING = 1e-6
-"""Gradients smaller than this share of the largest one are rounding: the bias before a BatchNorm."""
+"""Share of the largest gradient below which one is rounding: of the bias before a BatchNorm."""
 
 
 def verify_against_torch(
@@ -49,10 +50,10 @@ def verify_against_torch(
 
     Raises:
         ExportError: They differ by more than rounding.
-    """
+    """  # noqa: DOC502 (raised by _compare)
     value, gradients = torch_gradients(program, loss, args, kwargs)
-    _compare("the loss", np.float64(graph_loss), np.float64(value), GRADIENT_TOLERANCE, 1e-6)
-    scale = max((np.linalg.norm(g) for g in gradients.values()), default=0.0)
+    _compare("the loss", graph_loss, value, GRADIENT_TOLERANCE, 1e-6)
+    scale = max((float(np.linalg.norm(g)) for g in gradients.values()), default=0.0)
     for name, expected in gradients.items():
         found = graph_gradients.get(name)
         if found is None:
@@ -62,9 +63,9 @@ def verify_against_torch(
 
 
 def _compare(
-    what: str, found: np.ndarray, expected: np.ndarray, tolerance: float, negligible: float
+    what: str, found: ArrayLike, expected: ArrayLike, tolerance: float, negligible: float
 ) -> None:
-    error = np.linalg.norm(np.asarray(found, np.float64) - expected)
+    error = np.linalg.norm(np.asarray(found, np.float64) - np.asarray(expected, np.float64))
     if not error <= tolerance * np.linalg.norm(expected) + negligible:
         raise ExportError(
             f"{what}, which the exported graph has off by {error:.2e} of "
@@ -99,8 +100,8 @@ def torch_gradients(
         for name, value in module.named_parameters()
     }
     buffers = {name: value.detach().clone() for name, value in module.named_buffers()}
-    args, kwargs = pytree.tree_map(_copied, (args, dict(kwargs)))
-    output = torch.func.functional_call(module, {**parameters, **buffers}, args, kwargs)
+    given, keywords = pytree.tree_map(_copied, (args, dict(kwargs)))
+    output = torch.func.functional_call(module, {**parameters, **buffers}, given, keywords)
     value = loss(output)
     value.backward()
     gradients = {n: p.grad.cpu().numpy() for n, p in parameters.items() if p.grad is not None}

@@ -69,8 +69,8 @@ def verify_tract(
     for gradient in graph_gradients(training, layers, feeds, parameters):
         if not gradient.error <= OPERATOR_TOLERANCE:
             raise ExportError(
-                f"TrAct's weight gradient of {gradient.name}, off by {gradient.error:.1e} (relative) "
-                "on the example batch",
+                f"TrAct's weight gradient of {gradient.name}, off by {gradient.error:.1e} "
+                "(relative) on the example batch",
                 f"float32 holds to {OPERATOR_TOLERANCE:.0e} on standardised images",
                 "Standardise the input (images in [0, 255] or all of one sign lose float32's "
                 "digits in the Gram matrix), or raise λ; verify=False exports all the same",
@@ -104,8 +104,11 @@ def graph_gradients(
         call = calls[record.node]
         assert call is not None
         result = result_of(training, record.node)
-        plain = f"{PREFIX}{record.node}/plain_gradient"
-        names += [str(call.input.name), plain, str(result.name)]
+        names += [
+            str(call.input.name),
+            f"{PREFIX}{record.node}/plain_gradient",
+            str(result.name),
+        ]
     values = run_training_graph(training, feeds, parameters, names)
     gradients = []
     for record in present:

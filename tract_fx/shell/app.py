@@ -22,6 +22,7 @@ app = typer.Typer(
     name="tract-fx",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     epilog=EXIT_CODES,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -43,14 +44,15 @@ def tract_fx(
         ),
     ] = False,
 ) -> None:
-    r"""TrAct as a compiler pass: train the pre-activations of a vision model's first layer.
+    """TrAct as a compiler pass: train the pre-activations of a vision model's first layer.
 
     \b
     Example:
       tract-fx export classifier.onnx artifacts
       tract-fx train artifacts --data train.npz --epochs 5 --save trained
-    """
+    """  # noqa: D301 (click keeps the lines of a paragraph that begins with \b)
 
 
-for command in (export, rewrite, train):
-    app.command(epilog=EXIT_CODES)(command)
+app.command(epilog=EXIT_CODES, short_help="A model to artifacts to train from.")(export)
+app.command(epilog=EXIT_CODES, short_help="TrAct into a training graph, or out of it.")(rewrite)
+app.command(epilog=EXIT_CODES, short_help="Train from artifacts and data.")(train)

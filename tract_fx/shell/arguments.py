@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
+
+from tract_fx.errors import ArtifactsExistError
 
 __all__ = [
     "InputShapes",
@@ -15,6 +19,7 @@ __all__ = [
     "Layers",
     "example_inputs",
     "layer_choice",
+    "refuse_existing",
 ]
 
 Lambda = Annotated[
@@ -106,3 +111,21 @@ def _example(text: str, generator: torch.Generator) -> tuple[str, Tensor]:
     if dtype.is_floating_point:
         return name, torch.randn(shape, generator=generator).to(dtype)
     return name, torch.zeros(shape, dtype=dtype)
+
+
+def refuse_existing(place: Path, overwrite: bool) -> None:
+    """Say before the work, not behind it, that there is no place for its result.
+
+    Args:
+        place: Where the result goes.
+        overwrite: Whether what is there may be replaced.
+
+    Raises:
+        ArtifactsExistError: Something is there that may not.
+    """
+    if os.path.lexists(place) and not overwrite:
+        raise ArtifactsExistError(
+            str(place),
+            "it exists, and is not overwritten without being asked",
+            "Choose another place, or give --overwrite",
+        )

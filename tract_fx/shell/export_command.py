@@ -17,8 +17,9 @@ from tract_fx.shell.arguments import (
     Layers,
     example_inputs,
     layer_choice,
+    refuse_existing,
 )
-from tract_fx.shell.reporting import Debug, Overwrite, output, reporting, status, usage_error
+from tract_fx.shell.reporting import Debug, Overwrite, output, reporting, status, wrong_usage
 from tract_fx.shell.tables import export_table
 from tract_fx.shell.targets import Target, find_layers, put_tract, read_target
 
@@ -93,7 +94,7 @@ def export(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    r"""Export a model to artifacts that ONNX Runtime Training trains, with TrAct in the graph.
+    """Export a model to artifacts that ONNX Runtime Training trains, with TrAct in the graph.
 
     A factory's model is traced by torch.fx; where that fails, TrAct goes on the model itself. One
     that has TrAct already keeps its λ unless --lambda or --layer is given.
@@ -102,7 +103,7 @@ def export(
     Examples:
       tract-fx export classifier.onnx artifacts --lr 3e-4
       tract-fx export nets.resnet:resnet18 artifacts --input-shape 8,3,224,224 --optimizer sgd
-    """
+    """  # noqa: D301 (click keeps the lines of a paragraph that begins with \b)
     config = _optimizer(
         optimizer,
         {
@@ -115,9 +116,10 @@ def export(
         },
     )
     if plain and (layer or lambda_ is not None):
-        raise usage_error("--plain leaves TrAct out: without --lambda and --layer")
+        wrong_usage("--plain leaves TrAct out: without --lambda and --layer")
     chosen = layer_choice(layer, lambda_)
     inputs = example_inputs(input_shape, seed)
+    refuse_existing(directory, overwrite)
     options: dict[str, Any] = {
         "loss": None if loss == "none" else loss,
         "optimizer": config,
@@ -151,7 +153,7 @@ def _optimizer(name: str, settings: dict[str, Any]) -> OptimizerConfig:
         return SGD(**given)
     wrong = [f"--{key}" for key in ("momentum", "nesterov") if key in given]
     if wrong:
-        raise usage_error(f"{', '.join(wrong)}: with --optimizer sgd only")
+        wrong_usage(f"{', '.join(wrong)}: with --optimizer sgd only")
     return AdamW(**given)
 
 

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, TextIO, TypeVar
+from typing import Annotated, Any, NoReturn, TextIO, TypeVar
 
 import typer
 from rich.console import Console
@@ -22,7 +22,7 @@ __all__ = [
     "output",
     "reporting",
     "status",
-    "usage_error",
+    "wrong_usage",
 ]
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -51,16 +51,16 @@ def messages() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def usage_error(message: str) -> typer.BadParameter:
-    """Make the error for arguments that don't go together; the exit code is 2.
+def wrong_usage(message: str) -> NoReturn:
+    """End with exit code 2: arguments don't go together.
 
     Args:
         message: What is wrong.
 
-    Returns:
-        The exception to raise.
+    Raises:
+        BadParameter: Always.
     """
-    return typer.BadParameter(message)
+    raise typer.BadParameter(message)
 
 
 def reporting(command: Command) -> Command:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tract_fx.errors import ArtifactsExistError, ArtifactsWriteError, UnsupportedModelError
-from tract_fx.shell.arguments import Lambda, Layers, layer_choice
-from tract_fx.shell.reporting import Debug, Overwrite, output, reporting, status, usage_error
-from tract_fx.shell.tables import layer_lines
+from tract_fx.shell.arguments import Lambda, Layers, layer_choice, refuse_existing
+from tract_fx.shell.reporting import Debug, Overwrite, output, reporting, status, wrong_usage
 
 if TYPE_CHECKING:
     import onnx
@@ -41,7 +40,7 @@ def rewrite(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    r"""Put TrAct into somebody's own training_model.onnx, or take it out.
+    """Put TrAct into somebody's own training_model.onnx, or take it out.
 
     Checkpoint, optimizer and evaluation graph stay as they are. Rewritten again, λ is replaced.
 
@@ -49,24 +48,24 @@ def rewrite(
     Examples:
       tract-fx rewrite training_model.onnx -o tract/training_model.onnx --lambda 0.1
       tract-fx rewrite training_model.onnx --in-place --remove
-    """
+    """  # noqa: D301 (click keeps the lines of a paragraph that begins with \b)
     if (out is None) != in_place:
-        raise usage_error("say where to write: either --out FILE or --in-place")
+        wrong_usage("say where to write: either --out FILE or --in-place")
     if remove and (layer or lambda_ is not None):
-        raise usage_error("--remove takes TrAct out of all layers: without --lambda and --layer")
+        wrong_usage("--remove takes TrAct out of all layers: without --lambda and --layer")
     chosen = layer_choice(layer, lambda_)
-    from tract_fx.passes import find_onnx_input_layers, remove_tract_onnx, tract_onnx_pass
+    from tract_fx.passes import remove_tract_onnx, tract_onnx_pass
 
     place = training_model if out is None else out
     _check_place(place, overwrite=overwrite or in_place)
     with status(f"Rewriting {training_model}"):
-        before = layer_lines(find_onnx_input_layers(training_model))
+        before = _treated(training_model)
         if remove:
             result = remove_tract_onnx(training_model)
         else:
             value = 0.1 if lambda_ is None else lambda_
             result = tract_onnx_pass(training_model, lambda_=value, layers=chosen)
-        after = layer_lines(find_onnx_input_layers(result))
+        after = _treated(result)
         _write(result, training_model, place, overwrite=overwrite or in_place)
     console = output()
     for line in before:
@@ -80,14 +79,25 @@ def rewrite(
     console.print(f"Written: {place}", markup=False, soft_wrap=True)
 
 
+def _treated(model: Path | onnx.ModelProto) -> list[str]:
+    """Name the calls of a training graph that have TrAct, one in a line."""
+    from tract_fx.passes.onnx_graph.find import locate
+    from tract_fx.passes.onnx_graph.models import as_ir_model
+    from tract_fx.passes.onnx_graph.parameters import training_parameters
+    from tract_fx.passes.onnx_graph.rewrite import present_lambdas
+
+    graph = as_ir_model(model)
+    given = training_parameters(graph)
+    located = locate(graph, given.trainable, given.frozen, present_lambdas(graph))
+    records = [record for record, _ in located.eligible if record.lambda_ is not None]
+    return [f"{record}, λ = {record.lambda_:g}" for record in records]
+
+
 def _check_place(place: Path, *, overwrite: bool) -> None:
     """Refuse to write over a file, or into artifacts whose checksums it would break."""
-    if os.path.lexists(place) and (not overwrite or place.is_dir()):
-        raise ArtifactsExistError(
-            str(place),
-            "it exists, and is not overwritten without being asked",
-            "Choose another file, or give --overwrite",
-        )
+    refuse_existing(place, overwrite)
+    if place.is_dir():
+        raise ArtifactsExistError(str(place), "it is a directory", "Choose a file")
     if (place.parent / "manifest.json").exists() and place.suffix == ".onnx":
         raise ArtifactsExistError(
             str(place),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tract_fx.export import TrainingArtifacts
     from tract_fx.export.manifest import Manifest, TensorSpec
 
-__all__ = ["export_table", "layer_lines"]
+__all__ = ["export_table"]
 
 
 def export_table(artifacts: TrainingArtifacts, findings: Findings | None) -> Table:
@@ -48,18 +48,6 @@ def export_table(artifacts: TrainingArtifacts, findings: Findings | None) -> Tab
     files = [f"{f.name} ({_size(f.stat().st_size)})" for f in sorted(artifacts.directory.iterdir())]
     table.add_row("files", escape(", ".join(files)))
     return table
-
-
-def layer_lines(findings: Findings) -> list[str]:
-    """Name the calls of a graph that have TrAct.
-
-    Args:
-        findings: What locating found.
-
-    Returns:
-        A line for each.
-    """
-    return [f"{r}, λ = {r.lambda_:g}" for r in findings.layers if r.lambda_ is not None]
 
 
 def _taken(manifest: Manifest) -> list[str]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tract_fx.errors import ArtifactsExistError
+from tract_fx.errors import UnsupportedTrainingError
+from tract_fx.shell.arguments import refuse_existing
 from tract_fx.shell.reporting import Debug, Overwrite, messages, output, reporting, status
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def train(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    r"""Train from a directory of artifacts, print the loss of each epoch, and save.
+    """Train from a directory of artifacts, print the loss of each epoch, and save.
 
     The rows are shuffled in each epoch, the last batch is as short as it comes. What is saved can
     be trained further. For schedules, augmentation or data of another kind, write the loop yourself
@@ -56,11 +56,11 @@ def train(
     \b
     Example:
       tract-fx train artifacts --data train.npz --eval-data test.npz --epochs 5 --save trained
-    """
+    """  # noqa: D301 (click keeps the lines of a paragraph that begins with \b)
     from tract_fx import load_trainer
     from tract_fx.shell.batches import read_arrays
 
-    _refuse_existing(save, overwrite)
+    refuse_existing(save, overwrite)
     with status(f"Reading {directory}"):
         trainer = load_trainer(directory, device=device)
         specs = (*trainer.manifest.inputs, *trainer.manifest.targets)
@@ -69,10 +69,11 @@ def train(
     if lr is not None:
         trainer.learning_rate = lr
     console = output()
+    left = _steps(trainer, arrays, batch_size, epochs)
     for epoch in range(1, epochs + 1):
-        loss = _train_epoch(
-            trainer, arrays, batch_size, seed, epochs - epoch, f"epoch {epoch}/{epochs}"
-        )
+        title = f"epoch {epoch}/{epochs}"
+        loss, steps = _train_epoch(trainer, arrays, batch_size, seed, left, title)
+        left -= steps
         line = f"epoch {epoch}: loss {loss:.6g}"
         if held_out is not None:
             line += _evaluation(trainer, held_out, batch_size)
@@ -81,47 +82,53 @@ def train(
     console.print(f"Saved: {save} ({trainer.updates} updates)", markup=False, soft_wrap=True)
 
 
-def _refuse_existing(save: Path, overwrite: bool) -> None:
-    """Say before the training, not behind it, that there is no place for its result."""
-    if os.path.lexists(save) and not overwrite:
-        raise ArtifactsExistError(
-            str(save),
-            "it exists, and is not overwritten without being asked",
-            "Choose another directory, or give --overwrite",
+def _steps(trainer: OrtTrainer, arrays: Arrays, batch_size: int, epochs: int) -> int:
+    """Count the batches to train on.
+
+    Where the optimizer accumulates, the last ones that don't fill an update of their own are left
+    out: gathered gradients can't be saved.
+
+    Returns:
+        Their number, in all epochs together.
+
+    Raises:
+        UnsupportedTrainingError: They don't fill one update.
+    """
+    every = trainer.manifest.optimizer.accumulate
+    given = epochs * math.ceil(len(next(iter(arrays.values()))) / batch_size)
+    if given < every:
+        raise UnsupportedTrainingError(
+            f"{given} batches in {epochs} epochs",
+            f"an update takes {every} micro-batches",
+            "Give smaller batches or more epochs",
         )
+    return given - given % every
 
 
 def _train_epoch(
-    trainer: OrtTrainer,
-    arrays: Arrays,
-    batch_size: int,
-    seed: int,
-    epochs_left: int,
-    title: str,
-) -> float:
-    """Train on all rows once; give the mean loss over the rows.
+    trainer: OrtTrainer, arrays: Arrays, batch_size: int, seed: int, limit: int, title: str
+) -> tuple[float, int]:
+    """Train on all rows once, or on what a number of batches reaches.
 
-    Of the last epoch's batches, those that don't fill an update of their own are left out where the
-    optimizer accumulates: gathered gradients can't be saved.
+    Returns:
+        The mean loss over the rows, and the number of batches.
     """
     import numpy as np
 
     from tract_fx.shell.batches import batches_of
 
-    count = math.ceil(len(next(iter(arrays.values()))) / batch_size)
-    every = trainer.manifest.optimizer.accumulate
-    steps = count if epochs_left else count - (trainer.batches + count) % every
+    steps = min(math.ceil(len(next(iter(arrays.values()))) / batch_size), limit)
     # Of where the run is: going on after a save is what going on without one would be.
     generator = np.random.default_rng([seed, trainer.batches])
     total, rows = 0.0, 0
     with _progress() as progress:
-        task = progress.add_task(title, total=max(steps, 0))
+        task = progress.add_task(title, total=steps)
         for _, batch in zip(range(steps), batches_of(arrays, batch_size, generator), strict=False):
             size = len(next(iter(batch.values())))
             total += trainer.train_step(**batch) * size
             rows += size
             progress.advance(task)
-    return total / rows if rows else math.nan
+    return (total / rows if rows else math.nan), steps
 
 
 def _progress() -> Progress:

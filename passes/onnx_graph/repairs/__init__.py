@@ -40,6 +40,7 @@ from tract_fx.passes.onnx_graph.repairs.reductions import (
     variadic_as_binary,
 )
 from tract_fx.passes.onnx_graph.repairs.resizing import resizes_as_products
+from tract_fx.passes.onnx_graph.repairs.reversals import reversals_as_gathers
 from tract_fx.passes.onnx_graph.repairs.running_variance import unbiased_running_variance
 from tract_fx.passes.onnx_graph.repairs.selections import full_size_selections
 from tract_fx.passes.onnx_graph.repairs.sequence import prepare_for_gradients
@@ -84,6 +85,7 @@ __all__ = [
     "reductions_as_primitives",
     "require_gradients",
     "resizes_as_products",
+    "reversals_as_gathers",
     "separate_operands",
     "sequences_as_splits",
     "steps_without_gradient",

@@ -40,7 +40,7 @@ def frozen_batch_norm(model: ir.Model, names: Collection[str] | None = None) -> 
     for node in list(model.graph):
         if not is_standard(node, "BatchNormalization"):
             continue
-        if names is None and node.attributes.get_int("training_mode", 0):
+        if names is None and node.attributes.get_int("training_mode", 0) != 0:
             continue
         if names is not None and node.name not in names:
             continue
@@ -78,7 +78,7 @@ def train_batch_norm(model: ir.Model, names: Collection[str] | None = None) -> i
         if names is not None and node.name not in names:
             continue
         complete = len(node.outputs) == 3 and all(output.name for output in node.outputs)
-        if node.attributes.get_int("training_mode", 0) and complete:
+        if node.attributes.get_int("training_mode", 0) != 0 and complete:
             continue
         node.attributes.add(ir.AttrInt64("training_mode", 1))
         node.resize_outputs(3)

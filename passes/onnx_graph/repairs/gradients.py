@@ -162,7 +162,7 @@ def _problem(node: ir.Node) -> str | None:
         for name in ("alpha", "beta"):
             if node.attributes.get_float(name, 1.0) == 0 and len(node.inputs) > 2:
                 return f"has {name} = 0, which ONNX Runtime Training 1.19.2 can't differentiate"
-    if node.op_type == "MaxPool" and node.attributes.get_int("storage_order", 0):
+    if node.op_type == "MaxPool" and node.attributes.get_int("storage_order", 0) != 0:
         return "has column-major indices, which MaxPoolGrad of ONNX Runtime 1.19.2 does not read"
     exponent = constant_array(node.inputs[1]) if node.op_type == "Pow" else None
     if exponent is not None and bool((exponent == 0).any()):
@@ -180,6 +180,6 @@ def _refusal(node: ir.Node, reason: str) -> ExportError:
         f"{node.op_type} {node.name or node.outputs[0].name!r}, between a trained parameter and "
         f"the output, {reason}",
         "its gradient, and those of all parameters before it, would be missing or wrong",
-        "Write the layer with other operations, freeze the parameters before it, or export for "
-        'target="onnxruntime"',
+        "Write the layer with other operations, freeze the parameters before it, or train the "
+        "model in PyTorch",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.calls import is_standard
@@ -69,7 +71,7 @@ def norms_of_everything(model: ir.Model) -> int:
         if not is_standard(node, "ReduceL2", "ReduceLogSumExp"):
             continue
         x = node.inputs[0]
-        if x is None or node.attributes.get_int("keepdims", 1):
+        if x is None or node.attributes.get_int("keepdims", 1) != 0:
             continue
         rank, axes = known_rank(x, node), _constant_axes(node)
         if axes is not None and len(axes) < rank:
@@ -181,7 +183,7 @@ def _reduce_sum(new: Replacement, terms: ir.Value) -> ir.Value:
     axes = node.inputs[1] if len(node.inputs) > 1 else None
     if axes is None and (numbers := node.attributes.get_ints("axes")) is not None:
         axes = new.int64(numbers)
-    options = {
+    options: dict[str, Any] = {
         "keepdims": node.attributes.get_int("keepdims", 1),
         "noop_with_empty_axes": node.attributes.get_int("noop_with_empty_axes", 0),
     }

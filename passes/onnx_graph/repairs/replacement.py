@@ -80,7 +80,7 @@ class Additions:
         Returns:
             Its output.
         """
-        tensor = ir.tensor(array, name="value")
+        tensor = ir.tensor(array, name=f"{self._prefix}/Constant_{len(self.nodes)}")
         result = self.op("Constant", value=tensor)
         result.dtype, result.shape = tensor.dtype, ir.Shape(array.shape)
         return result

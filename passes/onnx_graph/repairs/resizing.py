@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
@@ -120,7 +122,7 @@ COORDINATES = {
     "pytorch_half_pixel": _pytorch_half_pixel,
     "align_corners": _align_corners,
 }
-ROUNDING = {
+ROUNDING: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "floor": np.floor,
     "ceil": np.ceil,
     "round_prefer_floor": lambda x: np.ceil(x - np.float32(0.5)),

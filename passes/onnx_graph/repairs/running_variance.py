@@ -28,7 +28,7 @@ def unbiased_running_variance(
     / M per step, is small beside v + ε, which is how the running variance is used.
 
     The addition is an InPlaceAccumulatorV2 whose result is an output of the graph, for else it
-    would be removed. With M = 1, where PyTorch raises, the running variance becomes NaN.
+    would be removed. With M = 1, where PyTorch raises, the running variance stops being finite.
 
     Models of other frameworks that follow ONNX's definition don't want this pass.
 

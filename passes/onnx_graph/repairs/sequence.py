@@ -31,6 +31,7 @@ from tract_fx.passes.onnx_graph.repairs.reductions import (
     variadic_as_binary,
 )
 from tract_fx.passes.onnx_graph.repairs.resizing import resizes_as_products
+from tract_fx.passes.onnx_graph.repairs.reversals import reversals_as_gathers
 from tract_fx.passes.onnx_graph.repairs.selections import full_size_selections
 from tract_fx.passes.onnx_graph.repairs.sequences import partly_used_splits, sequences_as_splits
 from tract_fx.passes.onnx_graph.repairs.shapes import inferred_shapes
@@ -65,11 +66,13 @@ BEFORE: tuple[Callable[[ir.Model], int], ...] = (
     normalizations_as_primitives,
     frozen_batch_norm,
     layer_norm_biases,
+    inferred_shapes,  # of what the passes before have written: the next ones need sizes
     average_pools_as_convolutions,
     max_pools_as_gathers,
     resizes_as_products,
     transposed_convolutions_as_convolutions,
     paddings_as_gathers,
+    reversals_as_gathers,
     full_size_selections,
     separate_operands,
     optional_outputs,
@@ -96,7 +99,8 @@ def prepare_for_gradients(
     Raises:
         ExportError: If a repair, or a gradient, is not possible.
     """  # noqa: DOC502 - raised by the passes
-    done = [repair.__name__ for repair in BEFORE if repair(model)]
+    names = [repair.__name__ for repair in BEFORE if repair(model)]
+    done = list(dict.fromkeys(names))
     inferred_shapes(model)  # of what the repairs have written
     if partly_used_splits(model, outputs):
         done.append(partly_used_splits.__name__)
