@@ -274,6 +274,7 @@ def linear(
 
 
 ROWS_COLUMNS = {"above": (24, 5), "below": (8, 20), "equal": (8, 8), "one-row": (1, 6)}
+ROWS_COLUMNS["one-column"] = (12, 1)
 
 
 @pytest.mark.parametrize("batch", ["static", "dynamic"])
@@ -381,6 +382,29 @@ def test_lambda(lambda_: float, batch: int) -> None:
     training = trained(case)
     graph = tract_onnx_pass(training.graph, lambda_=lambda_)
     assert_right(training, graph, case)
+
+
+def opened(case: Case, x: str, t: str) -> Case:
+    """The same model with other sizes left open."""
+    for value, shape in zip(case.model.graph.input, (x, t), strict=True):
+        value.CopyFrom(onnx.parser.parse_graph(f"g ({shape}) => (float y) {{}}").input[0])
+    return case
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(2, 4, 2, stride=2)])
+@pytest.mark.parametrize("shape", [(1, 2, 4, 4), (3, 2, 9, 8)], ids=str)
+def test_open_image_size(layer: ConvNd, shape: tuple[int, ...]) -> None:
+    case = opened(convolution(layer, numbers(shape)), "float[N,2,H,W] x", "float[N,4,P,Q] t")
+    training = trained(case)
+    assert_right(training, tract_onnx_pass(training.graph), case)
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_open_number_of_tokens(rows: int) -> None:
+    (way,) = [way for way in LINEAR if way.name == "matmul-add-of-tokens"]
+    case = opened(linear(way, rows, 6), "float[N,T,6] x", "float[N,T,3] t")
+    training = trained(case)
+    assert_right(training, tract_onnx_pass(training.graph), case)
 
 
 PHOTOGRAPHED = {

@@ -118,6 +118,19 @@ def transposed_and_scaled(p: Mapping[str, Tensor], x: Tensor, t: Tensor) -> Tens
     return ((x @ tract(weight, x).T).tanh() * t).sum()
 
 
+def of_parts(weight: Callable[[Mapping[str, Tensor]], Tensor]) -> Callable[..., Tensor]:
+    """The loss of a linear layer whose weight, (n, out), is computed from the parameters."""
+
+    def loss(p: Mapping[str, Tensor], x: Tensor, t: Tensor) -> Tensor:
+        return ((x @ tract(weight(p).T, x).T).tanh() * t).sum()
+
+    return loss
+
+
+def in_a_row(p: Mapping[str, Tensor], x: Tensor, t: Tensor) -> Tensor:
+    return ((x @ tract(p["w"].T, x).T @ p["w"]).tanh() * t).sum()
+
+
 def one_of_two(p: Mapping[str, Tensor], x: Tensor, x2: Tensor, t: Tensor) -> Tensor:
     first, second = x @ tract(p["w"].T, x).T, x2 @ p["w"]
     return ((first.tanh() - second.tanh()) * t).sum()
@@ -258,6 +271,41 @@ MODELS = {
         {"w": (6, 3), "v": (6, 3)},
         both_layers,
         layers={"w": 0.1, "v": 0.1},
+    ),
+    "in-a-row": Model(
+        "a = Gemm(x, w) y = Gemm(a, w) h = Tanh(y) " + LOSS.format("h"),
+        {"w": (6, 6)},
+        in_a_row,
+        {"x": (6,), "t": (6,)},
+    ),
+    "reshaped": Model(
+        "v = Reshape(w, s) y = MatMul(x, v) h = Tanh(y) " + LOSS.format("h"),
+        {"w": (18,)},
+        of_parts(lambda p: p["w"].reshape(6, 3)),
+        constants={"s": np.array([6, 3])},
+    ),
+    "sliced": Model(
+        "v = Slice(w, i, j) y = Gemm(x, v) h = Tanh(y) " + LOSS.format("h"),
+        {"w": (9, 3)},
+        of_parts(lambda p: p["w"][2:8]),
+        constants={"i": np.array([2]), "j": np.array([8])},
+    ),
+    "expanded": Model(
+        "v = Expand(w, s) y = Gemm(x, v) h = Tanh(y) " + LOSS.format("h"),
+        {"w": (6, 1)},
+        of_parts(lambda p: p["w"].expand(6, 3)),
+        constants={"s": np.array([6, 3])},
+    ),
+    "gathered": Model(
+        "v = Gather<axis=0>(w, i) y = Gemm(x, v) h = Tanh(y) " + LOSS.format("h"),
+        {"w": (4, 3)},
+        of_parts(lambda p: p["w"][[0, 1, 2, 3, 2, 1]]),
+        constants={"i": np.array([0, 1, 2, 3, 2, 1])},
+    ),
+    "concatenated": Model(
+        "v = Concat<axis=0>(w, u) y = Gemm(x, v) h = Tanh(y) " + LOSS.format("h"),
+        {"w": (4, 3), "u": (2, 3)},
+        of_parts(lambda p: torch.cat([p["w"], p["u"]])),
     ),
     "names-with-signs": Model(
         'y = MatMul(x, "a.b[0]+/(w)") h = Tanh(y) ' + LOSS.format("h"),

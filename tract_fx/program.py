@@ -60,9 +60,7 @@ def capture(
         The program.
     """
     with torch.random.fork_rng(devices=[]), _attributes_restored(model):
-        return torch.export.export(
-            model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
-        )
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
 
 @contextmanager

@@ -146,6 +146,7 @@ def export_training(
         example_targets=_targets(example_targets),
         trained=source.parameters,
     )
+    source = source.without_gradient(chosen.name)
     with write_directory(directory, overwrite=overwrite) as new:
         graphs = write_graphs(source, chosen, new.path)
         optimizer_graph = build_optimizer(config, len(source.graphs.trainable))

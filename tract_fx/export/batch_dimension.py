@@ -78,12 +78,12 @@ def open_batch(
     assert size is not None
     opened = model.clone()
     names = [str(value.name) for value in inputs]
-    for value in opened.graph.inputs:
-        if value.name in names:
-            _set_first(value, BATCH)
     for node in list(opened.graph):
         if is_standard(node, "Reshape"):
             _open_reshape(opened.graph, node, size)
+    for value in opened.graph.inputs:
+        if value.name in names:
+            _set_first(value, BATCH)
     _infer_again(opened, lambda _: True, size)
     outputs = [str(value.name) for value in model.graph.outputs]
     batches = {name: _two_batches(feeds[name], size) for name in names}
@@ -136,16 +136,17 @@ def _open_reshape(graph: ir.Graph, node: ir.Node, size: int) -> None:
     x, target = node.inputs[:2]
     tensor = None if target is None else ir.convenience.get_const_tensor(target)
     first = None if x is None or x.shape is None or not len(x.shape) else x.shape[0]
-    if tensor is None or node.attributes.get_int("allowzero") or first != size:
+    if tensor is None or first != size:
         return
     sizes = tensor.numpy()
-    if sizes.ndim != 1 or not len(sizes) or sizes[0] != size:
+    if sizes.ndim != 1 or not len(sizes) or sizes[0] != size or 0 in sizes:
         return
+    node.attributes.pop("allowzero", None)  # without zeros so far, it has no meaning
     name = f"{node.name}_open_shape"
     constant = ir.tensor(np.array([0, *sizes[1:]], np.int64), name=name)
     value = ir.Value(
         name=name,
-        shape=ir.Shape(constant.shape),
+        shape=ir.Shape(sizes.shape),
         type=ir.TensorType(ir.DataType.INT64),
         const_value=constant,
     )

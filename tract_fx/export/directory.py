@@ -20,6 +20,7 @@ from tract_fx.export.manifest import MANIFEST_FILE, FileRecord, Manifest
 
 __all__ = [
     "CHECKPOINT",
+    "CONSTANTS",
     "EVAL_MODEL",
     "OPTIMIZER_MODEL",
     "TRAINING_MODEL",
@@ -32,6 +33,9 @@ TRAINING_MODEL = "training_model.onnx"
 EVAL_MODEL = "eval_model.onnx"
 OPTIMIZER_MODEL = "optimizer_model.onnx"
 CHECKPOINT = "checkpoint"
+CONSTANTS = "constants.pt"
+"""Tensors of the state_dict that training leaves alone: constant buffers, unused parameters. Absent
+where there are none."""
 
 _BLOCK = 1 << 20
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tract_fx.export.records import ForwardGraphs
 from tract_fx.export.torch_model import TorchForward, export_forward
 from tract_fx.passes import remove_tract
 from tract_fx.passes.choose import LayerChoice
+from tract_fx.passes.onnx_graph.repairs import unreached_parameters
 from tract_fx.program import arguments
 
 __all__ = ["Source", "onnx_source", "torch_source"]
@@ -40,6 +41,7 @@ class Source:
         output: Name of the value that the loss reads, None where the outputs decide.
         counters: Values of the graphs' counters.
         parameters: A PyTorch model's parameters.
+        state: A PyTorch model's state_dict.
         torch_forward: The PyTorch model's program, None for an ONNX model.
     """
 
@@ -48,7 +50,30 @@ class Source:
     output: str | None
     counters: Mapping[str, int]
     parameters: Sequence[Tensor] = ()
+    state: Mapping[str, Tensor] = field(default_factory=dict)
     torch_forward: TorchForward | None = None
+
+    def without_gradient(self, loss: str) -> Source:
+        """Take the parameters that the loss does not depend on out of those that are trained.
+
+        PyTorch leaves their gradients None, and its optimizers leave such parameters alone.
+
+        Args:
+            loss: Name of the loss among the graphs' outputs.
+
+        Returns:
+            The model with these parameters as constants.
+        """
+        forward = self.graphs
+        idle = unreached_parameters(forward.train, forward.trainable, [loss])
+        if not idle:
+            return self
+        graphs = replace(
+            forward,
+            trainable=tuple(name for name in forward.trainable if name not in idle),
+            constants=(*forward.constants, *idle),
+        )
+        return replace(self, graphs=graphs)
 
 
 def torch_source(
@@ -79,7 +104,15 @@ def torch_source(
     state = module.state_dict()
     counters = {name: int(state[name]) for name in forward.graphs.counters}
     parameters = tuple(module.parameters())
-    return Source(forward.graphs, forward.feeds, output, counters, parameters, forward)
+    return Source(
+        forward.graphs,
+        forward.feeds,
+        output,
+        counters,
+        parameters=parameters,
+        state=state,
+        torch_forward=forward,
+    )
 
 
 def onnx_source(

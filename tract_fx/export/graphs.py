@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
-from tract_fx.export.class_ranges import class_ranges
-from tract_fx.export.directory import CHECKPOINT, EVAL_MODEL, TRAINING_MODEL
+from tract_fx.export.directory import CHECKPOINT, CONSTANTS, EVAL_MODEL, TRAINING_MODEL
 from tract_fx.export.forward import Source
 from tract_fx.export.loss_choice import ChosenLoss
 from tract_fx.export.manifest import Manifest, ParameterSpec, TensorSpec, TractLayer
@@ -97,6 +97,13 @@ def write_graphs(source: Source, chosen: ChosenLoss, directory: Path) -> Graphs:
         predictions=chosen.predictions,
         parameters=initial,
     )
+    kept = {
+        name: source.state[name].detach().cpu().clone()
+        for name in (*forward.constants, *forward.unused)
+        if name in source.state
+    }
+    if kept:
+        torch.save(kept, directory / CONSTANTS)
     ir.save(training, directory / TRAINING_MODEL)
     ir.save(evaluation, directory / EVAL_MODEL)
     return Graphs(training, evaluation, initial, idle)
@@ -125,7 +132,7 @@ def describe(
     """
     forward = source.graphs
     values = {str(v.name): v for v in forward.train.graph.inputs}
-    classes = {**class_ranges(forward.train), **chosen.classes}
+    classes = chosen.classes
     return Manifest(
         target="ort-training",
         versions=versions(),

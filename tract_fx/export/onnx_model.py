@@ -23,9 +23,9 @@ from tract_fx.passes.onnx_graph.repairs import (
     strip_exporter_metadata,
     supported_versions,
     train_batch_norm,
+    train_dropout,
 )
 from tract_fx.passes.onnx_graph.repairs.auto_pad import explicit_pads
-from tract_fx.passes.onnx_graph.repairs.dropout import train_dropout
 
 __all__ = ["read_forward", "read_model"]
 

@@ -15,11 +15,14 @@ from tract_fx.errors import ExportError
 from tract_fx.export.quiet import quiet
 from tract_fx.passes.onnx_graph.markers import LAMBDA, MARKER, MARKER_DOMAIN
 from tract_fx.passes.onnx_graph.repairs import (
+    extrema_as_primitives,
+    inferred_shapes,
+    named_nodes,
     strip_exporter_metadata,
     train_batch_norm,
+    train_dropout,
     training_batch_norms,
 )
-from tract_fx.passes.onnx_graph.repairs.dropout import train_dropout
 from tract_fx.preconditioner import PRECONDITION_GRAD_OPERATOR
 
 __all__ = ["OPSET", "to_onnx", "translate"]
@@ -47,6 +50,9 @@ def to_onnx(program: ExportedProgram) -> ir.Model:
     model = translate(program, {PRECONDITION_GRAD_OPERATOR: _translate_marker})
     train_batch_norm(model, training_batch_norms(model))
     train_dropout(model)  # one that is off is not exported
+    named_nodes(model)
+    inferred_shapes(model)
+    extrema_as_primitives(model)  # the metadata tells max(dim) from amax, whose ties differ
     strip_exporter_metadata(model)
     return model
 

@@ -18,7 +18,13 @@ from tract_fx.errors import (
     TrainerStateError,
     UnsupportedTrainingError,
 )
-from tract_fx.export.directory import CHECKPOINT, EVAL_MODEL, TRAINING_MODEL, write_directory
+from tract_fx.export.directory import (
+    CHECKPOINT,
+    CONSTANTS,
+    EVAL_MODEL,
+    TRAINING_MODEL,
+    write_directory,
+)
 from tract_fx.export.manifest import Manifest, TensorSpec
 from tract_fx.ort_training import message_of
 from tract_fx.trainers.batches import Array, BatchValue, check_batch
@@ -26,7 +32,7 @@ from tract_fx.trainers.class_indices import class_ranges, with_range
 from tract_fx.trainers.randomness import SHARED_GENERATOR, operators, seed_of, seeded
 from tract_fx.trainers.run_state import GRAPHS, RunState, open_run, read_checked
 from tract_fx.trainers.sessions import GradientSession, Predictor
-from tract_fx.trainers.state_dict import read_state, write_state
+from tract_fx.trainers.state_dict import read_kept, read_state, without_kept, write_state
 
 __all__ = ["OrtTrainer"]
 
@@ -40,7 +46,7 @@ class OrtTrainer:
     Args:
         run: The run.
         manifest: The manifest that the run was started from.
-        graphs: The serialised graphs by file name.
+        graphs: By file name the serialised graphs, and the tensors that training leaves alone.
         device: Kind and index of the device.
     """
 
@@ -52,6 +58,7 @@ class OrtTrainer:
         device: tuple[str, int],
     ) -> None:
         self._graphs = dict(graphs)
+        self._kept = read_kept(graphs.get(CONSTANTS))
         self._device = device
         self._ranges = class_ranges(graphs[EVAL_MODEL])
         self._draws = bool(operators(graphs[TRAINING_MODEL]) & SHARED_GENERATOR)
@@ -257,7 +264,7 @@ class OrtTrainer:
         Returns:
             CPU tensors by state_dict key, running statistics and `num_batches_tracked` included.
         """
-        return read_state(self._run, self._manifest, self._counters)
+        return read_state(self._run, self._manifest, self._counters) | self._kept
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the trained tensors. The optimizer's state and the counts stay.
@@ -270,7 +277,8 @@ class OrtTrainer:
             TrainerStateError: If an update is unfinished.
         """  # noqa: DOC502 (raised by what it calls)
         self._require_finished("load_state_dict")
-        self._counters = write_state(self._run, self._manifest, state)
+        trained = without_kept(self._kept, state)
+        self._counters = write_state(self._run, self._manifest, trained)
 
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write a directory to go on from, bit for bit, in this process or another.
@@ -307,8 +315,8 @@ class OrtTrainer:
                 Nothing is changed then.
         """
         manifest, _ = read_checked(directory)
-        for name in GRAPHS:
-            if manifest.files[name] != self._manifest.files[name]:
+        for name in (*GRAPHS, CONSTANTS):
+            if manifest.files.get(name) != self._manifest.files.get(name):
                 raise DamagedArtifactsError(
                     f"{Path(directory) / name}",
                     "it is not the graph that this trainer runs, the directory is of another model",

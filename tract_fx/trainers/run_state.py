@@ -14,6 +14,7 @@ import onnx
 from tract_fx.errors import DamagedArtifactsError, MissingRuntimeError
 from tract_fx.export.directory import (
     CHECKPOINT,
+    CONSTANTS,
     EVAL_MODEL,
     OPTIMIZER_MODEL,
     TRAINING_MODEL,
@@ -103,7 +104,7 @@ def read_checked(directory: str | os.PathLike[str]) -> tuple[Manifest, dict[str,
         directory: The directory.
 
     Returns:
-        The manifest, and the serialised graphs by file name.
+        The manifest, and by name the serialised graphs and the tensors that training leaves alone.
 
     Raises:
         DamagedArtifactsError: If the directory is not complete and unaltered, or not for ONNX
@@ -123,10 +124,11 @@ def read_checked(directory: str | os.PathLike[str]) -> tuple[Manifest, dict[str,
             "training needs it",
             "Export the model again",
         )
-    graphs = {name: (Path(directory) / name).read_bytes() for name in GRAPHS}
-    for name, graph in graphs.items():
+    present = [name for name in (*GRAPHS, CONSTANTS) if name in manifest.files]
+    graphs = {name: (Path(directory) / name).read_bytes() for name in present}
+    for name in GRAPHS:
         try:
-            onnx.ModelProto.FromString(graph)
+            onnx.ModelProto.FromString(graphs[name])
         except Exception as error:  # protobuf's own, which has no types
             raise DamagedArtifactsError(
                 f"{Path(directory) / name}", f"it is no ONNX model ({error})", "Export it again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,44 @@ from tract_fx.export.manifest import Manifest
 from tract_fx.trainers.batches import Array
 from tract_fx.trainers.run_state import RunState
 
-__all__ = ["read_state", "write_state"]
+__all__ = ["read_kept", "read_state", "without_kept", "write_state"]
+
+
+def read_kept(stored: bytes | None) -> dict[str, torch.Tensor]:
+    """Read the tensors of the state_dict that training leaves alone.
+
+    Args:
+        stored: The file, None where there is none.
+
+    Returns:
+        The tensors, by state_dict key.
+    """
+    if stored is None:
+        return {}
+    return dict(torch.load(io.BytesIO(stored), weights_only=True))
+
+
+def without_kept(kept: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Take out of a state_dict what training leaves alone, after a look that it is the same.
+
+    Args:
+        kept: The tensors that training leaves alone.
+        state: Tensors or arrays, by state_dict key.
+
+    Returns:
+        The rest.
+
+    Raises:
+        StateMismatchError: One of them is missing or has other values.
+    """
+    for key, value in kept.items():
+        if key not in state or not torch.equal(torch.as_tensor(state[key]).cpu(), value):
+            raise StateMismatchError(
+                f"a state_dict in which {key!r} is {'other' if key in state else 'missing'}",
+                "the exported graphs hold it as a constant, or do without it",
+                "Pass the state_dict of the model that was exported, or export this one",
+            )
+    return {key: value for key, value in state.items() if key not in kept}
 
 
 def read_state(

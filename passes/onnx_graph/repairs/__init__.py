@@ -8,6 +8,7 @@ rounding.
 from tract_fx.passes.onnx_graph.repairs.activations import activations_as_primitives
 from tract_fx.passes.onnx_graph.repairs.batch_norm import frozen_batch_norm, train_batch_norm
 from tract_fx.passes.onnx_graph.repairs.casts import casts_like
+from tract_fx.passes.onnx_graph.repairs.dropout import train_dropout
 from tract_fx.passes.onnx_graph.repairs.einsum import einsums_as_products
 from tract_fx.passes.onnx_graph.repairs.evaluation import (
     evaluation_mode,
@@ -92,6 +93,7 @@ __all__ = [
     "strip_exporter_metadata",
     "supported_versions",
     "train_batch_norm",
+    "train_dropout",
     "training_batch_norms",
     "transposed_convolutions_as_convolutions",
     "unbiased_running_variance",
