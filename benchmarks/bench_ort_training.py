@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -103,16 +104,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7, help="rounds at 224² (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="one round, an eighth of the batch")
-    parser.add_argument("--only", default="", help="nets whose name holds this")
+    parser.add_argument("--only", default="", help="nets whose line in the table holds this")
     parser.add_argument("--out", type=Path, default=Path("build/bench/ort_training.json"))
     options = parser.parse_args()
     pin_allocator()
-    nets = [net for net in NETS if options.only in net.name]
+    nets = [net for net in NETS if options.only in str(net)]
     if options.quick:
         nets = [dataclasses.replace(n, shape=(n.shape[0] // 8, *n.shape[1:])) for n in nets]
-    table = Table(title=f"A training step: plain in ms, TrAct ÷ plain; {THREADS} threads")
-    table.add_column("", no_wrap=True)
-    for column in ("batch", "ORT,\nms", "TrAct\n÷", "aim", "PyTorch,\nms", "TrAct\n÷"):
+    title = f"A training step: plain in ms, TrAct ÷ plain; {THREADS} threads"
+    table = Table("", title=title, box=SIMPLE_HEAD)
+    for column in ("ORT,\nms", "TrAct\n÷", "aim", "PyTorch,\nms", "TrAct\n÷"):
         table.add_column(column, justify="right", no_wrap=True)
     console, records = Console(), []
     for net in track(nets, "nets", console=console):
@@ -121,7 +122,7 @@ def main() -> None:
         ratio = {runtime: arms["tract"] / arms["plain"] for runtime, arms in times.items()}
         records.append(
             {
-                "net": net.name,
+                "net": str(net),
                 "shape": net.shape,
                 "optimizer": net.optimizer.to_dict(),
                 "rounds": rounds,
@@ -131,8 +132,7 @@ def main() -> None:
             }
         )
         table.add_row(
-            net.name,
-            str(net.shape[0]),
+            str(net),
             f"{times['onnx_runtime']['plain']:.1f}",
             f"{ratio['onnx_runtime']:.3f}",
             f"≤ {net.aim:.2f}",

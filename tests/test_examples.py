@@ -94,9 +94,9 @@ def check_runtimes(results: dict[str, Any]) -> None:
     pytorch, onnx_runtime = runtimes["pytorch"], runtimes["onnx_runtime"]
     assert pytorch["accuracies"] == results["accuracy"]["tract"][0]
     assert len(pytorch["losses"]) == (2 * (1347 // 64) if results["dataset"] == "digits" else 2)
-    # Rounding alone is some 1e-6 after so few steps; another order of the batches, another
-    # learning rate or plain gradients are 0.01 and more from the second step on.
-    assert onnx_runtime["losses"] == pytest.approx(pytorch["losses"], abs=1e-3)
+    # Rounding alone comes to less than 1e-6 in so few steps on the digits; another order of the
+    # batches, a constant learning rate or plain gradients come to 0.05 and more.
+    assert onnx_runtime["losses"] == pytest.approx(pytorch["losses"], abs=1e-4)
     if results["dataset"] == "digits":  # two steps may well come out alike
         assert onnx_runtime["losses"] != pytorch["losses"]
     assert onnx_runtime["accuracies"] == pytest.approx(pytorch["accuracies"], abs=0.02)

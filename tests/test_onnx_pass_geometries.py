@@ -11,6 +11,7 @@ hundred on these inputs at λ = 0.1.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
@@ -76,6 +77,10 @@ def typed(name: str, shape: tuple[int | str, ...]) -> str:
     return f"float[{','.join(map(str, shape))}] {name}"
 
 
+def functional_convolution(dims: int) -> Callable[..., torch.Tensor]:
+    return (functional.conv1d, functional.conv2d, functional.conv3d)[dims - 1]
+
+
 def convolution(
     layer: ConvNd,
     x: Array,
@@ -111,9 +116,14 @@ def convolution(
     padded = np.pad(values.astype(np.float64), widths, mode=mode)  # type: ignore[call-overload]
     weight = layer.weight.detach()
     bias = None if layer.bias is None else layer.bias.detach()
-    doubled = [None if p is None else p.double() for p in (torch.from_numpy(padded), weight, bias)]
-    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(spec.kernel) - 1]
-    y = convolve(*doubled, layer.stride, 0, layer.dilation, layer.groups).numpy()  # type: ignore[operator]
+    y = functional_convolution(len(spec.kernel))(
+        torch.from_numpy(padded),
+        weight.double(),
+        None if bias is None else bias.double(),
+        stride=spec.stride,
+        dilation=spec.dilation,
+        groups=spec.groups,
+    ).numpy()
     t = numbers(y.shape)
     dz = t * (1 - np.tanh(y) ** 2)
     bare = Spec("conv", spec.kernel, spec.stride, 0, "zeros", spec.dilation, spec.groups)
@@ -373,6 +383,15 @@ def test_asymmetric_padding(setting: str, batch: str) -> None:
     assert_right(training, tract_onnx_pass(training.graph), case)
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_dilation_where_the_stride_is_the_kernel(dynamic: bool) -> None:
+    """Of what else would be patches side by side."""
+    layer = nn.Conv2d(2, 4, 2, stride=2, dilation=3)
+    case = convolution(layer, numbers((5, 2, 8, 8)), dynamic=dynamic)
+    training = trained(case)
+    assert_right(training, tract_onnx_pass(training.graph), case)
+
+
 @pytest.mark.parametrize("lambda_", [1e-3, 1e-2, 1.0, 10.0])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_lambda(lambda_: float, batch: int) -> None:
@@ -426,7 +445,7 @@ def test_photographs(net: str, dynamic: bool) -> None:
     assert_right(training, graph, case, PHOTOGRAPHS)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), dims=st.integers(1, 3), dynamic=st.booleans())
 def test_any_convolution(data: st.DataObject, dims: int, dynamic: bool) -> None:
     """Rectangular kernels, strides, pads, dilation, groups; more rows than columns or fewer."""

@@ -38,12 +38,12 @@ class ByOracle(torch.autograd.Function):
         return weight.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         return torch.from_numpy(precondition(ctx.spec, grads[0], *ctx.args)), None, None, None
 
 
 def tract(weight: Tensor, x: Tensor, spec: Spec = LINEAR, lambda_: float = 0.1) -> Tensor:
-    result: Tensor = ByOracle.apply(weight, x, spec, lambda_)
+    result: Tensor = ByOracle.apply(weight, x, spec, lambda_)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from onnx_models import by_hand, training_graph
 from oracle import Spec, relative_error, tract_gradient
-from tract_fx import SGD, AdamW, MissingRuntimeError, extras, load_trainer
+from tract_fx import SGD, AdamW, MissingRuntimeError, export_training, extras, load_trainer
 from tract_fx.passes import tract_onnx_pass
 from tract_fx.passes.onnx_graph.models import as_ir_model
 from tract_fx.passes.onnx_graph.rewrite import present_lambdas
@@ -99,6 +100,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     x, target = data(50)
     np.savez("data.npz", x=x, target=target, more=x)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model's artifacts, written once."""
+    place = tmp_path_factory.mktemp("shell") / "a"
+    export_training(mlp(), None, place, optimizer=AdamW(lr=0.05), verify=False)
+    return place
+
+
+@pytest.fixture
+def exported(folder: Path, written: Path) -> Path:
+    """The working directory with artifacts in `a`."""
+    shutil.copytree(written, "a")
+    return folder
 
 
 def mlp() -> onnx.ModelProto:
@@ -299,6 +315,7 @@ def test_missing_packages_are_named(folder: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.fixture
 def theirs(folder: Path) -> Path:
     """A training graph as somebody else's generate_artifacts call writes it."""
+    Path("theirs").mkdir()
     training_graph(mlp(), Path("theirs"), ["w1", "b1", "w2", "b2"])
     return Path("theirs", "training_model.onnx")
 
@@ -349,21 +366,19 @@ def test_rewrite_that_fails_leaves_the_file(theirs: Path, monkeypatch: pytest.Mo
     assert sum(file.name.endswith(".tmp") for file in theirs.parent.iterdir()) == 0
 
 
-def test_rewrite_refuses(theirs: Path) -> None:
+def test_rewrite_refuses(theirs: Path, exported: Path) -> None:
     assert "training graph" in refused(1, "rewrite", "mlp.onnx", "-o", "out.onnx")
     assert "'w9'" in refused(1, "rewrite", theirs, "-o", "out.onnx", "--layer", "w9")
     assert "can't be read" in refused(1, "rewrite", "data.npz", "-o", "out.onnx")
     assert "directory" in refused(1, "rewrite", theirs, "-o", ".", "--overwrite")
-    done("export", "mlp.onnx", "a")
     error = refused(1, "rewrite", "a/training_model.onnx", "--in-place")
     assert "manifest" in error
     load_trainer("a")
     assert not Path("out.onnx").exists()
 
 
-def test_train(folder: Path) -> None:
+def test_train(exported: Path) -> None:
     """Two epochs and two more are four; the last batch is short; losses are those of the graph."""
-    done("export", "mlp.onnx", "a", "--lr", 0.05)
     options = ("--data", "data.npz", "--batch-size", 16, "--seed", 4)
     whole = done("train", "a", *options, "--epochs", 4, "--save", "b", "--eval-data", "data.npz")
     done("train", "a", *options, "--epochs", 2, "--save", "c")
@@ -403,9 +418,8 @@ def test_train_with_accumulation_ends_at_an_update(folder: Path) -> None:
     ],
 )
 def test_data_that_does_not_fit(
-    arrays: dict[str, tuple[int, ...]], reason: str, folder: Path
+    arrays: dict[str, tuple[int, ...]], reason: str, exported: Path
 ) -> None:
-    done("export", "mlp.onnx", "a", "--no-verify")
     dtypes = {"x": np.float32, "target": np.int64}
     zeros = {name: np.zeros(shape, dtypes[name]) for name, shape in arrays.items()}
     np.savez("odd.npz", **zeros)  # type: ignore[arg-type]
@@ -413,8 +427,7 @@ def test_data_that_does_not_fit(
     assert not Path("b").exists()
 
 
-def test_train_refuses(folder: Path) -> None:
-    done("export", "mlp.onnx", "a", "--no-verify")
+def test_train_refuses(exported: Path) -> None:
     options = ("--save", "b")
     assert "data.txt" in refused(1, "train", "a", "--data", "data.txt", *options)
     Path("data.txt").write_text("1 2 3")

@@ -20,6 +20,7 @@ from tract_fx.export.forward import onnx_source, torch_source
 from tract_fx.export.graphs import describe, write_graphs
 from tract_fx.export.loss_choice import put_loss
 from tract_fx.export.losses import Loss
+from tract_fx.export.lost_in_graphs import refuse_other_parameters
 from tract_fx.export.manifest import Manifest
 from tract_fx.export.optimizer_graph import build_optimizer
 from tract_fx.export.optimizers import OptimizerConfig, optimizer_from
@@ -117,6 +118,8 @@ def export_training(
     _check_target(target)
     config = optimizer_from(optimizer)
     if isinstance(model, (nn.Module, ExportedProgram)):
+        if isinstance(model, nn.Module):
+            refuse_other_parameters(optimizer, model)
         _refuse_onnx_options(lambda_=lambda_, layers=layers, trainable=trainable)
         source = torch_source(
             model, example_inputs, output=output, plain=plain, dynamic_batch=dynamic_batch

@@ -13,7 +13,7 @@ from tract_fx import ort_training
 from tract_fx.errors import ExportError
 from tract_fx.export.quiet import quiet
 
-__all__ = ["build_gradients", "run_graph", "run_training_graph"]
+__all__ = ["accumulated_gradients", "build_gradients", "run_graph", "run_training_graph"]
 
 _BUFFER = "_grad.accumulation.buffer"
 _RESET = "lazy_reset_grad"
@@ -55,6 +55,26 @@ def build_gradients(
     for name in ("eval_model.onnx", "optimizer_model.onnx"):
         (directory / name).unlink(missing_ok=True)
     return ir.load(directory / "training_model.onnx")
+
+
+def accumulated_gradients(training: ir.Model) -> dict[str, str]:
+    """Name the values that a training graph adds to the parameters' gradient buffers.
+
+    Args:
+        training: A training graph.
+
+    Returns:
+        The value's name by parameter; mostly `{parameter}_grad`, another one where a repair reads
+        the parameter through a copy.
+    """
+    return {
+        str(node.inputs[0].name).removesuffix(_BUFFER): str(node.inputs[1].name)
+        for node in training.graph
+        if node.op_type == "InPlaceAccumulatorV2"
+        and node.inputs[0] is not None
+        and node.inputs[1] is not None
+        and str(node.inputs[0].name).endswith(_BUFFER)
+    }
 
 
 def run_graph(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from tract_fx.errors import ExportError, UnsupportedModelError
 from tract_fx.export.layer_decompositions import exact_layers
 from tract_fx.export.loss_decompositions import exact_losses
 from tract_fx.export.loss_program import refuse_stopped_gradients
+from tract_fx.export.lost_in_graphs import refuse_gradient_hooks
 from tract_fx.export.onnx_program import to_onnx
 from tract_fx.export.quiet import quiet
 from tract_fx.export.records import ForwardGraphs
@@ -42,12 +41,16 @@ class TorchForward:
     Attributes:
         graphs: The graphs.
         program: The model in training mode, as exported.
+        training: The model in training mode, a copy that shares its tensors.
+        evaluation: The same in evaluation mode, None where the model has but one.
         args: Positional arguments of the example call; a batch of one is doubled.
         kwargs: Keyword arguments of the example call.
     """
 
     graphs: ForwardGraphs
     program: ExportedProgram
+    training: nn.Module
+    evaluation: nn.Module | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -90,27 +93,28 @@ def export_forward(
     if isinstance(model, ExportedProgram):
         model = model.module()
     args, kwargs = _two_images(args, kwargs) if dynamic_batch else (args, kwargs)
+    refuse_gradient_hooks(model)
     _refuse_cumulative_average(model)
-    with _modes(model) as (training, evaluation):
-        program = _capture(training, args, kwargs, dynamic_batch)
-        outputs = _output_names(program)
-        refuse_stopped_gradients(program)
-        train = _graph(program, outputs)
-        if evaluation is None:
-            evaluated = train.clone()
-            take_markers(evaluated)
-            evaluation_mode(evaluated)
-        else:
-            plain = _capture(evaluation, args, kwargs, dynamic_batch)
-            if _output_names(plain) != outputs:
-                raise ExportError(
-                    f"a model that returns {outputs} in training and {_output_names(plain)} in "
-                    "evaluation",
-                    "one loss has to apply to both",
-                    "Make it return the same in both modes",
-                )
-            evaluated = _graph(plain, outputs)
-            take_markers(evaluated)
+    training, evaluation = _modes(model)
+    program = _capture(training, args, kwargs, dynamic_batch)
+    outputs = _output_names(program)
+    refuse_stopped_gradients(program)
+    train = _graph(program, outputs)
+    if evaluation is None:
+        evaluated = train.clone()
+        take_markers(evaluated)
+        evaluation_mode(evaluated)
+    else:
+        plain = _capture(evaluation, args, kwargs, dynamic_batch)
+        if _output_names(plain) != outputs:
+            raise ExportError(
+                f"a model that returns {outputs} in training and {_output_names(plain)} in "
+                "evaluation",
+                "one loss has to apply to both",
+                "Make it return the same in both modes",
+            )
+        evaluated = _graph(plain, outputs)
+        take_markers(evaluated)
     lambdas = take_markers(train)
     tensors = _Tensors.of(model, program, train, evaluated)
     located = locate(train, tensors.trainable, tensors.frozen)
@@ -130,11 +134,10 @@ def export_forward(
     graphs = ForwardGraphs(
         train, evaluated, layers, structure=structure, **dataclasses.asdict(tensors)
     )
-    return TorchForward(graphs, program, args, kwargs)
+    return TorchForward(graphs, program, training, evaluation, args, kwargs)
 
 
-@contextmanager
-def _modes(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+def _modes(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
     """The model in training and in evaluation mode; None where only one can be had."""
     training = copy_tree(model)
     try:
@@ -142,9 +145,8 @@ def _modes(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | None]]:
             training.train()
         evaluation = copy_tree(model).eval()
     except NotImplementedError:  # an exported program's module has its mode in its graph
-        yield copy_tree(model), None
-        return
-    yield training, evaluation
+        return copy_tree(model), None
+    return training, evaluation
 
 
 def _capture(

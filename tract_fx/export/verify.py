@@ -14,11 +14,20 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tract_fx.export.forward import Source
-from tract_fx.export.gradient_builder import run_training_graph
+from tract_fx.export.gradient_builder import (
+    accumulated_gradients,
+    run_graph,
+    run_training_graph,
+)
 from tract_fx.export.graphs import Graphs, plain_training_graph
 from tract_fx.export.loss_choice import ChosenLoss
 from tract_fx.export.training_graph import add_tract
-from tract_fx.export.verify_torch import verify_against_torch
+from tract_fx.export.verify_torch import (
+    compare_gradients,
+    compare_outputs,
+    torch_gradients,
+    torch_outputs,
+)
 from tract_fx.export.verify_tract import verify_tract
 from tract_fx.passes.onnx_graph.repairs import random_free
 
@@ -45,20 +54,25 @@ def verify_graphs(source: Source, chosen: ChosenLoss, graphs: Graphs) -> None:
     if forward is None:
         return
     training = _without_dropout(source, chosen, graphs)
-    names = [f"{name}_grad" for name in source.graphs.trainable]
+    gathered = accumulated_gradients(training)
     loss_name = str(training.graph.outputs[0].name)
-    values = run_training_graph(training, feeds, graphs.initial, [loss_name, *names])
-    gradients = {name.removesuffix("_grad"): values[name] for name in names}
+    values = run_training_graph(training, feeds, graphs.initial, [loss_name, *gathered.values()])
+    gradients = {name: values[value] for name, value in gathered.items()}
     treated = {weight for record in source.graphs.layers for weight in record.weight}
-    verify_against_torch(
-        forward.program,
-        _loss_of_output(source, chosen),
-        forward.args,
-        forward.kwargs,
-        float(values[loss_name]),
-        gradients,
-        treated,
-    )
+    loss = _loss_of_output(source, chosen)
+    value, named = torch_gradients(forward.training, loss, forward.args, forward.kwargs)
+    aliases = source.graphs.aliases
+    expected = {aliases.get(name, name): gradient for name, gradient in named.items()}
+    compare_gradients((value, expected), (float(values[loss_name]), gradients), treated)
+    if forward.evaluation is None:
+        return
+    outputs = torch_outputs(forward.evaluation, forward.args, forward.kwargs)
+    names = [str(name) for name in pytree.tree_leaves(source.graphs.structure)]
+    evaluation = graphs.evaluation.clone()
+    random_free(evaluation)  # a dropout that the model leaves on in evaluation
+    found = run_graph(evaluation, {**feeds, **graphs.initial}, chosen.predictions)
+    by_name = dict(zip(names, outputs, strict=True))
+    compare_outputs({name: by_name[name] for name in chosen.predictions}, found)
 
 
 def _without_dropout(source: Source, chosen: ChosenLoss, graphs: Graphs) -> ir.Model:

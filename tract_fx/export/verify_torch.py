@@ -1,4 +1,4 @@
-"""Make sure, on a batch, that a training graph computes what the PyTorch model computes."""
+"""Make sure, on a batch, that exported graphs compute what the PyTorch model computes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor, fx
-from torch.export import ExportedProgram
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tract_fx.errors import ExportError
+from tract_fx.export.no_dropout import no_dropout
 
-__all__ = ["torch_gradients", "verify_against_torch"]
+__all__ = ["compare_gradients", "compare_outputs", "torch_gradients", "torch_outputs"]
 
 GRADIENT_TOLERANCE = 2e-3
 """Largest relative error of a parameter's gradient. Two float32 implementations stay below 1e-5 on
@@ -24,59 +24,80 @@ TRACT_TOLERANCE = 5e-2
 """The same for a weight under TrAct: the preconditioner amplifies what differs in gW by up to the
 condition number. How exact the preconditioner itself is `verify_tract` measures."""
 
+OUTPUT_TOLERANCE = 1e-3
+"""Largest error of an output, relative to its norm."""
+
 VANISHING = 1e-6
 """Share of the largest gradient below which one is rounding: of the bias before a BatchNorm."""
 
 
-def verify_against_torch(
-    program: ExportedProgram,
-    loss: Callable[[Any], Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    graph_loss: float,
-    graph_gradients: Mapping[str, np.ndarray],
+def compare_gradients(
+    expected: tuple[float, Mapping[str, np.ndarray]],
+    found: tuple[float, Mapping[str, np.ndarray]],
     treated: Collection[str],
 ) -> None:
-    """Compare a training graph's loss and gradients with PyTorch's, on one batch.
+    """Compare a training graph's loss and gradients with PyTorch's.
 
     Args:
-        program: The model in training mode. Dropout is taken out of it.
-        loss: The loss of the model's output.
-        args: Positional arguments of the model.
-        kwargs: Keyword arguments of the model.
-        graph_loss: The training graph's loss, without dropout.
-        graph_gradients: The training graph's gradients by parameter.
+        expected: Loss, and gradients by parameter, in PyTorch.
+        found: The same of the training graph.
         treated: Names of the parameters that TrAct's weights are computed from.
 
     Raises:
         ExportError: They differ by more than rounding.
-    """  # noqa: DOC502 (raised by _compare)
-    value, gradients = torch_gradients(program, loss, args, kwargs)
-    _compare("the loss", graph_loss, value, GRADIENT_TOLERANCE, 1e-6)
+    """
+    _compare("the loss in training mode", found[0], expected[0], GRADIENT_TOLERANCE, 1e-6)
+    gradients = expected[1]
     scale = max((float(np.linalg.norm(g)) for g in gradients.values()), default=0.0)
-    for name, expected in gradients.items():
-        found = graph_gradients.get(name)
-        if found is None:
-            continue
+    for name, gradient in found[1].items():
+        if name not in gradients:
+            raise ExportError(
+                f"the gradient of {name}, which the graph has and PyTorch has not",
+                "PyTorch stops the gradient on its way, and its optimizers leave the parameter",
+                "Set requires_grad to False on it",
+            )
         tolerance = TRACT_TOLERANCE if name in treated else GRADIENT_TOLERANCE
-        _compare(f"the gradient of {name}", found, expected, tolerance, VANISHING * scale)
+        what = f"the gradient of {name}"
+        _compare(what, gradient, gradients[name], tolerance, VANISHING * scale)
+    for name in gradients.keys() - found[1].keys():  # what the graph does without has none
+        zeros = np.zeros_like(gradients[name])
+        _compare(f"the gradient of {name}", zeros, gradients[name], 0.0, VANISHING * scale)
+
+
+def compare_outputs(
+    expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
+) -> None:
+    """Compare what a model returns in evaluation mode.
+
+    Args:
+        expected: Outputs by name, in PyTorch.
+        found: Those of the evaluation graph.
+
+    Raises:
+        ExportError: They differ by more than rounding.
+    """  # noqa: DOC502 (raised by _compare)
+    for name, value in expected.items():
+        what = f"the output {name} in evaluation mode"
+        _compare(what, found[name], value, OUTPUT_TOLERANCE, 1e-6)
 
 
 def _compare(
     what: str, found: ArrayLike, expected: ArrayLike, tolerance: float, negligible: float
 ) -> None:
-    error = np.linalg.norm(np.asarray(found, np.float64) - np.asarray(expected, np.float64))
-    if not error <= tolerance * np.linalg.norm(expected) + negligible:
+    one, other = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    error = np.linalg.norm(one - other) if one.shape == other.shape else np.inf
+    if not error <= tolerance * np.linalg.norm(other) + negligible:
         raise ExportError(
             f"{what}, which the exported graph has off by {error:.2e} of "
-            f"{np.linalg.norm(expected):.2e} on the example batch",
-            "the graph does not compute what the PyTorch model computes",
-            "Report the model; verify=False exports all the same",
+            f"{np.linalg.norm(other):.2e} on the example batch",
+            "the graph does not compute what the PyTorch model computes (a backward of the "
+            "model's own, in a torch.autograd.Function, is one thing that a graph can't hold)",
+            "Write it with PyTorch's own operators; verify=False exports all the same",
         )
 
 
 def torch_gradients(
-    program: ExportedProgram,
+    module: nn.Module,
     loss: Callable[[Any], Tensor],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -84,7 +105,7 @@ def torch_gradients(
     """Compute loss and gradients in PyTorch, without dropout and without touching the model.
 
     Args:
-        program: The model.
+        module: The model in training mode.
         loss: The loss of the model's output.
         args: Positional arguments of the model.
         kwargs: Keyword arguments of the model.
@@ -92,46 +113,48 @@ def torch_gradients(
     Returns:
         The loss, and the gradients by parameter.
     """
-    module = program.module()
-    assert isinstance(module, fx.GraphModule)
-    _without_dropout(module)
     parameters = {
         name: value.detach().clone().requires_grad_(value.requires_grad)
         for name, value in module.named_parameters()
     }
-    buffers = {name: value.detach().clone() for name, value in module.named_buffers()}
-    given, keywords = pytree.tree_map(_copied, (args, dict(kwargs)))
-    output = torch.func.functional_call(module, {**parameters, **buffers}, given, keywords)
-    value = loss(output)
+    with no_dropout(module) as plain, torch.enable_grad():
+        value = loss(_call(plain, parameters, args, kwargs))
     value.backward()
     gradients = {n: p.grad.cpu().numpy() for n, p in parameters.items() if p.grad is not None}
     return float(value.detach()), gradients
 
 
+def torch_outputs(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[np.ndarray]:
+    """Compute a model's outputs in PyTorch, without dropout and without touching the model.
+
+    Args:
+        module: The model in evaluation mode.
+        args: Positional arguments of the model.
+        kwargs: Keyword arguments of the model.
+
+    Returns:
+        The outputs, flat.
+    """
+    parameters = {name: value.detach() for name, value in module.named_parameters()}
+    with no_dropout(module) as plain, torch.no_grad():
+        output = _call(plain, parameters, args, kwargs)
+    return [value.cpu().numpy() for value in pytree.tree_leaves(output)]
+
+
+def _call(
+    module: nn.Module,
+    parameters: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Call a model on copies of its buffers and inputs."""
+    buffers = {name: value.detach().clone() for name, value in module.named_buffers()}
+    given, keywords = pytree.tree_map(_copied, (args, dict(kwargs)))
+    with torch.random.fork_rng(devices=[]):
+        return torch.func.functional_call(module, {**parameters, **buffers}, given, keywords)
+
+
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _without_dropout(module: fx.GraphModule) -> None:
-    aten = torch.ops.aten
-    identities = {
-        aten.dropout.default,
-        aten.dropout_.default,
-        aten.feature_dropout.default,
-        aten.alpha_dropout.default,
-        aten.feature_alpha_dropout.default,
-    }
-    for node in list(module.graph.nodes):
-        if node.target in identities:
-            node.replace_all_uses_with(node.args[0])
-            module.graph.erase_node(node)
-        elif node.target is aten.native_dropout.default:
-            node.args = (node.args[0], 0.0, node.args[2])
-        elif node.target is aten.scaled_dot_product_attention.default:
-            args = list(node.args)
-            if len(args) > 4:
-                args[4] = 0.0
-            node.args = tuple(args)
-            if "dropout_p" in node.kwargs:
-                node.update_kwarg("dropout_p", 0.0)
-    module.recompile()

@@ -1,0 +1,69 @@
+"""What a PyTorch model has beside its forward pass, and what a graph would lose without a word."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tract_fx.errors import ExportError, UnsupportedTrainingError
+
+__all__ = ["refuse_gradient_hooks", "refuse_other_parameters"]
+
+_MODULE_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+def refuse_gradient_hooks(model: nn.Module) -> None:
+    """Refuse hooks that see or change gradients: the exported graph has none.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ExportError: A module or a parameter has such a hook.
+    """
+    for name, module in model.named_modules():
+        if any(getattr(module, kind, None) for kind in _MODULE_HOOKS):
+            raise ExportError(
+                f"a backward hook on {name or 'the model'} ({type(module).__name__})",
+                "the training graph runs no Python, so that the hook would be lost",
+                "Remove the hook, or train in PyTorch",
+            )
+    for name, parameter in model.named_parameters():
+        if any(getattr(parameter, kind, None) for kind in _TENSOR_HOOKS):
+            raise ExportError(
+                f"a gradient hook on the parameter {name}",
+                "the training graph runs no Python, so that the hook would be lost",
+                "Remove the hook, or train in PyTorch",
+            )
+
+
+def refuse_other_parameters(optimizer: object, model: nn.Module) -> None:
+    """Refuse a torch optimizer of other parameters than those that the graph would train.
+
+    Args:
+        optimizer: What was given as the optimizer.
+        model: The model.
+
+    Raises:
+        UnsupportedTrainingError: It leaves out a parameter that requires a gradient, or holds one
+            of another model.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = {id(p) for p in model.parameters()}
+    left_out = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if left_out:
+        raise UnsupportedTrainingError(
+            f"an optimizer without {left_out[0]} and {len(left_out) - 1} other parameters that "
+            "require gradients",
+            "the exported optimizer updates all parameters that do",
+            "Set requires_grad to False where a parameter is not to be trained",
+        )
+    if held - own:
+        raise UnsupportedTrainingError(
+            f"an optimizer with {len(held - own)} parameters that are not the model's",
+            "its settings are meant for another model",
+            "Make the optimizer from the parameters of the model that is exported",
+        )

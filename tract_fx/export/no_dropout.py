@@ -1,0 +1,91 @@
+"""Run a model in training mode, but for its dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from tract_fx.modules import copy_tree
+
+__all__ = ["no_dropout"]
+
+_aten = torch.ops.aten
+_OPERATORS: frozenset[Any] = frozenset({
+    _aten.dropout.default,
+    _aten.dropout_.default,
+    _aten.feature_dropout.default,
+    _aten.alpha_dropout.default,
+    _aten.feature_alpha_dropout.default,
+})
+_FUNCTIONS: frozenset[Any] = _OPERATORS | {
+    functional.dropout,
+    functional.dropout1d,
+    functional.dropout2d,
+    functional.dropout3d,
+    functional.alpha_dropout,
+    functional.feature_alpha_dropout,
+    torch.dropout,
+    torch.dropout_,
+    torch.feature_dropout,
+    torch.alpha_dropout,
+    torch.feature_alpha_dropout,
+}
+
+
+@contextmanager
+def no_dropout(module: nn.Module) -> Iterator[nn.Module]:
+    """Switch dropout off, and leave everything else in training mode.
+
+    Args:
+        module: A model. Not changed.
+
+    Yields:
+        The model to call inside.
+    """
+    if isinstance(module, fx.GraphModule):
+        module = copy_tree(module)
+        _without_dropout(module)
+    with _NoDropout():
+        yield module
+
+
+class _NoDropout(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _FUNCTIONS:
+            return args[0] if args else kwargs["input"]
+        if func is functional.multi_head_attention_forward:
+            kwargs["training"] = False  # which there stands for dropout alone
+        elif func is functional.scaled_dot_product_attention:
+            args = tuple(0.0 if index == 4 else value for index, value in enumerate(args))
+            if len(args) < 5:
+                kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
+
+
+def _without_dropout(module: fx.GraphModule) -> None:
+    """Take dropout out of a graph of operators, as torch.export makes it."""
+    for node in list(module.graph.nodes):
+        if node.target in _OPERATORS:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+        elif node.target is _aten.native_dropout.default:
+            node.args = (node.args[0], 0.0, node.args[2])
+        elif node.target is _aten.scaled_dot_product_attention.default:
+            if len(node.args) > 4:
+                node.update_arg(4, 0.0)
+            if "dropout_p" in node.kwargs:
+                node.update_kwarg("dropout_p", 0.0)
+    module.recompile()
