@@ -92,7 +92,8 @@ class Exported:
         model = as_dtype(self.model, dtype)
         self.loss_of(model, *batch).backward()
         named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        return {name: gradient.numpy() for name, gradient in named.items()}
+        aliases = self.trainer().manifest.aliases  # a tied tensor's other names
+        return {aliases.get(name, name): gradient.numpy() for name, gradient in named.items()}
 
     def loss_of(self, model: nn.Module, *batch: Any) -> Tensor:
         """PyTorch's loss on a batch, in the model's dtype."""
@@ -226,7 +227,7 @@ def assert_gradients(
     Returns:
         The errors.
     """
-    assert found.keys() == expected.keys()
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     zero = zero or set()
     assert vanishing(expected) == zero
     scale = max(float(np.linalg.norm(value)) for value in expected.values())
@@ -256,7 +257,7 @@ def assert_same_state(
         The largest error.
     """
     found, expected = trainer.state_dict(), run.model.state_dict()
-    assert set(found) == set(expected)
+    assert set(found) == set(expected), set(found) ^ set(expected)
     worst = 0.0
     for key in expected if keys is None else keys:
         if not expected[key].is_floating_point():

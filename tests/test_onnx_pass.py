@@ -298,3 +298,29 @@ def test_an_invalid_lambda(lambda_: Any) -> None:
     for options in ({"lambda_": lambda_}, {"layers": {"w": lambda_}}):
         with pytest.raises(InvalidLambdaError, match=r"lambda_=.*: .*\. The paper uses"):
             tract_onnx_pass(training.graph, **options)
+
+
+def renamed(graph: onnx.GraphProto, old: str, new: str) -> None:
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [new if name == old else name for name in names]
+
+
+@pytest.mark.parametrize("change", ["second-product", "product-of-another-name", "no-dy"])
+@pytest.mark.parametrize("net", ["convnet", "mlp"])
+def test_a_term_that_cannot_be_told_apart_is_refused(net: str, change: str) -> None:
+    """Graphs that ONNX Runtime's builder does not make, so far as is known."""
+    graph = trained(NETS[net][0]()).graph
+    (product,) = [node for node in graph.graph.node if "w_grad" in node.output]
+    if change == "second-product":
+        copy = graph.graph.node.add()
+        copy.CopyFrom(product)
+        copy.name, copy.output[:] = "copy", [name and f"{name}_copy" for name in product.output]
+    elif change == "product-of-another-name":
+        renamed(graph.graph, "w_grad", "term")
+        graph.graph.node.append(onnx.helper.make_node("Identity", ["term"], ["w_grad"], "to"))
+    else:
+        renamed(graph.graph, "y_grad", "dy")
+    count = {"second-product": 2, "product-of-another-name": 1, "no-dy": 0}[change]
+    with pytest.raises(UnsupportedLayerError, match=f"and {count} nodes .*can't be told apart"):
+        tract_onnx_pass(graph)

@@ -34,6 +34,7 @@ from tract_fx.passes import tract_onnx_pass
 
 NOISE = 1e-5
 PHOTOGRAPHS = 2e-4  # the condition of photographs' patches is some thousands
+ANY = 1e-4  # some random geometries have conditions of thousands; 3e-5 is the worst of 500
 PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 Pads = tuple[tuple[int, int], ...]
 
@@ -459,4 +460,4 @@ def test_any_convolution(data: st.DataObject, dims: int, dynamic: bool) -> None:
     batched = x.ndim == dims + 2
     case = convolution(layer, x.numpy(), dynamic=dynamic and batched, pads=pads)
     training = trained(case)
-    assert_right(training, tract_onnx_pass(training.graph), case)
+    assert_right(training, tract_onnx_pass(training.graph), case, ANY)

@@ -23,6 +23,7 @@ from tract_fx.passes import tract_onnx_pass
 from tract_fx.passes.onnx_graph.models import as_ir_model
 from tract_fx.passes.onnx_graph.rewrite import present_lambdas
 from tract_fx.shell.app import app
+from tract_fx.trainers.ort_trainer import OrtTrainer
 
 # Float32 on noise, through one layer's system of condition ~10.
 FLOAT32 = 1e-5
@@ -377,16 +378,33 @@ def test_rewrite_refuses(theirs: Path, exported: Path) -> None:
     assert not Path("out.onnx").exists()
 
 
+def assert_equal(first: OrtTrainer, second: OrtTrainer) -> None:
+    state = second.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in first.state_dict().items())
+
+
+def trained_by_hand(epochs: int) -> OrtTrainer:
+    """What the command does with --seed 4 and --batch-size 16: another order in each epoch."""
+    trainer = load_trainer("a")
+    x, target = data(50)
+    for epoch in range(epochs):
+        order = np.random.default_rng([4, 4 * epoch]).permutation(50)
+        for start in range(0, 50, 16):
+            rows = order[start : start + 16]
+            trainer.train_step(x[rows], target[rows])
+    return trainer
+
+
 def test_train(exported: Path) -> None:
     """Two epochs and two more are four; the last batch is short; losses are those of the graph."""
     options = ("--data", "data.npz", "--batch-size", 16, "--seed", 4)
     whole = done("train", "a", *options, "--epochs", 4, "--save", "b", "--eval-data", "data.npz")
     done("train", "a", *options, "--epochs", 2, "--save", "c")
+    assert_equal(trained_by_hand(2), load_trainer("c"))
     done("train", "c", *options, "--epochs", 2, "--save", "c", "--overwrite")
     first, second = (load_trainer(name) for name in "bc")
     assert first.updates == second.updates == 16
-    for name, value in first.state_dict().items():
-        assert torch.equal(value, second.state_dict()[name])
+    assert_equal(first, second)
     x, target = data(50)
     parts = [slice(start, start + 16) for start in range(0, 50, 16)]
     loss = sum(first.evaluate(x[p], target[p]) * len(x[p]) for p in parts) / 50

@@ -43,8 +43,8 @@ def tract_onnx_pass(
         and checkpoint stay as they are.
 
     Raises:
-        UnsupportedModelError: `model` is no training graph.
-        InvalidLambdaError: A λ is not a finite number above zero.
+        UnsupportedModelError: `model` is no training graph, or one in an opset below 13.
+        InvalidLambdaError: A λ is not a finite number above zero, or outside of float32.
         NoInputLayerError: No layer consumes the input.
         AmbiguousInputLayerError: Several do.
         UnsupportedLayerError: What consumes the input can't be treated exactly.

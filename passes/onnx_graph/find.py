@@ -26,6 +26,7 @@ from tract_fx.passes.onnx_graph.parameters import (
     training_parameters,
 )
 from tract_fx.passes.onnx_graph.reasons import Why
+from tract_fx.passes.onnx_graph.rewrite import present_lambdas
 from tract_fx.passes.onnx_graph.values import (
     FEATURES,
     Content,
@@ -84,7 +85,8 @@ def find_onnx_input_layers(
             "the graph has gradients of its own parameters and of no others",
             "Leave trainable out, or give the forward model",
         )
-    return locate(graph, inputs.trainable, inputs.frozen).findings
+    present = present_lambdas(graph)
+    return locate(graph, inputs.trainable, inputs.frozen, present).findings
 
 
 def locate(

@@ -134,6 +134,7 @@ def export_training(
             lambda_=lambda_,
             layers=layers,
             trainable=trainable,
+            dynamic_batch=dynamic_batch,
         )
     if not source.graphs.layers and not plain:
         raise NoInputLayerError(

@@ -105,7 +105,7 @@ def put_loss(
     ]
     model = build_loss(function, values, targets, [*dims, *open_], trained=trained)
     names = ["target"] if len(targets) == 1 else [f"target_{i}" for i in range(len(targets))]
-    taken = set(feeds)
+    taken = set(feeds) | set(graphs.train.graph.initializers)
     names = [f"loss_{name}" if name in taken else name for name in names]
     name = attach_loss(graphs.evaluation, reads, model, names)
     attach_loss(graphs.train, reads, model, names)

@@ -16,13 +16,15 @@ from tract_fx.modules import copy_tree
 __all__ = ["no_dropout"]
 
 _aten = torch.ops.aten
-_OPERATORS: frozenset[Any] = frozenset({
-    _aten.dropout.default,
-    _aten.dropout_.default,
-    _aten.feature_dropout.default,
-    _aten.alpha_dropout.default,
-    _aten.feature_alpha_dropout.default,
-})
+_OPERATORS: frozenset[Any] = frozenset(
+    {
+        _aten.dropout.default,
+        _aten.dropout_.default,
+        _aten.feature_dropout.default,
+        _aten.alpha_dropout.default,
+        _aten.feature_alpha_dropout.default,
+    }
+)
 _FUNCTIONS: frozenset[Any] = _OPERATORS | {
     functional.dropout,
     functional.dropout1d,

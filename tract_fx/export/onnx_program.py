@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from tract_fx.errors import ExportError
 from tract_fx.export.quiet import quiet
+from tract_fx.export.value_names import refuse_shared_names, values_apart
 from tract_fx.passes.onnx_graph.markers import LAMBDA, MARKER, MARKER_DOMAIN
 from tract_fx.passes.onnx_graph.repairs import (
     extrema_as_primitives,
@@ -68,7 +69,7 @@ def translate(program: ExportedProgram, table: dict[Any, Any] | None = None) -> 
         The graph, with the exporter's metadata.
 
     Raises:
-        ExportError: An operator of the program has no translation.
+        ExportError: An operator of the program has no translation, or one name is of two things.
     """
     try:
         with quiet():
@@ -87,6 +88,8 @@ def translate(program: ExportedProgram, table: dict[Any, Any] | None = None) -> 
             "Write that part of the model with other operators",
         ) from error
     assert exported is not None
+    refuse_shared_names(exported.model)
+    values_apart(exported.model, set(exported.model.graph.initializers))
     return ir.from_proto(exported.model_proto)  # a copy, whose tensors are its own
 
 

@@ -20,6 +20,7 @@ from tract_fx.export.lost_in_graphs import refuse_gradient_hooks
 from tract_fx.export.onnx_program import to_onnx
 from tract_fx.export.quiet import quiet
 from tract_fx.export.records import ForwardGraphs
+from tract_fx.export.value_names import name_outputs
 from tract_fx.modules import copy_tree
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.find import locate
@@ -196,7 +197,8 @@ def _output_names(program: ExportedProgram) -> tuple[str, ...]:
     places = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     paths = [path for path, _ in pytree.tree_flatten_with_path(places)[0]]
     names = ["_".join(str(_key(entry)) for entry in path) or "output" for path in paths]
-    return tuple(f"output_{name}" if name.isdigit() else name for name in names)
+    taken = {*program.state_dict, *program.constants, *program.graph_signature.user_inputs}
+    return tuple(f"output_{name}" if name.isdigit() or name in taken else name for name in names)
 
 
 def _key(entry: Any) -> object:
@@ -221,13 +223,7 @@ def _graph(program: ExportedProgram, outputs: tuple[str, ...]) -> ir.Model:
             "outputs that are not tensors have no place in a graph",
             "Make it return tensors alone, for a Hugging Face model by return_dict=True",
         )
-    taken = {value.name for value in model.graph.inputs} | set(model.graph.initializers)
-    for index, name in enumerate(outputs):
-        value = model.graph.outputs[index]
-        unique = name if name not in taken else f"output_{name}"
-        if value.producer() is None or value.name in outputs[:index]:
-            model.graph.outputs[index] = value = _identity(model.graph, value)
-        value.name = unique
+    name_outputs(model, outputs)
     return model
 
 
@@ -253,14 +249,6 @@ def _name_batch(model: ir.Model) -> None:
     for value in (*model.graph.inputs, *values):
         if value.shape is not None:
             value.shape = ir.Shape([BATCH if size == symbol else size for size in value.shape])
-
-
-def _identity(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    """A value of its own for an output that is an input, or another output too."""
-    node = ir.node("Identity", [value], name=f"output_of_{value.name}")
-    graph.append(node)
-    node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
-    return node.outputs[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,9 +64,7 @@ def compare_gradients(
         _compare(f"the gradient of {name}", zeros, gradients[name], 0.0, VANISHING * scale)
 
 
-def compare_outputs(
-    expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
-) -> None:
+def compare_outputs(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> None:
     """Compare what a model returns in evaluation mode.
 
     Args:

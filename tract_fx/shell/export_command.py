@@ -79,7 +79,7 @@ def export(
     input_shape: InputShapes = None,
     fixed_batch: Annotated[
         bool,
-        typer.Option("--fixed-batch", help="Take batches of the example's size alone (PyTorch)."),
+        typer.Option("--fixed-batch", help="Take batches of the example's size alone."),
     ] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Without TrAct, to compare.")] = False,
     seed: Annotated[

@@ -6,6 +6,7 @@ rounding.
 """
 
 from tract_fx.passes.onnx_graph.repairs.activations import activations_as_primitives
+from tract_fx.passes.onnx_graph.repairs.auto_pad import explicit_pads
 from tract_fx.passes.onnx_graph.repairs.batch_norm import frozen_batch_norm, train_batch_norm
 from tract_fx.passes.onnx_graph.repairs.casts import casts_like
 from tract_fx.passes.onnx_graph.repairs.dropout import train_dropout
@@ -29,6 +30,7 @@ from tract_fx.passes.onnx_graph.repairs.normalizations import normalizations_as_
 from tract_fx.passes.onnx_graph.repairs.operands import separate_operands
 from tract_fx.passes.onnx_graph.repairs.optional_outputs import optional_outputs
 from tract_fx.passes.onnx_graph.repairs.padding import paddings_as_gathers
+from tract_fx.passes.onnx_graph.repairs.permutations import explicit_permutations
 from tract_fx.passes.onnx_graph.repairs.pooling import (
     average_pools_as_convolutions,
     max_pools_as_gathers,
@@ -66,6 +68,8 @@ __all__ = [
     "detached_values",
     "einsums_as_products",
     "evaluation_mode",
+    "explicit_pads",
+    "explicit_permutations",
     "extrema_as_primitives",
     "frozen_batch_norm",
     "full_size_selections",

@@ -42,10 +42,10 @@ def _indices(node: ir.Node) -> list[tuple[int, np.ndarray]] | None:
     """Give axes and indices, None if no step is negative or something is not known."""
     x, *bounds = node.inputs
     arrays = [constant_array(bound) for bound in bounds]
-    if x is None or x.shape is None or len(arrays) < 4 or arrays[3] is None:
+    if x is None or x.shape is None or len(arrays) < 4:
         return None
     starts, ends, axes, steps = arrays
-    if starts is None or ends is None or not bool((steps < 0).any()):
+    if starts is None or ends is None or steps is None or not np.any(steps < 0):
         return None
     if axes is None:
         axes = np.arange(len(starts))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.repairs.activations import activations_as_primitives
+from tract_fx.passes.onnx_graph.repairs.auto_pad import explicit_pads
 from tract_fx.passes.onnx_graph.repairs.batch_norm import frozen_batch_norm
 from tract_fx.passes.onnx_graph.repairs.casts import casts_like
 from tract_fx.passes.onnx_graph.repairs.einsum import einsums_as_products
@@ -19,6 +20,7 @@ from tract_fx.passes.onnx_graph.repairs.normalizations import normalizations_as_
 from tract_fx.passes.onnx_graph.repairs.operands import separate_operands
 from tract_fx.passes.onnx_graph.repairs.optional_outputs import optional_outputs
 from tract_fx.passes.onnx_graph.repairs.padding import paddings_as_gathers
+from tract_fx.passes.onnx_graph.repairs.permutations import explicit_permutations
 from tract_fx.passes.onnx_graph.repairs.pooling import (
     average_pools_as_convolutions,
     max_pools_as_gathers,
@@ -50,6 +52,8 @@ BEFORE: tuple[Callable[[ir.Model], int], ...] = (
     supported_versions,
     named_nodes,
     inferred_shapes,
+    explicit_pads,
+    explicit_permutations,
     detached_values,
     norms_of_everything,
     reductions_as_primitives,
