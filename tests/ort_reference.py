@@ -229,7 +229,7 @@ def assert_gradients(
     """
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     zero = zero or set()
-    assert vanishing(expected) == zero
+    assert vanishing(expected) == zero, vanishing(expected) ^ zero
     scale = max(float(np.linalg.norm(value)) for value in expected.values())
     errors = {}
     for name, wanted in expected.items():

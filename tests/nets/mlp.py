@@ -6,7 +6,7 @@ from torch import nn
 
 
 def small_mlp(size: int = 16, width: int = 32, classes: int = 10) -> nn.Sequential:
-    """Two hidden layers on 3 x `size` x `size` pixels; columns outnumber the rows of most batches."""
+    """Two hidden layers on 3 x `size` x `size` pixels: more columns than a batch has rows."""
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(3 * size * size, width),

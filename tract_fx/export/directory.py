@@ -168,14 +168,14 @@ def _refuse_to_replace(place: Path, overwrite: bool) -> None:
     if not place.is_dir():
         raise ArtifactsExistError(str(place), "a file is in the way", "Choose another directory")
     entries = {entry.name for entry in place.iterdir()}
+    if not entries:
+        return
     if not overwrite:
         raise ArtifactsExistError(
             str(place),
             "it exists, and is not overwritten without being asked",
             "Choose another directory, or pass overwrite=True",
         )
-    if not entries:
-        return
     try:
         own = {MANIFEST_FILE, *_read_manifest(place).files}
     except DamagedArtifactsError as error:

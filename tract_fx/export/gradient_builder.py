@@ -89,6 +89,9 @@ def run_graph(
 
     Returns:
         The values.
+
+    Raises:
+        ExportError: ONNX Runtime can't run the graph.
     """
     model = ir.from_proto(ir.to_proto(model))
     values = {v.name: v for node in model.graph for v in node.outputs}
@@ -98,8 +101,15 @@ def run_graph(
         value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
     given = {str(v.name): feeds[str(v.name)] for v in model.graph.inputs}
     proto = ir.to_proto(model)
-    session = ort_training.inference_session(proto.SerializeToString(), "cpu", 0)
-    results = dict(zip(read, session.run(read, given), strict=True))
+    try:
+        session = ort_training.inference_session(proto.SerializeToString(), "cpu", 0)
+        results = dict(zip(read, session.run(read, given), strict=True))
+    except Exception as error:  # ONNX Runtime's own classes are not public
+        raise ExportError(
+            f"ONNX Runtime can't run the exported graph ({ort_training.message_of(error)})",
+            "it has an operator, or one in a dtype, that has no kernel there",
+            "Write that part of the model otherwise, without autocast for one",
+        ) from error
     return {name: results[name] if name in results else given[name] for name in names}
 
 

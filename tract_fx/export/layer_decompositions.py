@@ -9,6 +9,8 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.nn import functional
 
+from tract_fx.errors import ExportError
+
 __all__ = ["exact_layers"]
 
 aten = torch.ops.aten
@@ -18,18 +20,29 @@ def exact_layers(program: ExportedProgram) -> ExportedProgram:
     """Write some operators of a model with others, to the same values and gradients.
 
     - Attention on queries that are not (N, heads, length, features): the exporter takes those only.
-    - Dropout of whole channels: as a dropout of ones, so that it becomes a Dropout node. The
-      exporter would write a random number generator, whose state can't be saved.
+    - Dropout of whole channels, as a dropout of ones, and dropout in place: so that they become
+      Dropout nodes. The exporter would write random number generators, whose state can't be saved.
 
     Args:
-        program: A model as captured. Dropout of channels is replaced in place.
+        program: A model as captured. Dropout is replaced in place.
 
     Returns:
         The same program, or a new one where attention is replaced.
+
+    Raises:
+        ExportError: A dropout drops everything.
     """
     for node in list(program.graph.nodes):
         if node.target is aten.feature_dropout.default:
             _drop_channels(program.graph, node)
+        elif node.target is aten.dropout_.default:
+            _drop_out_of_place(node)
+        if node.target is aten.dropout.default and node.args[1] == 1 and node.args[2]:
+            raise ExportError(
+                f"a dropout of everything, p = 1 (node {node.name!r})",
+                "the ratio of ONNX's Dropout is below one",
+                "Leave out what it switches off, or write x * 0",
+            )
     attention = aten.scaled_dot_product_attention.default
     if any(node.target is attention and _has_odd_rank(node) for node in program.graph.nodes):
         return program.run_decompositions({attention: _attention})  # type: ignore[no-any-return]
@@ -54,6 +67,16 @@ def _drop_channels(graph: fx.Graph, node: fx.Node) -> None:
         x = result
     node.replace_all_uses_with(x)
     graph.erase_node(node)
+
+
+def _drop_out_of_place(node: fx.Node) -> None:
+    """Let what reads the input after a dropout in place read the result."""
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    order = list(node.graph.nodes)
+    later = set(order[order.index(node) + 1 :])
+    x.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
+    node.target = aten.dropout.default
 
 
 def _has_odd_rank(node: fx.Node) -> bool:

@@ -19,6 +19,7 @@ from tract_fx.passes.onnx_graph.repairs import (
     extrema_as_primitives,
     inferred_shapes,
     named_nodes,
+    sequences_as_splits,
     strip_exporter_metadata,
     train_batch_norm,
     train_dropout,
@@ -53,6 +54,7 @@ def to_onnx(program: ExportedProgram) -> ir.Model:
     train_dropout(model)  # one that is off is not exported
     named_nodes(model)
     inferred_shapes(model)
+    sequences_as_splits(model)
     extrema_as_primitives(model)  # the metadata tells max(dim) from amax, whose ties differ
     strip_exporter_metadata(model)
     return model

@@ -191,6 +191,17 @@ def _read_torch(optimizer: torch.optim.Optimizer) -> OptimizerConfig:
             raise UnsupportedTrainingError(
                 f"{name} with {option}=True", "No graph is built for this option", "Leave it out"
             )
+    if group.get("initial_lr", group["lr"]) != group["lr"]:
+        raise UnsupportedTrainingError(
+            f"{name} whose lr {group['lr']} a scheduler has made of {group['initial_lr']}",
+            "The schedule would be lost, and its first step kept as the learning rate",
+            "Pass a record with the settings, and set trainer.learning_rate as you go",
+        )
+    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    if any(getattr(optimizer, kind, None) for kind in hooks):
+        raise UnsupportedTrainingError(
+            f"{name} with step hooks", "The graph runs no Python", "Remove the hooks"
+        )
     if isinstance(optimizer, torch.optim.SGD):
         return SGD(**_plain(group, "lr", "momentum", "dampening", "weight_decay", "nesterov"))
     if group["weight_decay"] != 0 and not group.get("decoupled_weight_decay", False):

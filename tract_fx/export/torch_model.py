@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from tract_fx.errors import ExportError, UnsupportedModelError
+from tract_fx.errors import ExportError, TractWarning, UnsupportedModelError
+from tract_fx.export.eager_forward import changed_buffers
 from tract_fx.export.layer_decompositions import exact_layers
 from tract_fx.export.loss_decompositions import exact_losses
 from tract_fx.export.loss_program import refuse_stopped_gradients
@@ -97,6 +100,7 @@ def export_forward(
     refuse_gradient_hooks(model)
     _refuse_cumulative_average(model)
     training, evaluation = _modes(model)
+    changed = changed_buffers(training, args, kwargs)
     program = _capture(training, args, kwargs, dynamic_batch)
     outputs = _output_names(program)
     refuse_stopped_gradients(program)
@@ -117,7 +121,7 @@ def export_forward(
         evaluated = _graph(plain, outputs)
         take_markers(evaluated)
     lambdas = take_markers(train)
-    tensors = _Tensors.of(model, program, train, evaluated)
+    tensors = _Tensors.of(model, program, train, evaluated, changed)
     located = locate(train, tensors.trainable, tensors.frozen)
     layers = tuple(
         dataclasses.replace(record, lambda_=lambdas[record.node])
@@ -143,11 +147,21 @@ def _modes(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
     training = copy_tree(model)
     try:
         if not training.training:
+            _warn_of_evaluation_mode(model)
             training.train()
         evaluation = copy_tree(model).eval()
     except NotImplementedError:  # an exported program's module has its mode in its graph
         return copy_tree(model), None
     return training, evaluation
+
+
+def _warn_of_evaluation_mode(model: nn.Module) -> None:
+    warnings.warn(
+        f"{type(model).__name__} is in evaluation mode: it is exported in training mode, all of "
+        "it. Call model.train() first, and .eval() on what is to stay frozen.",
+        TractWarning,
+        stacklevel=2,
+    )
 
 
 def _capture(
@@ -264,7 +278,12 @@ class _Tensors:
 
     @classmethod
     def of(
-        cls, model: nn.Module, program: ExportedProgram, train: ir.Model, evaluation: ir.Model
+        cls,
+        model: nn.Module,
+        program: ExportedProgram,
+        train: ir.Model,
+        evaluation: ir.Model,
+        changed: Mapping[str, tuple[Tensor, Tensor]],
     ) -> _Tensors:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         state = model.state_dict(keep_vars=True)
@@ -278,7 +297,7 @@ class _Tensors:
             for name, tensor in state.items()
             if first.get(id(tensor), name) != name
         }
-        statistics, counters = _mutated(program, train)
+        statistics, counters = _mutated(program, train, changed)
         held = [name for name in first.values()]
         trainable = [n for n in held if n in parameters and parameters[n].requires_grad]
         trainable = [n for n in trainable if n in train.graph.initializers]
@@ -303,27 +322,36 @@ class _Tensors:
         )
 
 
-def _mutated(program: ExportedProgram, train: ir.Model) -> tuple[set[str], list[str]]:
+def _mutated(
+    program: ExportedProgram, train: ir.Model, changed: Mapping[str, tuple[Tensor, Tensor]]
+) -> tuple[set[str], list[str]]:
     """Buffers that a forward pass changes: running statistics, and BatchNorm's counters."""
-    statistics = {
-        value.name
+    statistics = [
+        value
         for node in train.graph
-        if is_standard(node, "BatchNormalization")
-        and node.attributes.get_int("training_mode", 0) == 1
+        if is_standard(node, "BatchNormalization") and node.attributes.get_int("training_mode", 0)
         for value in node.inputs[3:5]
         if value is not None and value.name
-    }
+    ]
+    updated = [str(value.name) for value in statistics]
     with quiet():
-        changed = program.run_decompositions({}).graph_signature.buffers_to_mutate.values()
+        traced = program.run_decompositions({}).graph_signature.buffers_to_mutate.values()
     counters = [name for name in changed if name.endswith("num_batches_tracked")]
-    others = sorted(set(changed) - statistics - set(counters))
+    others = sorted({*changed, *traced} - {*updated, *counters})
     if others:
         raise ExportError(
             f"the buffers {others}, which the forward pass changes",
             "an ONNX graph keeps no state but BatchNorm's running statistics",
             "Move the update out of forward(), or register the module in evaluation mode",
         )
-    return statistics, counters
+    # A second call's statistics are what the first one computes.
+    if len(set(updated)) < len(updated) or not all(v.is_initializer() for v in statistics):
+        raise ExportError(
+            "the running statistics of a BatchNorm that is called several times",
+            "a graph does not keep the order in which the calls update them",
+            "Give each call a BatchNorm of its own, or put that one in evaluation mode",
+        )
+    return set(updated), counters
 
 
 def _refuse_cumulative_average(model: nn.Module) -> None:

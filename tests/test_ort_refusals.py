@@ -1,0 +1,198 @@
+"""What a graph would lose without a word is refused, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tract_fx import SGD, export_training, load_trainer, tract_module
+from tract_fx.errors import ExportError, TractWarning, UnsupportedTrainingError
+
+IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(6) % 4
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 4, 3)
+        self.norm: nn.Module = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 4)
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.first(x))).mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))  # type: ignore[no-any-return]
+
+
+class Clamped(torch.autograd.Function):
+    """Its backward differs from the forward's derivative only where a gradient is above one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0].clamp(-1, 1)
+
+
+class OwnBackward(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Clamped.apply(self.features(x)))  # type: ignore[no-any-return]
+
+
+class HookInForward(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features(x)
+        if features.requires_grad:
+            features.register_hook(lambda gradient: gradient.clamp(-1, 1))
+        return self.head(features)  # type: ignore[no-any-return]
+
+
+class TrackedInstances(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm2d(4, track_running_stats=True)
+
+
+class NormTwice(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.norm(self.first(x)) * 2).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Detached(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features(x)
+        return self.head(features * torch.sigmoid(features).detach())  # type: ignore[no-any-return]
+
+
+class DropsAll(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.dropout(self.features(x), 1.0, self.training))  # type: ignore[no-any-return]
+
+
+class Noisy(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features(x)
+        return self.head(features + torch.rand_like(features))  # type: ignore[no-any-return]
+
+
+def with_module_hook() -> nn.Module:
+    net = Net()
+    net.head.register_full_backward_hook(lambda module, given, output: None)
+    return net
+
+
+def with_parameter_hook() -> nn.Module:
+    net = Net()
+    net.head.weight.register_hook(lambda gradient: gradient * 2)
+    return net
+
+
+def cumulative() -> nn.Module:
+    net = Net()
+    net.norm = nn.BatchNorm2d(4, momentum=None)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (OwnBackward, "torch.autograd.Function Clamped"),
+        (HookInForward, "register_hook"),
+        (TrackedInstances, "norm.running_mean"),
+        (NormTwice, "called several times"),
+        (Detached, "stops a gradient"),
+        (DropsAll, "p = 1"),
+        (Noisy, "random state"),
+        (with_module_hook, "a backward hook on head"),
+        (with_parameter_hook, "the parameter head.weight"),
+        (cumulative, "momentum=None"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "unverified"])
+def test_refused(build: Callable[[], nn.Module], words: str, verify: bool, tmp_path: Path) -> None:
+    model = tract_module(build().train(), layers=["first"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ExportError, match=words):
+        export_training(model, IMAGES, tmp_path / "run", verify=verify)
+    assert not list(tmp_path.iterdir())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_optimizer_of_other_parameters(tmp_path: Path) -> None:
+    model = tract_module(Net().train(), IMAGES)
+    part = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    with pytest.raises(UnsupportedTrainingError, match=r"first\.weight"):
+        export_training(model, IMAGES, tmp_path / "run", optimizer=part)
+    other = torch.optim.SGD([*model.parameters(), *Net().parameters()], lr=0.1)
+    with pytest.raises(UnsupportedTrainingError, match="not the model's"):
+        export_training(model, IMAGES, tmp_path / "run", optimizer=other)
+
+
+def test_optimizer_under_a_scheduler(tmp_path: Path) -> None:
+    model = tract_module(Net().train(), IMAGES)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01)
+    with pytest.raises(UnsupportedTrainingError, match="scheduler"):
+        export_training(model, IMAGES, tmp_path / "run", optimizer=optimizer)
+
+
+def test_a_model_in_evaluation_mode_is_named(tmp_path: Path) -> None:
+    model = tract_module(Net(), IMAGES).eval()
+    with pytest.warns(TractWarning, match="evaluation mode"):
+        export_training(model, IMAGES, tmp_path / "run")
+    assert not model.training
+
+
+class InPlaceDropout(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features(x)
+        kept = features * 1
+        F.dropout(kept, 0.5, self.training, inplace=True)
+        return self.head(kept + features)  # type: ignore[no-any-return]
+
+
+class Chunked(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.norm(self.first(x)).chunk(2, 1)
+        gated = (one * torch.sigmoid(other)).mean((2, 3))
+        return self.head(torch.cat([gated, gated], 1))  # type: ignore[no-any-return]
+
+
+def test_dropout_in_place_drops(tmp_path: Path) -> None:
+    export_training(
+        tract_module(InPlaceDropout().train(), IMAGES),
+        IMAGES,
+        tmp_path / "run",
+        optimizer=SGD(lr=0),
+    )
+    trainer = load_trainer(tmp_path / "run")
+    losses = {trainer.train_step(IMAGES, LABELS) for _ in range(5)}
+    assert len(losses) > 1
+    assert len({trainer.evaluate(IMAGES, LABELS) for _ in range(3)}) == 1
+
+
+def test_gated_units(tmp_path: Path) -> None:
+    model = tract_module(Chunked().train(), IMAGES)
+    export_training(model, IMAGES, tmp_path / "run")
+    found = load_trainer(tmp_path / "run").compute_gradients(IMAGES, LABELS)
+    exact = model.double()
+    F.cross_entropy(exact(IMAGES.double()), LABELS).backward()
+    for name, parameter in exact.named_parameters():
+        assert parameter.grad is not None
+        error = np.linalg.norm(found[name] - parameter.grad.numpy())
+        # float32; the bias before the norm has no gradient but rounding
+        assert error <= 1e-5 * np.linalg.norm(parameter.grad.numpy()) + 1e-7, name

@@ -1,0 +1,116 @@
+"""One forward pass of a PyTorch model, watched for what a graph would lose without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from tract_fx.errors import ExportError
+from tract_fx.export.no_dropout import no_dropout
+
+__all__ = ["call_on_copies", "changed_buffers"]
+
+_OWN = "GeneratedBackwardFor_tract_fx_"
+_CHECKPOINT = "CheckpointFunctionBackward"  # computes again what the forward pass computed
+
+
+def changed_buffers(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Run a model forward once, on copies of its tensors, and see which buffers it changes.
+
+    Args:
+        module: The model in training mode. Not changed.
+        args: Positional arguments of a call.
+        kwargs: Keyword arguments of a call.
+
+    Returns:
+        Values before and after, by name of each buffer that changed.
+
+    Raises:
+        ExportError: The model has a backward of its own, or hooks gradients: a graph has neither,
+            and on many batches they make no difference that a comparison would see.
+    """  # noqa: DOC502 (raised by what it calls)
+    parameters = {
+        name: value.detach().clone().requires_grad_(value.requires_grad)
+        for name, value in module.named_parameters()
+    }
+    buffers = {name: value.detach().clone() for name, value in module.named_buffers()}
+    with no_dropout(module) as plain, _NoGradientHooks(), torch.enable_grad():
+        output = call_on_copies(plain, {**parameters, **buffers}, args, kwargs)
+    _refuse_functions(output)
+    before = dict(module.named_buffers())
+    return {
+        name: (before[name], value)
+        for name, value in buffers.items()
+        if not torch.equal(before[name], value)
+    }
+
+
+def call_on_copies(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Call a model on other tensors than its own, and leave the inputs and random state alone.
+
+    Args:
+        module: The model.
+        tensors: Parameters and buffers, by name. Buffers may be changed.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Returns:
+        What the model returns.
+    """
+    given, keywords = pytree.tree_map(_copied, (args, dict(kwargs)))
+    with torch.random.fork_rng(devices=[]):
+        return torch.func.functional_call(module, dict(tensors), given, keywords)
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+class _NoGradientHooks(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}:
+            raise ExportError(
+                f"{func.__name__} in the model's forward",
+                "the training graph runs no Python, so that the hook would be lost",
+                "Write what it does with PyTorch's operators, or train in PyTorch",
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _refuse_functions(output: Any) -> None:
+    """Refuse backwards of the model's own on the way from the outputs to the parameters."""
+    leaves = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.grad_fn]
+    waiting: list[Any] = [value.grad_fn for value in leaves]
+    seen: set[Any] = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        name = node.name()
+        own = isinstance(node, torch.autograd.function.BackwardCFunction)
+        if own and not name.startswith(_OWN) and name != _CHECKPOINT:
+            raise ExportError(
+                f"the torch.autograd.Function {name.removesuffix('Backward')}",
+                "the graph holds its forward alone, and ONNX Runtime would derive another backward",
+                "Write it with PyTorch's operators, or train in PyTorch",
+            )
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
