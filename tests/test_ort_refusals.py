@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tract_fx import SGD, export_training, load_trainer, tract_module
-from tract_fx.errors import ExportError, TractWarning, UnsupportedTrainingError
+from tract_fx.errors import (
+    ExportError,
+    InvalidBatchError,
+    TractWarning,
+    UnsupportedTrainingError,
+)
 
 IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(6) % 4
@@ -48,7 +53,7 @@ class Clamped(torch.autograd.Function):
 
 class OwnBackward(Net):
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(Clamped.apply(self.features(x)))  # type: ignore[no-any-return]
+        return self.head(Clamped.apply(self.features(x)))  # type: ignore[no-any-return, no-untyped-call]
 
 
 class HookInForward(Net):
@@ -87,6 +92,29 @@ class Noisy(Net):
         return self.head(features + torch.rand_like(features))  # type: ignore[no-any-return]
 
 
+class Branches(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 1.0 if x.shape[0] > 5 else 0.5
+        return self.head(self.features(x) * scale)  # type: ignore[no-any-return]
+
+
+class Counts(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        return self.head(self.features(x) / self.steps)  # type: ignore[no-any-return]
+
+
+def one_memory() -> nn.Module:
+    net = Net()
+    net.head.weight = nn.Parameter(torch.eye(4))
+    net.head.register_parameter("again", nn.Parameter(net.head.weight.data))
+    return net
+
+
 def with_module_hook() -> nn.Module:
     net = Net()
     net.head.register_full_backward_hook(lambda module, given, output: None)
@@ -118,6 +146,9 @@ def cumulative() -> nn.Module:
         (with_module_hook, "a backward hook on head"),
         (with_parameter_hook, "the parameter head.weight"),
         (cumulative, "momentum=None"),
+        (Branches, "batches out of"),
+        (Counts, "steps"),
+        (one_memory, "same memory"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -196,3 +227,44 @@ def test_gated_units(tmp_path: Path) -> None:
         error = np.linalg.norm(found[name] - parameter.grad.numpy())
         # float32; the bias before the norm has no gradient but rounding
         assert error <= 1e-5 * np.linalg.norm(parameter.grad.numpy()) + 1e-7, name
+
+
+class NormOfVectors(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.norm(self.first(x).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def smoothed(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target, label_smoothing=0.1)
+
+
+def focal(output: Tensor, target: Tensor) -> Tensor:
+    return (F.cross_entropy(output, target, reduction="none") ** 2).mean()
+
+
+@pytest.mark.parametrize(
+    "loss", ["cross_entropy", smoothed, focal], ids=["plain", "smoothed", "focal"]
+)
+def test_batches_that_onnx_runtime_takes_silently(loss: Any, tmp_path: Path) -> None:
+    """A batch of one makes the running variance NaN; an index of -1 is the last class."""
+    export_training(
+        tract_module(NormOfVectors().train(), IMAGES),
+        IMAGES,
+        tmp_path / "run",
+        loss=loss,
+        example_targets=LABELS,
+    )
+    trainer = load_trainer(tmp_path / "run")
+    before = trainer.state_dict()
+    with pytest.raises(InvalidBatchError, match="no variance"):
+        trainer.train_step(IMAGES[:1], LABELS[:1])
+    for wrong in (-1, 4):
+        with pytest.raises(InvalidBatchError, match=f"class index {wrong}"):
+            trainer.train_step(IMAGES, torch.where(LABELS == 1, wrong, LABELS))
+    for name, value in trainer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert np.isfinite(trainer.train_step(IMAGES, torch.where(LABELS == 1, -100, LABELS)))

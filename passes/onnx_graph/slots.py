@@ -30,7 +30,8 @@ FLOATS = (
 
 LIFT = (
     "Turn Constant nodes into initializers first: "
-    "onnx_ir.passes.common.LiftConstantsToInitializersPass()(model)"
+    "onnx_ir.passes.common.LiftConstantsToInitializersPass()(model); or name with trainable=[…] "
+    "the initializers to train"
 )
 """What to do with weights that are Constant nodes."""
 
@@ -107,11 +108,11 @@ def find_parameters(graph: ir.Graph) -> set[str]:
     """
     walk = _Walk(graph)
     walk.run()
-    if walk.fixed_weights and not walk.has_weights:
+    if walk.fixed_weights:
         shown = ", ".join(walk.fixed_weights[:5])
         raise UnsupportedTrainingError(
             f"layers whose weights are Constant nodes: {shown}",
-            "a Constant can't be trained, and no initializer is a weight",
+            "a Constant can't be trained, and whether it is meant to be is not said",
             LIFT,
         )
     for value in walk.found:

@@ -33,8 +33,8 @@ def changed_buffers(
         Values before and after, by name of each buffer that changed.
 
     Raises:
-        ExportError: The model has a backward of its own, or hooks gradients: a graph has neither,
-            and on many batches they make no difference that a comparison would see.
+        ExportError: The model has a backward of its own, hooks gradients or counts in attributes:
+            a graph does none of these, and on one batch they may make no difference.
     """  # noqa: DOC502 (raised by what it calls)
     parameters = {
         name: value.detach().clone().requires_grad_(value.requires_grad)
@@ -42,7 +42,9 @@ def changed_buffers(
     }
     buffers = {name: value.detach().clone() for name, value in module.named_buffers()}
     with no_dropout(module) as plain, _NoGradientHooks(), torch.enable_grad():
+        numbers = _numbers(plain)
         output = call_on_copies(plain, {**parameters, **buffers}, args, kwargs)
+        _refuse_counting(numbers, _numbers(plain))
     _refuse_functions(output)
     before = dict(module.named_buffers())
     return {
@@ -93,6 +95,26 @@ class _NoGradientHooks(TorchFunctionMode):
                 "Write what it does with PyTorch's operators, or train in PyTorch",
             )
         return func(*args, **(kwargs or {}))
+
+
+def _numbers(module: nn.Module) -> dict[str, int | float]:
+    """Numbers that modules hold as plain attributes."""
+    return {
+        f"{name}.{key}".lstrip("."): value
+        for name, child in module.named_modules()
+        for key, value in vars(child).items()
+        if isinstance(value, (int, float))
+    }
+
+
+def _refuse_counting(before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    changed = sorted(k for k, value in after.items() if k in before and before[k] != value)
+    if changed:
+        raise ExportError(
+            f"the attributes {changed}, which the forward pass changes",
+            "a graph keeps the values that they have while it is exported",
+            "Move the change out of forward()",
+        )
 
 
 def _refuse_functions(output: Any) -> None:

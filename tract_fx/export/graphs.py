@@ -146,10 +146,27 @@ def describe(
             ParameterSpec(name, value.shape, str(value.dtype), name in forward.trainable)
             for name, value in graphs.initial.items()
         ),
+        min_batch=_smallest_batch(source),
         counters=dict(source.counters),
         aliases=dict(forward.aliases),
         seed=seed,
     )
+
+
+def _smallest_batch(source: Source) -> int:
+    """2 where a trained BatchNorm of PyTorch's has no variance in a batch of one."""
+    if source.torch_forward is None:
+        return 1
+    for node in source.graphs.train.graph:
+        x = node.inputs[0] if node.inputs else None
+        trains = node.op_type == "BatchNormalization" and node.attributes.get_int(
+            "training_mode", 0
+        )
+        if trains and x is not None and x.shape is not None:
+            sizes = list(x.shape)[2:]
+            if all(size == 1 for size in sizes):
+                return 2
+    return 1
 
 
 def _layer(record: InputLayer) -> TractLayer:

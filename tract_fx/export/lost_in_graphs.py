@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
+from torch.utils._sympy.numbers import int_oo
 
 from tract_fx.errors import ExportError, UnsupportedTrainingError
 
-__all__ = ["refuse_gradient_hooks", "refuse_other_parameters"]
+__all__ = [
+    "refuse_bounded_batch",
+    "refuse_gradient_hooks",
+    "refuse_other_parameters",
+    "refuse_shared_memory",
+]
 
 _MODULE_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -67,3 +74,44 @@ def refuse_other_parameters(optimizer: object, model: nn.Module) -> None:
             "its settings are meant for another model",
             "Make the optimizer from the parameters of the model that is exported",
         )
+
+
+def refuse_bounded_batch(program: ExportedProgram) -> None:
+    """Refuse a program that holds for some batch sizes alone.
+
+    Args:
+        program: A model, or a loss, captured with an open batch.
+
+    Raises:
+        ExportError: It branched on the batch's size.
+    """
+    for symbol, bounds in program.range_constraints.items():
+        if bounds.lower > 2 or bounds.upper != int_oo:
+            raise ExportError(
+                f"a forward pass that is another one for batches out of {bounds.lower} to "
+                f"{bounds.upper} (size {symbol})",
+                "the graph would compute the example batch's branch for all of them",
+                "Leave such branches out, or export for one batch size with dynamic_batch=False",
+            )
+
+
+def refuse_shared_memory(model: nn.Module) -> None:
+    """Refuse parameters that are different objects over the same memory.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ExportError: Two of them are; in a graph they would be trained apart.
+    """
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or parameter.is_meta or not parameter.numel():
+            continue
+        other = first.setdefault(parameter.data_ptr(), name)
+        if other != name:
+            raise ExportError(
+                f"the parameters {other} and {name}, which lie in the same memory",
+                "in a graph each has memory of its own, so that they would be trained apart",
+                "Make them one parameter (b.weight = a.weight), which is kept as one",
+            )

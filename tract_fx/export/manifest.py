@@ -117,6 +117,8 @@ class Manifest:
         inputs: The model's inputs, in order.
         targets: What comes after them in a batch for training.
         outputs: Names of the predictions, which `eval_model.onnx` has after the loss.
+        min_batch: The smallest batch to train on: 2 where a BatchNorm sees one value per channel
+            and image.
         parameters: The tensors of the checkpoint.
         counters: Integers of the state_dict that grow by one with every training batch, such as
             BatchNorm's `num_batches_tracked`, with their value.
@@ -138,6 +140,7 @@ class Manifest:
     targets: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
     parameters: tuple[ParameterSpec, ...]
+    min_batch: int = 1
     counters: dict[str, int] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     updates: int = 0

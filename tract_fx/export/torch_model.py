@@ -19,7 +19,11 @@ from tract_fx.export.eager_forward import changed_buffers
 from tract_fx.export.layer_decompositions import exact_layers
 from tract_fx.export.loss_decompositions import exact_losses
 from tract_fx.export.loss_program import refuse_stopped_gradients
-from tract_fx.export.lost_in_graphs import refuse_gradient_hooks
+from tract_fx.export.lost_in_graphs import (
+    refuse_bounded_batch,
+    refuse_gradient_hooks,
+    refuse_shared_memory,
+)
 from tract_fx.export.onnx_program import to_onnx
 from tract_fx.export.quiet import quiet
 from tract_fx.export.records import ForwardGraphs
@@ -98,6 +102,7 @@ def export_forward(
         model = model.module()
     args, kwargs = _two_images(args, kwargs) if dynamic_batch else (args, kwargs)
     refuse_gradient_hooks(model)
+    refuse_shared_memory(model)
     _refuse_cumulative_average(model)
     training, evaluation = _modes(model)
     changed = changed_buffers(training, args, kwargs)
@@ -169,7 +174,7 @@ def _capture(
 ) -> ExportedProgram:
     shapes = _batch_shapes(model, args, kwargs) if dynamic_batch else None
     try:
-        return capture(model, args, kwargs, shapes)
+        program = capture(model, args, kwargs, shapes)
     except Exception as error:
         open_batch = "; with dynamic_batch=False it is exported for this batch size alone"
         raise ExportError(
@@ -177,6 +182,8 @@ def _capture(
             "without a graph there is nothing to train elsewhere",
             "Make the model exportable with torch.export" + (open_batch if dynamic_batch else ""),
         ) from error
+    refuse_bounded_batch(program)
+    return program
 
 
 def _batch_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

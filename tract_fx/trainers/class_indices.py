@@ -1,7 +1,8 @@
 """Which inputs of a graph are class indices, and how many classes there are.
 
 ONNX Runtime's SoftmaxCrossEntropyLoss does not check its labels: with one that is out of range it
-reads other memory, and the loss and the gradients are made of that.
+reads other memory, and the loss and the gradients are made of that. Its gathers, of which other
+losses and embeddings are made, take -1 for the last entry, where PyTorch raises.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tract_fx.export.manifest import TensorSpec
 __all__ = ["ClassRange", "class_ranges", "with_range"]
 
 _LOSSES = frozenset({"SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossInternal"})
+_GATHERS = frozenset({"Gather", "GatherElements"})
 # What leaves each label as it is.
 _REARRANGING = frozenset(
     {"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
@@ -49,15 +51,10 @@ def class_ranges(model: bytes) -> dict[str, ClassRange]:
     proto = onnx.shape_inference.infer_shapes(onnx.ModelProto.FromString(model))
     found: dict[str, ClassRange] = {}
     for node in ir.from_proto(proto).graph:
-        if node.op_type not in _LOSSES:
+        read = _read(node)
+        if read is None:
             continue
-        scores, labels = node.inputs[0], _origin(node.inputs[1])
-        if scores is None or scores.shape is None or labels is None or len(scores.shape) < 2:
-            continue
-        classes, ignored = scores.shape[1], node.attributes.get("ignore_index")
-        if not isinstance(classes, int):
-            continue
-        new = ClassRange(classes, None if ignored is None else ignored.as_int())
+        labels, new = read
         old = found.setdefault(labels, new)
         if old != new:  # two losses of the same labels: what both take
             same = old.ignore_index == new.ignore_index
@@ -81,6 +78,61 @@ def with_range(spec: TensorSpec, ranges: Mapping[str, ClassRange]) -> TensorSpec
     if known is None or spec.classes is not None:
         return spec
     return dataclasses.replace(spec, classes=known.classes, ignore_index=known.ignore_index)
+
+
+def _read(node: ir.Node) -> tuple[str, ClassRange] | None:
+    """The input that a node takes as indices, and their range."""
+    if len(node.inputs) < 2 or node.inputs[0] is None or node.inputs[0].shape is None:
+        return None
+    shape = node.inputs[0].shape
+    if node.op_type in _LOSSES:
+        axis, ignored = 1, node.attributes.get("ignore_index")
+        kept = None if ignored is None else ignored.as_int()
+        labels = _origin(node.inputs[1])
+    elif node.op_type in _GATHERS:
+        axis = node.attributes.get_int("axis", 0)
+        labels, kept = _origin_of_index(node.inputs[1])
+    else:
+        return None
+    if labels is None or not -len(shape) <= axis < len(shape):
+        return None
+    count = shape[axis]
+    return (labels, ClassRange(count, kept)) if isinstance(count, int) else None
+
+
+def _origin_of_index(value: ir.Value | None) -> tuple[str | None, int | None]:
+    """The graph input behind an index, and which of its values is replaced by another index."""
+    direct = _origin(value)
+    if direct is not None or value is None:
+        return direct, None
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type == "Where":
+            for branch in node.inputs[1:]:
+                labels = _origin(branch)
+                if labels is not None:
+                    return labels, _compared(node.inputs[0])
+            return None, None
+        if node.op_type not in _REARRANGING:
+            return None, None
+        value = node.inputs[0]
+    return None, None
+
+
+def _compared(condition: ir.Value | None) -> int | None:
+    """The constant that a condition compares with."""
+    node = None if condition is None else condition.producer()
+    if node is not None and node.op_type == "Not" and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    for value in () if node is None or node.op_type != "Equal" else node.inputs:
+        tensor = None if value is None else ir.convenience.get_const_tensor(value)
+        while tensor is None and value is not None and (maker := value.producer()) is not None:
+            if maker.op_type not in _REARRANGING:
+                break
+            value = maker.inputs[0]
+            tensor = None if value is None else ir.convenience.get_const_tensor(value)
+        if tensor is not None and tensor.size == 1:
+            return int(tensor.numpy().item())
+    return None
 
 
 def _origin(value: ir.Value | None) -> str | None:

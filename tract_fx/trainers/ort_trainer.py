@@ -15,6 +15,7 @@ import torch
 from tract_fx.errors import (
     DamagedArtifactsError,
     FailedRunError,
+    InvalidBatchError,
     TrainerStateError,
     UnsupportedTrainingError,
 )
@@ -139,6 +140,7 @@ class OrtTrainer:
                 dropped then.
         """  # noqa: DOC502 (raised by what it calls)
         arrays = check_batch(self._training_specs, batch, named, "train_step")
+        self._require_variance(arrays, "train_step")
         pending = self._pending
         module = self._run.module.train()
         if not pending:
@@ -229,6 +231,7 @@ class OrtTrainer:
         """  # noqa: DOC502 (raised by what it calls)
         specs = self._training_specs
         arrays = check_batch(specs, batch, named, "compute_gradients")
+        self._require_variance(arrays, "compute_gradients")
         if self._gradient_session is None:
             self._gradient_session = GradientSession(
                 self._graphs[TRAINING_MODEL], self._manifest, *self._device
@@ -347,6 +350,16 @@ class OrtTrainer:
     def _seed(self) -> int | None:
         """What the next batch's random numbers are set to, None where there are none."""
         return seed_of(self._manifest.seed, self._batches) if self._draws else None
+
+    def _require_variance(self, arrays: list[Array], call: str) -> None:
+        """Refuse a batch whose running variance would not be a number any more."""
+        smallest = self._manifest.min_batch
+        if smallest > 1 and any(len(array) < smallest for array in arrays if array.ndim):
+            raise InvalidBatchError(
+                f"{call}: a batch of {len(arrays[0])}",
+                "a BatchNorm gets one value per channel from it, which has no variance",
+                "Leave this batch out, or add it to another one",
+            )
 
     def _require_finished(self, call: str) -> None:
         if self._pending:
