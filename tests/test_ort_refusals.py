@@ -98,6 +98,22 @@ class Branches(Net):
         return self.head(self.features(x) * scale)  # type: ignore[no-any-return]
 
 
+class Even(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 1.0 if x.shape[0] % 2 == 0 else 0.5
+        return self.head(self.features(x) * scale)  # type: ignore[no-any-return]
+
+
+class Padded(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 4, padding_idx=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        which = torch.ones(x.shape[0], dtype=torch.int64)
+        return self.head(self.features(x) + self.table(which))  # type: ignore[no-any-return]
+
+
 class Counts(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +162,9 @@ def cumulative() -> nn.Module:
         (with_module_hook, "a backward hook on head"),
         (with_parameter_hook, "the parameter head.weight"),
         (cumulative, "momentum=None"),
-        (Branches, "batches out of"),
+        (Branches, "alone"),
+        (Even, "alone"),
+        (Padded, "padding_idx"),
         (Counts, "steps"),
         (one_memory, "same memory"),
     ],
@@ -268,3 +286,38 @@ def test_batches_that_onnx_runtime_takes_silently(loss: Any, tmp_path: Path) -> 
     for name, value in trainer.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert np.isfinite(trainer.train_step(IMAGES, torch.where(LABELS == 1, -100, LABELS)))
+
+
+class SingleIsAnother(Net):
+    """`torch.export` takes for granted that an open size is not one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 1.0 if x.shape[0] > 1 else 0.5
+        return self.head(self.features(x) * scale)  # type: ignore[no-any-return]
+
+
+def test_batches_of_one_are_verified(tmp_path: Path) -> None:
+    model = tract_module(SingleIsAnother().train(), IMAGES)
+    with pytest.raises(ExportError, match="evaluation mode"):
+        export_training(model, IMAGES, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+class BlackPixels(Net):
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu6(self.first(x)).mean((2, 3))
+
+
+def test_relu6_at_its_bound(tmp_path: Path) -> None:
+    """PyTorch's gradient is zero there; that of ONNX Runtime's Clip is not."""
+    net = BlackPixels()
+    net.first = nn.Conv2d(3, 4, 3, bias=False)
+    images = IMAGES.clone()
+    images[:3] = 0
+    model = tract_module(net.train(), images)
+    export_training(model, images, tmp_path / "run")
+    found = load_trainer(tmp_path / "run").compute_gradients(images, LABELS)
+    F.cross_entropy(model(images), LABELS).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(torch.from_numpy(found[name]), parameter.grad)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules.module import _WrappedHook
 
@@ -21,6 +22,7 @@ __all__ = [
     "autocast_dtype",
     "copy_graph",
     "full_precision",
+    "guards",
     "inside_dual_level",
     "inside_functorch",
     "product_rounding",
@@ -37,6 +39,18 @@ _BACKENDS = {"cuda": "cuda", "cpu": "mkldnn"}
 _lock = Lock()
 _inside = {"cuda": 0, "mkldnn": 0}
 _before = {"cuda": "none", "mkldnn": "none"}
+
+
+def guards(program: ExportedProgram) -> list[str]:
+    """Tell what an exported program takes for granted of its inputs, beyond ranges of sizes.
+
+    Args:
+        program: The program.
+
+    Returns:
+        Conditions, as Python expressions.
+    """
+    return list(program._guards_code)
 
 
 def inside_functorch() -> bool:

@@ -159,7 +159,7 @@ def _smallest_batch(source: Source) -> int:
         return 1
     for node in source.graphs.train.graph:
         x = node.inputs[0] if node.inputs else None
-        trains = node.op_type == "BatchNormalization" and node.attributes.get_int(
+        trains = node.op_type == "BatchNormalization" and 1 == node.attributes.get_int(
             "training_mode", 0
         )
         if trains and x is not None and x.shape is not None:

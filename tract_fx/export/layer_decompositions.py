@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -14,12 +16,20 @@ from tract_fx.errors import ExportError
 __all__ = ["exact_layers"]
 
 aten = torch.ops.aten
+_BOUNDED = {
+    aten.relu6.default,
+    aten.relu6_.default,
+    aten.hardtanh.default,
+    aten.hardtanh_.default,
+}
 
 
 def exact_layers(program: ExportedProgram) -> ExportedProgram:
     """Write some operators of a model with others, to the same values and gradients.
 
     - Attention on queries that are not (N, heads, length, features): the exporter takes those only.
+    - Clipping activations (ReLU6): at a bound PyTorch's gradient is zero, that of ONNX Runtime's
+      Clip is not, and black pixels lie at a bound.
     - Dropout of whole channels, as a dropout of ones, and dropout in place: so that they become
       Dropout nodes. The exporter would write random number generators, whose state can't be saved.
 
@@ -27,7 +37,7 @@ def exact_layers(program: ExportedProgram) -> ExportedProgram:
         program: A model as captured. Dropout is replaced in place.
 
     Returns:
-        The same program, or a new one where attention is replaced.
+        The same program, or a new one where attention or activations are replaced.
 
     Raises:
         ExportError: A dropout drops everything.
@@ -44,9 +54,12 @@ def exact_layers(program: ExportedProgram) -> ExportedProgram:
                 "Leave out what it switches off, or write x * 0",
             )
     attention = aten.scaled_dot_product_attention.default
+    table: dict[Any, Callable[..., Tensor]] = {}
     if any(node.target is attention and _has_odd_rank(node) for node in program.graph.nodes):
-        return program.run_decompositions({attention: _attention})  # type: ignore[no-any-return]
-    return program
+        table[attention] = _attention
+    if any(node.target in _BOUNDED for node in program.graph.nodes):
+        table[aten.hardtanh.default] = _hardtanh
+    return program.run_decompositions(table) if table else program
 
 
 def _drop_channels(graph: fx.Graph, node: fx.Node) -> None:
@@ -81,6 +94,12 @@ def _drop_out_of_place(node: fx.Node) -> None:
 
 def _has_odd_rank(node: fx.Node) -> bool:
     return any(arg.meta["val"].dim() != 4 for arg in node.args[:3] if isinstance(arg, fx.Node))
+
+
+def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:  # noqa: A002
+    """Clip, with a gradient strictly between the bounds alone."""
+    above = torch.where(input > min_val, input, min_val)
+    return torch.where(input < max_val, above, max_val)
 
 
 def _attention(

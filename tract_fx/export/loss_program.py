@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from tract_fx.errors import ExportError, UnsupportedTrainingError
+from tract_fx.export.lost_in_graphs import refuse_bounded_batch
 from tract_fx.export.quiet import quiet
 
 __all__ = ["evaluate_loss", "refuse_stopped_gradients", "trace_loss"]
@@ -122,6 +123,8 @@ def trace_loss(
             "a loss is exported as one graph for every batch size and all values",
             "Write it with tensor operations, without branches on values or fixed batch sizes",
         ) from error
+    if any(dynamic):
+        refuse_bounded_batch(program)
     for node in _calls(program.graph_module):
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise ExportError(

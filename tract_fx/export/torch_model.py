@@ -21,6 +21,7 @@ from tract_fx.export.loss_decompositions import exact_losses
 from tract_fx.export.loss_program import refuse_stopped_gradients
 from tract_fx.export.lost_in_graphs import (
     refuse_bounded_batch,
+    refuse_embedding_options,
     refuse_gradient_hooks,
     refuse_shared_memory,
 )
@@ -182,7 +183,9 @@ def _capture(
             "without a graph there is nothing to train elsewhere",
             "Make the model exportable with torch.export" + (open_batch if dynamic_batch else ""),
         ) from error
-    refuse_bounded_batch(program)
+    if dynamic_batch:
+        refuse_bounded_batch(program)
+    refuse_embedding_options(program)
     return program
 
 
@@ -336,7 +339,8 @@ def _mutated(
     statistics = [
         value
         for node in train.graph
-        if is_standard(node, "BatchNormalization") and node.attributes.get_int("training_mode", 0)
+        if is_standard(node, "BatchNormalization")
+        and node.attributes.get_int("training_mode", 0) == 1
         for value in node.inputs[3:5]
         if value is not None and value.name
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from tract_fx.errors import ExportError
 from tract_fx.export.forward import Source
 from tract_fx.export.gradient_builder import (
     accumulated_gradients,
@@ -23,6 +24,7 @@ from tract_fx.export.graphs import Graphs, plain_training_graph
 from tract_fx.export.loss_choice import ChosenLoss
 from tract_fx.export.training_graph import add_tract
 from tract_fx.export.verify_torch import (
+    Gradients,
     compare_gradients,
     compare_outputs,
     torch_gradients,
@@ -60,19 +62,57 @@ def verify_graphs(source: Source, chosen: ChosenLoss, graphs: Graphs) -> None:
     gradients = {name: values[value] for name, value in gathered.items()}
     treated = {weight for record in source.graphs.layers for weight in record.weight}
     loss = _loss_of_output(source, chosen)
-    value, named = torch_gradients(forward.training, loss, forward.args, forward.kwargs)
-    aliases = source.graphs.aliases
-    expected = {aliases.get(name, name): gradient for name, gradient in named.items()}
-    compare_gradients((value, expected), (float(values[loss_name]), gradients), treated)
-    if forward.evaluation is None:
-        return
-    outputs = torch_outputs(forward.evaluation, forward.args, forward.kwargs)
+    found = Gradients(float(values[loss_name]), gradients)
+
+    def in_torch(dtype: torch.dtype | None) -> Gradients:
+        result = torch_gradients(forward.training, loss, forward.args, forward.kwargs, dtype)
+        aliases = source.graphs.aliases
+        return Gradients(result.loss, {aliases.get(n, n): g for n, g in result.by_name.items()})
+
+    expected = in_torch(None)
+    try:
+        compare_gradients(expected, found, treated)
+    except ExportError:
+        compare_gradients(expected, found, treated, in_torch(torch.float64))
+    if forward.evaluation is not None:
+        _verify_evaluation(source, chosen, graphs, feeds)
+
+
+def _verify_evaluation(
+    source: Source, chosen: ChosenLoss, graphs: Graphs, feeds: Mapping[str, np.ndarray]
+) -> None:
+    """Compare the outputs in evaluation mode: on the example batch, and on its first image.
+
+    torch.export takes for granted that an open size is not one.
+    """
+    forward = source.torch_forward
+    assert forward is not None and forward.evaluation is not None
     names = [str(name) for name in pytree.tree_leaves(source.graphs.structure)]
     evaluation = graphs.evaluation.clone()
     random_free(evaluation)  # a dropout that the model leaves on in evaluation
-    found = run_graph(evaluation, {**feeds, **graphs.initial}, chosen.predictions)
-    by_name = dict(zip(names, outputs, strict=True))
-    compare_outputs({name: by_name[name] for name in chosen.predictions}, found)
+    batch = _open_batch(evaluation, feeds)
+    for size in {batch, None if batch is None else 1}:
+        args, kwargs = pytree.tree_map(
+            lambda value, size=size: _first(value, batch, size), (forward.args, forward.kwargs)
+        )
+        given = {name: _first(value, batch, size) for name, value in feeds.items()}
+        outputs = dict(zip(names, torch_outputs(forward.evaluation, args, kwargs), strict=True))
+        found = run_graph(evaluation, {**given, **graphs.initial}, chosen.predictions)
+        compare_outputs({name: outputs[name] for name in chosen.predictions}, found)
+
+
+def _open_batch(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> int | None:
+    """The example batch's size, None where the graph fixes it."""
+    for value in model.graph.inputs:
+        if value.name in feeds and value.shape and isinstance(value.shape[0], ir.SymbolicDim):
+            return len(feeds[str(value.name)])
+    return None
+
+
+def _first(value: Any, batch: int | None, size: int | None) -> Any:
+    """Cut a batch."""
+    whole = isinstance(value, (Tensor, np.ndarray)) and value.ndim and len(value) == batch
+    return value[:size] if whole else value
 
 
 def _without_dropout(source: Source, chosen: ChosenLoss, graphs: Graphs) -> ir.Model:
