@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 # Two inputs of one batch: a trainer checks that.
-_SAME_SIZE = re.compile(r"\S+\.size\(\)\[\d+\] == \S+\.size\(\)\[\d+\]")
+_SAME_SIZE = re.compile(r"\S+\.size\(\)\[\d+\] [=<>]= \S+\.size\(\)\[\d+\]")
 _MODULE_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
