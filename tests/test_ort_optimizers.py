@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import multiprocessing
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -305,13 +305,6 @@ def test_trains_a_net_as_torch_does(net: Path, config: OptimizerConfig) -> None:
     assert difference(session.values(), trained) < 5e-6
 
 
-def _resume(directory: str, fields: dict[str, Any], middle: int) -> Arrays:
-    """Goes on from a checkpoint; runs in a process of its own."""
-    config = optimizer_from_dict(fields)
-    session = Session(Path(directory), config, Path(directory) / "middle")
-    return session.train(config, gradients_for(config), range(middle, STEPS)).values()
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -328,9 +321,10 @@ def test_goes_on_from_a_checkpoint_bit_for_bit(linear: Path, config: OptimizerCo
     whole = Session(linear, config).train(config, gradients, range(STEPS)).values()
     first = Session(linear, config).train(config, gradients, range(middle))
     CheckpointState.save_checkpoint(first.state, linear / "middle", include_optimizer_state=True)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        resumed = pool.submit(_resume, str(linear), config.to_dict(), middle).result()
+    script, result = Path(__file__).with_name("resumed_optimizer.py"), linear / "resumed.npz"
+    arguments = [str(linear), str(middle), json.dumps(config.to_dict()), str(result)]
+    subprocess.run([sys.executable, str(script), *arguments], check=True, timeout=300)
+    resumed = np.load(result)
     for name, value in whole.items():
         np.testing.assert_array_equal(resumed[name], value, name)
 

@@ -605,3 +605,13 @@ def test_repr(folder: Path) -> None:
     text = repr(load_trainer(folder / "mlp"))
     for part in ("x -> logits", "cross_entropy", "SGD(lr=0.1", "first: λ=0.1", "cpu", "0 updates"):
         assert part in text
+
+
+def test_importing_the_runtime_leaves_torch_alone() -> None:
+    """Its own import replaces torch's `checkpoint`, by one that torch.compile refuses."""
+    script = (
+        "import torch, torch.utils.checkpoint as c; before = c.checkpoint\n"
+        "from tract_fx.ort_training import artifacts, training_api; artifacts(); training_api()\n"
+        "assert c.checkpoint is before"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch.utils.checkpoint
 
 from tract_fx.errors import MissingRuntimeError
 
@@ -51,7 +53,26 @@ def runtime() -> ModuleType:
 
     Raises:
         MissingRuntimeError: If no `onnxruntime` is installed, or one that can't train.
+    """  # noqa: DOC502 (raised by _import_runtime)
+    with _torch_left_alone():
+        return _import_runtime()
+
+
+@contextlib.contextmanager
+def _torch_left_alone() -> Iterator[None]:
+    """Take back what the import of ONNX Runtime Training does to PyTorch.
+
+    It puts a function of its own in the place of `torch.utils.checkpoint.checkpoint`, which
+    torch.compile can't trace.
     """
+    checkpoint = torch.utils.checkpoint.checkpoint
+    try:
+        yield
+    finally:
+        torch.utils.checkpoint.checkpoint = checkpoint
+
+
+def _import_runtime() -> ModuleType:
     try:
         found = importlib.import_module("onnxruntime")
     except ImportError as error:
@@ -62,6 +83,7 @@ def runtime() -> ModuleType:
         ) from error
     try:
         importlib.import_module("onnxruntime.training.api")
+        importlib.import_module("onnxruntime.training.artifacts")
     except ImportError as error:
         version = getattr(found, "__version__", "of unknown version")
         raise MissingRuntimeError(
