@@ -33,7 +33,9 @@ def convolutions(draw: st.DrawFn) -> tuple[str, tuple[int, ...], tuple[int, ...]
     spatial = [
         d * (k - 1) + 1 + draw(st.integers(0, 4)) for k, d in zip(kernel, dilation, strict=True)
     ]
-    parts = [f"group = {groups}", f"strides = {[draw(sizes) for _ in range(dims)]}"]
+    # Where a stride is longer than the kernel, ONNX Runtime's SAME pads by a negative number.
+    strides = [draw(st.integers(1, k) if "SAME" in pad else sizes) for k in kernel]
+    parts = [f"group = {groups}", f"strides = {strides}"]
     parts += [f"dilations = {dilation}"] * draw(st.booleans() if 2 not in dilation else st.just(1))
     parts += [f"kernel_shape = {kernel}"] * draw(st.booleans())
     if pad == "NOTSET":
