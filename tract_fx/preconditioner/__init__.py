@@ -4,17 +4,26 @@ Imports nothing from the rest of the package but errors and the list of private 
 """
 
 from tract_fx.preconditioner.geometry import PatchGeometry
-from tract_fx.preconditioner.gram_matrix import gram
+from tract_fx.preconditioner.gram_matrix import gram, gram_algorithm
 from tract_fx.preconditioner.op import precondition_grad
 from tract_fx.preconditioner.operators import PRECONDITION_GRAD_OPERATOR
 from tract_fx.preconditioner.settings import check_lambda
-from tract_fx.preconditioner.solve import precondition_weight_gradient
+from tract_fx.preconditioner.solve import (
+    SolvePlan,
+    plan_solve,
+    precondition_by_plan,
+    precondition_weight_gradient,
+)
 
 __all__ = [
     "PRECONDITION_GRAD_OPERATOR",
     "PatchGeometry",
+    "SolvePlan",
     "check_lambda",
     "gram",
+    "gram_algorithm",
+    "plan_solve",
+    "precondition_by_plan",
     "precondition_grad",
     "precondition_weight_gradient",
 ]

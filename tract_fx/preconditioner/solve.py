@@ -7,6 +7,8 @@ no n × n matrix is formed and nothing is squared.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -16,7 +18,7 @@ from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.gram_matrix import gram
 from tract_fx.preconditioner.patches import patch_matrix
 
-__all__ = ["precondition_weight_gradient"]
+__all__ = ["SolvePlan", "plan_solve", "precondition_by_plan", "precondition_weight_gradient"]
 
 # The Gram in float32 carries an error of about eps·trace, which the solve magnifies by 1/λ. Past
 # this product (an input in [0, 255], say) a CPU computes Gram and factor in float64 at once.
@@ -26,6 +28,59 @@ _MAX_FLOAT32_AMPLIFICATION = 1e-3
 # to the whole, than two units of the dtype it was rounded to and 64 of the one it was added up in.
 _ROUNDING_UNITS = 2.0
 _SUMMATION_UNITS = 64.0
+
+
+@dataclass(frozen=True)
+class SolvePlan:
+    """How one weight gradient is preconditioned, settled before any of it is computed.
+
+    Attributes:
+        form: `"cholesky"` of the Gram (R ≥ n), `"row space"` by QR (R < n), or `"no rows"`.
+        rows: R.
+        columns: n, of one group.
+        dtype: Dtype of the Gram's products, of the factorisation and of the solve.
+        noise: Relative size below which what gW has outside X's row space is rounding.
+    """
+
+    form: Literal["cholesky", "row space", "no rows"]
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    noise: float
+
+
+def plan_solve(
+    grad_dtype: torch.dtype,
+    x: torch.Tensor,
+    lambda_: float,
+    geometry: PatchGeometry,
+    input_dtype: torch.dtype | None = None,
+) -> SolvePlan:
+    """Settle form and dtype, from shapes and from the flags that the layer runs under.
+
+    On the CPU the input's values are looked at too.
+
+    Args:
+        grad_dtype: Dtype of gW.
+        x: The layer's input, as `precondition_weight_gradient` takes it.
+        lambda_: λ > 0.
+        geometry: How the layer reads `x`.
+        input_dtype: Autocast's dtype, None for `x`'s own.
+
+    Returns:
+        The plan.
+    """
+    dtype = torch.promote_types(torch.promote_types(grad_dtype, x.dtype), torch.float32)
+    noise = _noise(grad_dtype, input_dtype, x.device, bool(geometry.kernel))
+    x = geometry.batched(x if input_dtype is None else x.to(input_dtype))
+    rows, columns = geometry.rows(x), geometry.columns(x)
+    single_on_cpu = x.device.type == "cpu" and dtype == torch.float32
+    if single_on_cpu and _float32_is_too_coarse(x, lambda_, geometry):
+        dtype = torch.float64
+    form: Literal["cholesky", "row space", "no rows"] = "no rows"
+    if rows:
+        form = "row space" if rows < columns else "cholesky"
+    return SolvePlan(form, rows, columns, dtype, noise)
 
 
 def precondition_weight_gradient(
@@ -54,31 +109,58 @@ def precondition_weight_gradient(
 
     Raises:
         UnsupportedLayerError: `grad` and `x` are not of one layer of that geometry.
+    """  # noqa: DOC502 (raised by what it calls)
+    with torch.no_grad():
+        plan = plan_solve(grad.dtype, x, lambda_, geometry, input_dtype)
+        return precondition_by_plan(grad, x, lambda_, geometry, plan, input_dtype)
+
+
+def precondition_by_plan(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    lambda_: float,
+    geometry: PatchGeometry,
+    plan: SolvePlan,
+    input_dtype: torch.dtype | None = None,
+    *,
+    retry: bool = True,
+) -> torch.Tensor:
+    """Compute gW (XᵀX/R + λI)⁻¹ as planned, in full precision whatever the global flags say.
+
+    Args:
+        grad: As `precondition_weight_gradient` takes it, as are the next three and `input_dtype`.
+        x: The layer's input.
+        lambda_: λ > 0.
+        geometry: How the layer reads `x`.
+        plan: Form and dtype.
+        input_dtype: The dtype in which the layer multiplied.
+        retry: Whether a failed float32 factorisation on the CPU is done again in float64. Without,
+            no step depends on values, and the computation can be traced.
+
+    Returns:
+        The preconditioned gradient, shape and dtype of `grad`.
+
+    Raises:
+        UnsupportedLayerError: `grad` and `x` are not of one layer of that geometry.
     """
-    dtype = torch.promote_types(torch.promote_types(grad.dtype, x.dtype), torch.float32)
-    on_cpu = x.device.type == "cpu"
-    noise = _noise(grad.dtype, input_dtype, x.device, bool(geometry.kernel))
     with torch.no_grad(), torch_private.full_precision(x.device):
         if input_dtype is not None:
             x = x.to(input_dtype)
         x = geometry.batched(x)
-        rows, columns = geometry.rows(x), geometry.columns(x)
-        if math.prod(grad.shape[1:]) != columns or x.shape[1] % geometry.groups:
+        if math.prod(grad.shape[1:]) != plan.columns or x.shape[1] % geometry.groups:
             raise UnsupportedLayerError(
                 f"a weight gradient {tuple(grad.shape)} and an input {tuple(x.shape)} in "
                 f"{geometry.groups} groups",
                 "they are not of one layer",
                 "Give precondition_grad the weight, the input and the arguments of one call",
             )
-        matrix = grad.reshape(geometry.groups, grad.shape[0] // geometry.groups, columns)
-        if on_cpu and dtype == torch.float32 and _float32_is_too_coarse(x, lambda_, geometry):
-            dtype = torch.float64
-        if rows == 0:
-            result = matrix.to(dtype) / lambda_
-        elif rows < columns:
-            result = _row_space_solve(matrix.to(dtype), x, lambda_, geometry, noise)
+        matrix = grad.reshape(geometry.groups, grad.shape[0] // geometry.groups, plan.columns)
+        if plan.form == "no rows":
+            result = matrix.to(plan.dtype) / lambda_
+        elif plan.form == "row space":
+            result = _row_space_solve(matrix.to(plan.dtype), x, lambda_, geometry, plan.noise)
         else:
-            result = _gram_solve(matrix, x, lambda_, geometry, dtype)
+            result = _gram_solve(matrix, x, lambda_, geometry, plan.dtype, retry)
         return result.to(grad.dtype).reshape(grad.shape)
 
 
@@ -99,10 +181,12 @@ def _gram_solve(
     lambda_: float,
     geometry: PatchGeometry,
     dtype: torch.dtype,
+    retry: bool,
 ) -> torch.Tensor:
     """Solve by Cholesky of the Gram; (groups, out, n) to the same."""
     factor, ok = _factorise(x, lambda_, geometry, dtype)
-    if x.device.type == "cpu" and dtype == torch.float32 and not bool(ok.all()):
+    single_on_cpu = x.device.type == "cpu" and dtype == torch.float32
+    if retry and single_on_cpu and not bool(ok.all()):
         dtype = torch.float64
         factor, ok = _factorise(x, lambda_, geometry, dtype)
     # cholesky_solve wants the unknown on the right: P is symmetric, so gW P = (P gWᵀ)ᵀ.
