@@ -30,7 +30,7 @@ def source_files() -> dict[str, Path]:
         f"{package.replace('.', '/')}/{file.relative_to(ROOT / folder).as_posix()}": file
         for folder, package in FOLDERS.items()
         for file in (ROOT / folder).rglob("*")
-        if file.suffix == ".py" or file.name == "py.typed"
+        if file.suffix in {".css", ".html", ".js", ".py"} or file.name == "py.typed"
     }
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "TractWarning",
     "TrainerStateError",
     "UnknownLayerError",
+    "UnsupportedFormatError",
     "UnsupportedLayerError",
     "UnsupportedModelError",
     "UnsupportedTrainingError",
@@ -120,6 +121,10 @@ class FailedRunError(TractError, RuntimeError):
 
 class MissingRuntimeError(TractError, ImportError):
     """A package or an execution provider that the call needs is not there."""
+
+
+class UnsupportedFormatError(TractError, ValueError):
+    """An inspection can't be written to a file of that kind."""
 
 
 class TractWarning(UserWarning):

@@ -16,6 +16,10 @@ _EXTRAS = {
     "onnxscript": "onnx",
     "numpy": "onnx",
     "google": "onnx",
+    "graphviz": "inspect",
+    "jinja2": "inspect",
+    "matplotlib": "inspect",
+    "rich": "inspect",
 }
 
 
@@ -39,8 +43,9 @@ def load(module: str, name: str) -> Any:
         missing = (error.name or "").partition(".")[0]
         if missing not in _EXTRAS:
             raise
+        also = ", or 'tract_fx[ort-training]' to train too" * (_EXTRAS[missing] == "onnx")
         raise MissingRuntimeError(
             f"{name} needs the package {missing}, which is not installed",
             "it belongs to an extra",
-            f"pip install 'tract_fx[{_EXTRAS[missing]}]', or 'tract_fx[ort-training]' to train too",
+            f"pip install 'tract_fx[{_EXTRAS[missing]}]'{also}",
         ) from error
