@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from timing import interleaved, pin_allocator
 from tract_fx import SGD, AdamW, export_training, load_trainer, tract_pass
+from tract_fx.export.record_json import encode
 from whole_nets import NETS, Net
 
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -124,7 +125,7 @@ def main() -> None:
             {
                 "net": str(net),
                 "shape": net.shape,
-                "optimizer": net.optimizer.to_dict(),
+                "optimizer": encode(net.optimizer),
                 "rounds": rounds,
                 "milliseconds": times,
                 "tract_over_plain": ratio,

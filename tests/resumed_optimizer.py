@@ -13,11 +13,15 @@ from typing import Any
 import numpy as np
 
 from test_ort_optimizers import STEPS, Session, gradients_for
-from tract_fx.export.optimizers import optimizer_from_dict
+from tract_fx.export.optimizers import SGD, AdamW, OptimizerConfig
+from tract_fx.export.record_json import decode
+
+RECORDS: dict[str, type[OptimizerConfig]] = {"SGD": SGD, "AdamW": AdamW}
 
 if __name__ == "__main__":
-    folder, middle, fields, result = sys.argv[1:]
-    config = optimizer_from_dict(json.loads(fields))
+    folder, middle, settings, result = sys.argv[1:]
+    fields = json.loads(settings)
+    config = decode(RECORDS[fields["type"]], fields, "optimizer")
     session = Session(Path(folder), config, Path(folder) / "middle")
     trained = session.train(config, gradients_for(config), range(int(middle), STEPS))
     arrays: dict[str, Any] = dict(trained.values())

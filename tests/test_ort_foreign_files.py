@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx import numpy_helper
+from torch import Tensor, nn
 from torch.nn import functional
 
 from foreign_models import (
@@ -23,7 +24,7 @@ from foreign_models import (
     initializers,
     mlp,
 )
-from onnx_models import by_hand
+from onnx_models import by_hand, exported_to_onnx
 from oracle import Spec, relative_error, tract_gradient
 from tract_fx import (
     InvalidBatchError,
@@ -52,6 +53,38 @@ def test_auto_pad_of_an_open_size_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ExportError, match="not fixed"):
         export_training(model, torch.randn(2, 3, 8, 8), tmp_path / "a")
+
+
+class _Gated(nn.Module):
+    """The gate is detached: a gradient goes through one factor alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        return self.head(h * h.detach())  # type: ignore[no-any-return]
+
+
+def test_what_was_detached_in_torch_stays_detached(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x, target = _Gated(), torch.randn(4, 6), torch.randn(4, 3)
+    _, proto = exported_to_onnx(model, (x,))
+    export_training(proto, None, tmp_path / "a", loss="mse")
+    found = load_trainer(tmp_path / "a").compute_gradients(x.numpy(), target.numpy())
+    rows = x.double()
+    model.double()
+    functional.mse_loss(model(rows), target.double()).backward()
+    weight = model.stem.weight.grad
+    assert weight is not None
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    expected["stem.weight"] = torch.linalg.solve(
+        rows.mT @ rows / 4 + 0.1 * torch.eye(6).double(), weight, left=False
+    )
+    for name, gradient in expected.items():
+        assert gradient is not None
+        assert relative_error(found[name], gradient.numpy()) < FLOAT32, name
 
 
 @pytest.mark.parametrize("way", ["path", "text", "proto", "ir"])

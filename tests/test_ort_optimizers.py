@@ -35,8 +35,8 @@ from tract_fx.export.optimizers import (
     AdamW,
     OptimizerConfig,
     optimizer_from,
-    optimizer_from_dict,
 )
+from tract_fx.export.record_json import decode, encode
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -322,7 +322,7 @@ def test_goes_on_from_a_checkpoint_bit_for_bit(linear: Path, config: OptimizerCo
     first = Session(linear, config).train(config, gradients, range(middle))
     CheckpointState.save_checkpoint(first.state, linear / "middle", include_optimizer_state=True)
     script, result = Path(__file__).with_name("resumed_optimizer.py"), linear / "resumed.npz"
-    arguments = [str(linear), str(middle), json.dumps(config.to_dict()), str(result)]
+    arguments = [str(linear), str(middle), json.dumps(encode(config)), str(result)]
     subprocess.run([sys.executable, str(script), *arguments], check=True, timeout=300)
     resumed = np.load(result)
     for name, value in whole.items():
@@ -394,15 +394,16 @@ def test_updates_that_would_be_inexact_are_refused(
 
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 def test_records_survive_json(config: OptimizerConfig) -> None:
-    assert optimizer_from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert decode(type(config), json.loads(json.dumps(encode(config))), "optimizer") == config
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"name": "adam"}, {"name": ["sgd"]}, {"name": "sgd", "betas": [0.9, 0.99]}]
+    "fields",
+    [{}, {"type": "Adam"}, {"type": ["SGD"]}, {**encode(SGD()), "betas": [0.9, 0.99]}],
 )
 def test_unknown_descriptions_are_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedTrainingError):
-        optimizer_from_dict(fields)
+    with pytest.raises(ValueError, match=r"is no SGD|unknown entries: betas"):
+        decode(SGD, fields, "optimizer")
 
 
 def test_names_and_records() -> None:

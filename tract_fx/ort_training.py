@@ -17,9 +17,9 @@ from tract_fx.errors import MissingRuntimeError
 __all__ = [
     "TESTED_VERSION",
     "artifacts",
+    "gradient_graph_builder",
     "inference_session",
     "message_of",
-    "onnxblock",
     "ort_value",
     "parameter_value",
     "parse_device",
@@ -116,14 +116,14 @@ def artifacts() -> ModuleType:
     return importlib.import_module("onnxruntime.training.artifacts")
 
 
-def onnxblock() -> ModuleType:
-    """Import `onnxruntime.training.onnxblock`: blocks that training graphs are built of.
+def gradient_graph_builder() -> Any:
+    """Import ONNX Runtime's gradient builder by any value, which no public module has.
 
     Returns:
-        The module.
+        The class.
     """
     runtime()
-    return importlib.import_module("onnxruntime.training.onnxblock")
+    return importlib.import_module("onnxruntime.capi._pybind_state").GradientGraphBuilder
 
 
 def parse_device(device: object) -> tuple[str, int]:

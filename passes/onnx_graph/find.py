@@ -32,6 +32,7 @@ from tract_fx.passes.onnx_graph.values import (
     Content,
     ancestors,
     carries_no_values,
+    is_number,
     node_names,
     operands,
     static_shape,
@@ -214,7 +215,7 @@ class _Walk:
             return FEATURES
         if content.path and content.trainable:
             # A sum of features and parameters that is one number is part of a loss.
-            if not (content.from_layers and _is_number(node.outputs[0])):
+            if not (content.from_layers and is_number(node.outputs[0])):
                 why = None if call is None or node.op_type == "MatMul" else reasons.BIASED_FILTER
                 self._refuse(node, content.path, why)
             return FEATURES
@@ -282,8 +283,3 @@ class _Walk:
 def _is_fixed(value: ir.Value) -> bool:
     """Tell an input that has a value of its own already, as initializers were up to IR 3."""
     return value.is_initializer()
-
-
-def _is_number(value: ir.Value) -> bool:
-    shape = static_shape(value)
-    return shape is not None and all(size == 1 for size in shape)

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.preconditioner import PatchGeometry
 
-__all__ = ["conv_geometry"]
+__all__ = ["conv_geometry", "same_padding"]
 
 
 def conv_geometry(node: ir.Node, x: ir.Value, weight: ir.Value) -> PatchGeometry | None:
@@ -35,11 +35,10 @@ def conv_geometry(node: ir.Node, x: ir.Value, weight: ir.Value) -> PatchGeometry
         sizes = _spatial_sizes(x, dims)
         padding = []
         for size, k, s, d in zip(sizes, kernel, stride, dilation, strict=True):
-            total = _same_total(size, d * (k - 1) + 1, s)
-            if total is None:
+            sides = same_padding(auto_pad, size, d * (k - 1) + 1, s)
+            if sides is None:
                 return None
-            less, more = total // 2, total - total // 2
-            padding.append((less, more) if auto_pad == "SAME_UPPER" else (more, less))
+            padding.append(sides)
     elif auto_pad == "VALID":
         padding = [(0, 0)] * dims
     else:
@@ -63,10 +62,25 @@ def _spatial_sizes(x: ir.Value, dims: int) -> tuple[int | None, ...]:
     return tuple(size if isinstance(size, int) else None for size in x.shape[2:])
 
 
-def _same_total(size: int | None, extent: int, stride: int) -> int | None:
-    """Zeros that make ⌈size / stride⌉ outputs of patches of this extent."""
+def same_padding(
+    auto_pad: str, size: int | None, extent: int, stride: int
+) -> tuple[int, int] | None:
+    """Compute the padding that makes ⌈size / stride⌉ outputs of patches along one axis.
+
+    Args:
+        auto_pad: SAME_UPPER or SAME_LOWER.
+        size: The input's size, None where it is not known.
+        extent: The patches' extent.
+        stride: The stride.
+
+    Returns:
+        What comes before and after, None where it depends on the size.
+    """
     if stride == 1:
-        return extent - 1
-    if size is None:
+        total = extent - 1
+    elif size is None:
         return None
-    return max((-(-size // stride) - 1) * stride + extent - size, 0)
+    else:
+        total = max((-(-size // stride) - 1) * stride + extent - size, 0)
+    less, more = total // 2, total - total // 2
+    return (less, more) if auto_pad == "SAME_UPPER" else (more, less)

@@ -10,12 +10,24 @@ import onnx_ir as ir
 
 from tract_fx.errors import UnsupportedModelError, UnsupportedTrainingError
 from tract_fx.passes.onnx_graph.calls import is_standard
-from tract_fx.passes.onnx_graph.slots import FLOATS, LAYERS, LIFT, MOVES, find_parameters
-from tract_fx.passes.onnx_graph.values import ancestors, static_shape
+from tract_fx.passes.onnx_graph.slots import LAYERS, LIFT, MOVES, find_parameters
+from tract_fx.passes.onnx_graph.values import FLOATING, ancestors, static_shape
 
-__all__ = ["TrainingInputs", "forward_parameters", "is_training_graph", "training_parameters"]
+__all__ = [
+    "BUFFER",
+    "RESET",
+    "TrainingInputs",
+    "forward_parameters",
+    "is_training_graph",
+    "training_parameters",
+]
 
-_BUFFER, _RESET = "_grad.accumulation.buffer", "lazy_reset_grad"
+BUFFER = "_grad.accumulation.buffer"
+"""What follows a parameter's name in that of the input that its gradients are added up in."""
+
+RESET = "lazy_reset_grad"
+"""Name of the input that says whether these start anew."""
+
 # Where nothing else stands: what tells parameters among a training graph's inputs.
 _PLACES: dict[str, tuple[int, ...]] = {
     **{op: places for op, places in LAYERS.items() if op != "Einsum"},
@@ -65,7 +77,7 @@ def _checked(graph: ir.Graph, trainable: Iterable[str]) -> set[str]:
             raise UnsupportedTrainingError(
                 f"trainable names {name!r}", *_no_initializer(graph, name)
             )
-        if value.dtype not in FLOATS:
+        if value.dtype not in FLOATING:
             raise UnsupportedTrainingError(
                 f"trainable names {name!r}, of type {value.dtype}",
                 "only floating point numbers have a gradient",
@@ -79,7 +91,7 @@ def _no_initializer(graph: ir.Graph, name: str) -> tuple[str, str]:
     for node in graph:
         if node.op_type == "Constant" and node.outputs[0].name == name:
             return "it is a Constant node's value", LIFT
-    known = [n for n, value in graph.initializers.items() if value.dtype in FLOATS]
+    known = [n for n, value in graph.initializers.items() if value.dtype in FLOATING]
     close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     shown = ", ".join(map(repr, close or known[:10])) or "none"
     return "the model has no initializer of that name", f"Near to it are: {shown}"
@@ -110,7 +122,7 @@ def is_training_graph(model: ir.Model) -> bool:
         Whether it is one.
     """
     names = [str(value.name) for value in model.graph.inputs]
-    return _RESET in names and any(name.endswith(_BUFFER) for name in names)
+    return RESET in names and any(name.endswith(BUFFER) for name in names)
 
 
 def training_parameters(
@@ -139,11 +151,11 @@ def training_parameters(
     if not is_training_graph(model):
         raise UnsupportedModelError(
             f"a graph with the inputs {', '.join(names) or 'none'}",
-            f"a training graph has gradient buffers ({_BUFFER!r}) and {_RESET!r} among its inputs",
+            f"a training graph has gradient buffers ({BUFFER!r}) and {RESET!r} among its inputs",
             _GIVE,
         )
-    buffers = [name for name in names if name.endswith(_BUFFER)]
-    trainable = tuple(name.removesuffix(_BUFFER) for name in buffers)
+    buffers = [name for name in names if name.endswith(BUFFER)]
+    trainable = tuple(name.removesuffix(BUFFER) for name in buffers)
     given = names[: names.index(buffers[0])]
     missing = [name for name in trainable if name not in given]
     if missing:
@@ -159,7 +171,7 @@ def training_parameters(
         for i, value in enumerate(inputs)
         if value.name in known or (parameters is None and _stands_in_layer(value, forward))
     )
-    if not first or names[len(given) :] != [*buffers, _RESET]:
+    if not first or names[len(given) :] != [*buffers, RESET]:
         raise UnsupportedModelError(
             f"a training graph with the inputs {', '.join(names)}",
             "they are not in the order batch, parameters, buffers, reset",
@@ -180,7 +192,7 @@ def _stands_in_layer(value: ir.Value, nodes: Collection[ir.Node]) -> bool:
         Whether it is of a static shape and stands in such a place, as it is or moved.
     """
     shape = static_shape(value)
-    if shape is None or value.dtype not in FLOATS:
+    if shape is None or value.dtype not in FLOATING:
         return False
     for node, index in value.uses():
         if node not in nodes:

@@ -16,17 +16,16 @@ import onnx_ir as ir
 from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.merged import refuse_merged
-from tract_fx.passes.onnx_graph.values import carries_no_values, operands, static_shape, subgraphs
-
-__all__ = ["FLOATS", "LAYERS", "LIFT", "MOVES", "find_parameters"]
-
-FLOATS = (
-    ir.DataType.FLOAT,
-    ir.DataType.DOUBLE,
-    ir.DataType.FLOAT16,
-    ir.DataType.BFLOAT16,
+from tract_fx.passes.onnx_graph.values import (
+    FLOATING,
+    carries_no_values,
+    is_number,
+    operands,
+    static_shape,
+    subgraphs,
 )
-"""Types that have a gradient."""
+
+__all__ = ["LAYERS", "LIFT", "MOVES", "find_parameters"]
 
 LIFT = (
     "Turn Constant nodes into initializers first: "
@@ -137,9 +136,9 @@ class _Walk:
 
     def _of_initializer(self, value: ir.Value, produced: set[str | None]) -> _Origin:
         kind = value.metadata_props.get(_KIND)
-        if kind == "PARAMETER" and value.dtype in FLOATS and value.uses():
+        if kind == "PARAMETER" and value.dtype in FLOATING and value.uses():
             self.found.add(value)
-        if value.dtype not in FLOATS or not value.shape or _is_folded_constant(value, produced):
+        if value.dtype not in FLOATING or not value.shape or _is_folded_constant(value, produced):
             return _Origin()
         # What torch calls a buffer is none, wherever it stands.
         return _Origin(sources=(value,) if kind in (None, "PARAMETER") else ())
@@ -211,7 +210,7 @@ class _Walk:
             return False
         if is_standard(node, "Gather") and len(static_shape(value) or (1, 1)) < 2:
             return False  # a list of numbers, not a table of rows
-        sources = [v for v in origin.sources if not origin.computed or not _is_number(v)]
+        sources = [v for v in origin.sources if not origin.computed or not is_number(v)]
         if origin.computed and len(sources) > 1:
             sources = self._reparametrised(node, sources)
         self.found.update(sources)
@@ -229,13 +228,13 @@ class _Walk:
     def _take_operand(self, node: ir.Node, value: ir.Value | None) -> None:
         """Take a bias, a scale, a token: what arithmetic combines features with."""
         origin = self._origin(value)
-        if value is None or not origin.is_constant or (origin.computed and _is_number(value)):
+        if value is None or not origin.is_constant or (origin.computed and is_number(value)):
             return
         sources = [v for v in origin.sources if not str(v.name).lower().endswith("mask")]
-        unknown = [v for v in sources if _KIND not in v.metadata_props and not _is_number(v)]
+        unknown = [v for v in sources if _KIND not in v.metadata_props and not is_number(v)]
         if origin.computed and not self.found.issuperset(unknown):
             raise _untold(node, unknown)
-        self.found.update(v for v in sources if not _is_number(v) or _is_bias_of_one(node, v))
+        self.found.update(v for v in sources if not is_number(v) or _is_bias_of_one(node, v))
 
 
 def _computed(node: ir.Node, origins: list[_Origin]) -> _Origin:
@@ -269,12 +268,7 @@ def _is_folded_constant(value: ir.Value, produced: set[str | None]) -> bool:
 
 def _is_tensor(value: ir.Value) -> bool:
     tensor = ir.convenience.get_const_tensor(value)
-    return tensor is not None and tensor.dtype in FLOATS and tensor.size > 1
-
-
-def _is_number(value: ir.Value) -> bool:
-    shape = static_shape(value)
-    return shape is not None and all(size == 1 for size in shape)
+    return tensor is not None and tensor.dtype in FLOATING and tensor.size > 1
 
 
 def _is_bias_of_one(node: ir.Node, value: ir.Value) -> bool:

@@ -266,11 +266,9 @@ def _tiles(layer: _Layer) -> list[int]:
 
 
 def _patches(write: NodeWriter, layer: _Layer) -> ir.Value:
-    """Write every patch as channels, (N, C · kernel elements, *positions), in the weight's order.
-
-    A convolution of each channel with the unit kernels, under the layer's own attributes, so that
-    whatever they mean they mean the same here.
-    """  # noqa: DOC201
+    """Every patch as channels, (N, C · kernel elements, *positions), in the weight's order."""
+    # A convolution of each channel with the unit kernels, under the layer's own attributes, so that
+    # whatever they mean they mean the same here.
     elements = math.prod(layer.kernel)
     unit = np.eye(elements, dtype=np.float32).reshape(elements, 1, *layer.kernel)
     kernels = write.constant(np.tile(unit, (layer.channels, *(1,) * (unit.ndim - 1))), "units")

@@ -12,14 +12,24 @@ from tract_fx.passes.onnx_graph.calls import is_standard
 
 __all__ = [
     "FEATURES",
+    "FLOATING",
     "Content",
     "ancestors",
     "carries_no_values",
+    "is_number",
     "node_names",
     "operands",
     "static_shape",
     "subgraphs",
 ]
+
+FLOATING = (
+    ir.DataType.FLOAT,
+    ir.DataType.FLOAT16,
+    ir.DataType.DOUBLE,
+    ir.DataType.BFLOAT16,
+)
+"""The dtypes that ONNX Runtime builds gradients for."""
 
 _VALUELESS = ("Shape", "Size", "EyeLike", "RandomNormalLike", "RandomUniformLike")
 _SHAPE_KEEPING = ("Identity", "Cast", "Neg", "Abs", "Exp", "Sqrt", "Tanh", "Sigmoid", "Dropout")
@@ -178,6 +188,19 @@ def _broadcast(shapes: list[tuple[int, ...] | None]) -> tuple[int, ...] | None:
     rank = max(map(len, known))
     padded = [(1,) * (rank - len(shape)) + shape for shape in known]
     return tuple(max(sizes) if 0 not in sizes else 0 for sizes in zip(*padded, strict=True))
+
+
+def is_number(value: ir.Value) -> bool:
+    """Tell a tensor of one entry.
+
+    Args:
+        value: The value.
+
+    Returns:
+        Whether its shape is known, and it is one.
+    """
+    shape = static_shape(value)
+    return shape is not None and all(size == 1 for size in shape)
 
 
 def node_names(graph: ir.Graph) -> dict[ir.Node, str]:

@@ -107,12 +107,7 @@ class NodeWriter:
             The constant.
         """
         full = self._fresh(name)
-        value = ir.Value(
-            name=full,
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-            const_value=ir.Tensor(array, name=full),
-        )
+        value = ir.val(full, const_value=ir.Tensor(array, name=full))
         self._graph.register_initializer(value)
         return value
 

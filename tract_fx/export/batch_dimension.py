@@ -14,10 +14,10 @@ from tract_fx.ort_training import message_of
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.repairs import evaluation_mode
 
-__all__ = ["fixed_batch", "name_batch", "open_batch"]
+__all__ = ["BATCH", "fixed_batch", "name_batch", "open_batch"]
 
 BATCH = "batch"
-"""Name of an open first dimension that had none."""
+"""Name of the inputs' first dimension where it is left open."""
 
 TOLERANCE = 1e-4
 """Largest difference of outputs between the opened and the fixed graph, relative to the largest
@@ -144,12 +144,7 @@ def _open_reshape(graph: ir.Graph, node: ir.Node, size: int) -> None:
     node.attributes.pop("allowzero", None)  # without zeros so far, it has no meaning
     name = f"{node.name}_open_shape"
     constant = ir.tensor(np.array([0, *sizes[1:]], np.int64), name=name)
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(sizes.shape),
-        type=ir.TensorType(ir.DataType.INT64),
-        const_value=constant,
-    )
+    value = ir.val(name, const_value=constant)
     graph.register_initializer(value)
     node.replace_input_with(1, value)
 

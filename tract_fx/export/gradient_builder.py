@@ -12,11 +12,9 @@ import onnx_ir as ir
 from tract_fx import ort_training
 from tract_fx.errors import ExportError
 from tract_fx.export.quiet import quiet
+from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
 
 __all__ = ["accumulated_gradients", "build_gradients", "run_graph", "run_training_graph"]
-
-_BUFFER = "_grad.accumulation.buffer"
-_RESET = "lazy_reset_grad"
 
 
 def build_gradients(
@@ -68,12 +66,12 @@ def accumulated_gradients(training: ir.Model) -> dict[str, str]:
         the parameter through a copy.
     """
     return {
-        str(node.inputs[0].name).removesuffix(_BUFFER): str(node.inputs[1].name)
+        str(node.inputs[0].name).removesuffix(BUFFER): str(node.inputs[1].name)
         for node in training.graph
         if node.op_type == "InPlaceAccumulatorV2"
         and node.inputs[0] is not None
         and node.inputs[1] is not None
-        and str(node.inputs[0].name).endswith(_BUFFER)
+        and str(node.inputs[0].name).endswith(BUFFER)
     }
 
 
@@ -137,8 +135,8 @@ def run_training_graph(
             given[name] = feeds[name]
         elif name in parameters:
             given[name] = parameters[name].copy()  # running statistics are updated in place
-        elif name == _RESET:
+        elif name == RESET:
             given[name] = np.array([True])
-        elif name.endswith(_BUFFER):
-            given[name] = np.zeros_like(parameters[name.removesuffix(_BUFFER)])
+        elif name.endswith(BUFFER):
+            given[name] = np.zeros_like(parameters[name.removesuffix(BUFFER)])
     return run_graph(training, given, names)

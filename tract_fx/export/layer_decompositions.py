@@ -96,7 +96,7 @@ def _has_odd_rank(node: fx.Node) -> bool:
     return any(arg.meta["val"].dim() != 4 for arg in node.args[:3] if isinstance(arg, fx.Node))
 
 
-def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:  # noqa: A002
+def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:  # noqa: A002  (aten's)
     """Clip, with a gradient strictly between the bounds alone."""
     above = torch.where(input > min_val, input, min_val)
     return torch.where(input < max_val, above, max_val)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +13,7 @@ from torch import Tensor
 from tract_fx import ort_training
 from tract_fx.errors import ExportError, UnsupportedTrainingError
 from tract_fx.export.quiet import quiet
+from tract_fx.passes.onnx_graph.values import ancestors, operands
 
 __all__ = ["check_loss"]
 
@@ -87,17 +86,8 @@ def _used(model: ir.Model, names: Sequence[str]) -> list[str]:
     Returns:
         Those of them that it depends on, in the same order.
     """
-    seen: set[ir.Value] = set()
-    stack = list(model.graph.outputs)
-    while stack:
-        value = stack.pop()
-        producer = value.producer()
-        if value in seen:
-            continue
-        seen.add(value)
-        if producer is not None:
-            stack.extend(v for v in producer.inputs if v is not None)
-    reached = {v.name for v in seen if v.dtype is not None and v.dtype.is_floating_point()}
+    read = [v for node in ancestors(model.graph.outputs[0]) for v in operands(node)]
+    reached = {v.name for v in read if v.dtype is not None and v.dtype.is_floating_point()}
     return [n for n in names if n in reached]
 
 
@@ -118,7 +108,7 @@ def _with_gradients(model: ir.Model, names: Sequence[str]) -> bytes:
     proto = ir.to_proto(model).SerializeToString()
     try:
         with quiet():
-            builder = _gradient_builder()(proto, {loss}, set(names), loss, None)
+            builder = ort_training.gradient_graph_builder()(proto, {loss}, set(names), loss, None)
             builder.build()
             graph: bytes = builder.get_model()
     except RuntimeError as error:
@@ -130,16 +120,6 @@ def _with_gradients(model: ir.Model, names: Sequence[str]) -> bytes:
             "Write the loss with other operators (ReduceMax, for one, has no gradient there)",
         ) from error
     return graph
-
-
-def _gradient_builder() -> Any:
-    """Import ONNX Runtime's gradient builder, which no public module has.
-
-    Returns:
-        The class.
-    """
-    ort_training.runtime()
-    return importlib.import_module("onnxruntime.capi._pybind_state").GradientGraphBuilder
 
 
 def _compare(what: str, found: Array | None, expected: Tensor, absolute: float) -> None:

@@ -85,7 +85,6 @@ def put_loss(
     examples = run_graph(graphs.evaluation, feeds, reads)
     values = [torch.from_numpy(np.array(examples[name])) for name in reads]
     dims = [_open_dimensions(graphs.evaluation, name) for name in reads]
-    shapes = [frozenset(d.items()) for d in dims]
     specs: tuple[TargetSpec, ...] = ()
     if example_targets is None:
         specs = loss_targets(loss, values, dims)
@@ -96,7 +95,7 @@ def put_loss(
         ]
     else:
         targets = [target.detach().cpu() for target in example_targets]
-        open_ = [_like_outputs(target, values, shapes) for target in targets]
+        open_ = [_like_outputs(target, values, dims) for target in targets]
         with contextlib.suppress(UnsupportedTrainingError):  # a callable's targets aren't known
             specs = loss_targets(loss, values, dims)
     classes = [
@@ -187,12 +186,12 @@ def _open_dimensions(model: ir.Model, name: str) -> dict[int, str]:
 
 
 def _like_outputs(
-    target: Tensor, outputs: Sequence[Tensor], dims: Sequence[frozenset[tuple[int, str]]]
+    target: Tensor, outputs: Sequence[Tensor], dims: Sequence[Mapping[int, str]]
 ) -> dict[int, str]:
     """Open dimensions of a target: those where it has an output's size of an open dimension."""
     found: dict[int, str] = {}
-    for value, entries in zip(outputs, dims, strict=True):
-        for index, name in sorted(entries):
+    for value, names in zip(outputs, dims, strict=True):
+        for index, name in names.items():
             if index < target.dim() and target.shape[index] == value.shape[index]:
                 found.setdefault(index, name)
     return found

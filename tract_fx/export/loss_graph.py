@@ -8,6 +8,7 @@ import onnx.version_converter
 import onnx_ir as ir
 
 from tract_fx.errors import ExportError
+from tract_fx.export.value_names import free_name
 
 __all__ = ["attach_loss"]
 
@@ -68,7 +69,7 @@ def attach_loss(
         target.name = name
         graph.inputs.append(target)
     _move(part.graph, graph, taken)
-    loss.name = _free("loss", taken)
+    loss.name = free_name("loss", taken)
     graph.outputs.insert(0, loss)
     return loss.name
 
@@ -144,34 +145,16 @@ def _move(source: ir.Graph, target: ir.Graph, taken: set[str | None]) -> None:
     """
     for value in list(source.initializers.values()):
         source.initializers.pop(str(value.name))
-        value.name = _free(f"{PREFIX}{value.name}", taken)
+        value.name = free_name(f"{PREFIX}{value.name}", taken)
         target.register_initializer(value)
     nodes = list(source)
     source.remove(nodes)
     for node in nodes:
-        node.name = _free(f"{PREFIX}{node.name or node.op_type}", taken)
+        node.name = free_name(f"{PREFIX}{node.name or node.op_type}", taken)
         for output in node.outputs:
             if output.name:
-                output.name = _free(f"{PREFIX}{output.name}", taken)
+                output.name = free_name(f"{PREFIX}{output.name}", taken)
         target.append(node)
-
-
-def _free(name: str, taken: set[str | None]) -> str:
-    """Find a name that is not in use, and take it.
-
-    Args:
-        name: The name wanted.
-        taken: Names in use, which grow.
-
-    Returns:
-        The name, with a number if it was taken.
-    """
-    number, found = 0, name
-    while found in taken:
-        number += 1
-        found = f"{name}_{number}"
-    taken.add(found)
-    return found
 
 
 def _align_opsets(model: ir.Model, part: ir.Model) -> None:

@@ -120,8 +120,8 @@ def read_forward(
     treated = tuple(
         dataclasses.replace(records[node], lambda_=value) for node, value in chosen.items()
     )
-    for graph in (train, evaluation):  # what was noted there has been read
-        strip_exporter_metadata(graph)
+    # The training graph keeps its notes until `prepare_for_gradients` has read what was detached.
+    strip_exporter_metadata(evaluation)
     kept = tuple(name for name in frozen if name not in statistics)
     return ForwardGraphs(train, evaluation, treated, names, (*kept, *statistics))
 

@@ -174,12 +174,7 @@ class _UpdateGraph:
         """Returns the initializer of this name, which is the same at every call."""
         if name not in self._constants:
             tensor = ir.tensor(np.asarray(value), name=name)
-            self._constants[name] = ir.Value(
-                name=name,
-                shape=ir.Shape(np.shape(value)),
-                type=ir.TensorType(tensor.dtype),
-                const_value=tensor,
-            )
+            self._constants[name] = ir.val(name, const_value=tensor)
         return self._constants[name]
 
     def node(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 
 from tract_fx.errors import UnsupportedTrainingError
 
-__all__ = ["SGD", "AdamW", "OptimizerConfig", "optimizer_from", "optimizer_from_dict"]
+__all__ = ["SGD", "AdamW", "OptimizerConfig", "optimizer_from"]
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _EXACT_INTEGERS = 2**24  # up to here float32 holds every integer
@@ -49,14 +48,6 @@ class AdamW:
         _set_number(self, "eps", "at least 0", lambda value: value >= 0)
         _set_number(self, "weight_decay", "at least 0", lambda value: value >= 0)
         _set_step_options(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Describe the optimizer in what JSON can hold.
-
-        Returns:
-            The fields, and `"name": "adamw"`.
-        """
-        return {"name": "adamw", **dataclasses.asdict(self), "betas": list(self.betas)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,14 +91,6 @@ class SGD:
             )
         _set_step_options(self)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Describe the optimizer in what JSON can hold.
-
-        Returns:
-            The fields, and `"name": "sgd"`.
-        """
-        return {"name": "sgd", **dataclasses.asdict(self)}
-
 
 OptimizerConfig: TypeAlias = AdamW | SGD
 _RECORDS: dict[str, type[AdamW] | type[SGD]] = {"adamw": AdamW, "sgd": SGD}
@@ -136,35 +119,6 @@ def optimizer_from(value: str | OptimizerConfig | torch.optim.Optimizer) -> Opti
     raise UnsupportedTrainingError(
         f"optimizer={value!r}", "No optimizer of this name is built", f"Use {_KNOWN}"
     )
-
-
-def optimizer_from_dict(fields: Mapping[str, Any]) -> OptimizerConfig:
-    """Read what `to_dict` wrote.
-
-    Args:
-        fields: The fields, and the name.
-
-    Returns:
-        The record.
-
-    Raises:
-        UnsupportedTrainingError: The name or a field is unknown, or a value out of its range.
-    """
-    values = dict(fields)
-    name = values.pop("name", None)
-    record = _RECORDS.get(name) if isinstance(name, str) else None
-    if record is None:
-        raise UnsupportedTrainingError(
-            f"An optimizer named {name!r}", "No optimizer of this name is built", f"Use {_KNOWN}"
-        )
-    known = {field.name for field in dataclasses.fields(record)}
-    if unknown := sorted(set(values) - known):
-        raise UnsupportedTrainingError(
-            f"The optimizer {name!r} with {', '.join(unknown)}",
-            "This release has no such setting",
-            f"Leave it out; the settings are {', '.join(sorted(known))}",
-        )
-    return record(**values)
 
 
 def _read_torch(optimizer: torch.optim.Optimizer) -> OptimizerConfig:

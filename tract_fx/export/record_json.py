@@ -54,7 +54,7 @@ def decode(record: type[T], value: Any, where: str) -> T:
     if not isinstance(value, dict):
         raise ValueError(f"{where} is no mapping")
     hints = get_type_hints(record)
-    fields = [f.name for f in dataclasses.fields(record)]  # type: ignore[arg-type]
+    fields = [f.name for f in dataclasses.fields(record)]  # type: ignore[arg-type]  # T is a dataclass
     unknown = sorted(set(value) - {TAG, *fields})
     if value.get(TAG) != record.__name__:
         raise ValueError(f"{where} is no {record.__name__}")
@@ -80,7 +80,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} is no mapping")
         return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
-        return decode(hint, value, where)  # type: ignore[arg-type]
+        return decode(hint, value, where)  # type: ignore[arg-type]  # a hint is a class
     if hint is type(None) and value is None:
         return None
     if hint is float and type(value) in (int, float) and math.isfinite(value):

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from tract_fx.errors import ExportError, TractWarning, UnsupportedModelError
+from tract_fx.errors import ExportError, TractWarning
+from tract_fx.export.batch_dimension import BATCH
 from tract_fx.export.eager_forward import changed_buffers
 from tract_fx.export.layer_decompositions import exact_layers
 from tract_fx.export.loss_decompositions import exact_losses
@@ -37,10 +38,7 @@ from tract_fx.passes.onnx_graph.repairs import evaluation_mode
 from tract_fx.passes.onnx_graph.repairs.evaluation import RANDOM
 from tract_fx.program import capture
 
-__all__ = ["BATCH", "TorchForward", "export_forward", "refuse_other_models"]
-
-BATCH = "batch"
-"""Name of the first dimension of the inputs where it is left open."""
+__all__ = ["TorchForward", "export_forward"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +74,7 @@ class TorchForward:
 
 
 def export_forward(
-    model: nn.Module | ExportedProgram,
+    model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
@@ -99,8 +97,6 @@ def export_forward(
     Raises:
         ExportError: The model can't be exported with its meaning kept.
     """
-    if isinstance(model, ExportedProgram):
-        model = model.module()
     args, kwargs = _two_images(args, kwargs) if dynamic_batch else (args, kwargs)
     refuse_gradient_hooks(model)
     refuse_shared_memory(model)
@@ -308,7 +304,7 @@ class _Tensors:
             if first.get(id(tensor), name) != name
         }
         statistics, counters = _mutated(program, train, changed)
-        held = [name for name in first.values()]
+        held = list(first.values())
         trainable = [n for n in held if n in parameters and parameters[n].requires_grad]
         trainable = [n for n in trainable if n in train.graph.initializers]
         frozen = [n for n in held if n in statistics or (n in parameters and n not in trainable)]
@@ -374,20 +370,3 @@ def _refuse_cumulative_average(model: nn.Module) -> None:
                 "its running statistics are cumulative averages, which ONNX does not have",
                 "Give it a momentum, 0.1 for example",
             )
-
-
-def refuse_other_models(model: object) -> None:
-    """Refuse what is neither a module nor an exported program.
-
-    Args:
-        model: What was given as the model.
-
-    Raises:
-        UnsupportedModelError: It is something else.
-    """
-    if not isinstance(model, (nn.Module, ExportedProgram, fx.GraphModule)):
-        raise UnsupportedModelError(
-            f"a model of class {type(model).__name__}",
-            "export_training takes a PyTorch module, an ExportedProgram or an ONNX model",
-            "Give one of those",
-        )

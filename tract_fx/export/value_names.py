@@ -7,11 +7,30 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from tract_fx.errors import ExportError
+from tract_fx.passes.onnx_graph.parameters import RESET
 
-__all__ = ["name_outputs", "refuse_shared_names", "values_apart"]
+__all__ = ["free_name", "name_outputs", "refuse_shared_names", "values_apart"]
 
-RESERVED = frozenset({"lazy_reset_grad"})
+RESERVED = frozenset({RESET})
 """Inputs that ONNX Runtime Training adds."""
+
+
+def free_name(name: str, taken: set[str | None]) -> str:
+    """Find a name that is not in use, and take it.
+
+    Args:
+        name: The name wanted.
+        taken: Names in use, which grow.
+
+    Returns:
+        The name, with a number if it was taken.
+    """
+    number, found = 0, name
+    while found in taken:
+        number += 1
+        found = f"{name}_{number}"
+    taken.add(found)
+    return found
 
 
 def values_apart(model: ir.Model, names: Collection[str]) -> None:
@@ -29,12 +48,7 @@ def values_apart(model: ir.Model, names: Collection[str]) -> None:
     taken = {value.name for value in (*graph.inputs, *values)} | {*graph.initializers, *names}
     for value in values:
         if value.name in names:
-            name, number = f"{value.name}_value", 0
-            while name in taken:
-                number += 1
-                name = f"{value.name}_value_{number}"
-            taken.add(name)
-            value.name = name
+            value.name = free_name(f"{value.name}_value", taken)
 
 
 def refuse_shared_names(model: ir.Model) -> None:

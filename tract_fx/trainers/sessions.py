@@ -12,14 +12,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from tract_fx.errors import DamagedArtifactsError, UnsupportedTrainingError
 from tract_fx.export.manifest import Manifest
 from tract_fx.ort_training import inference_session, ort_value, run_session
+from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
 from tract_fx.trainers.batches import Array
 from tract_fx.trainers.randomness import seeded
 from tract_fx.trainers.run_state import RunState
 
 __all__ = ["GradientSession", "Predictor"]
-
-_BUFFER = "_grad.accumulation.buffer"
-_RESET = "lazy_reset_grad"
 
 
 class Predictor:
@@ -109,10 +107,10 @@ class GradientSession:
             if spec.trainable:
                 feeds[spec.name] = run.live_value(spec.name)
                 zeros = ort_value(np.zeros(spec.shape, spec.dtype), *self._device)
-                buffers[spec.name] = feeds[spec.name + _BUFFER] = zeros
+                buffers[spec.name] = feeds[spec.name + BUFFER] = zeros
             else:  # the graph updates running statistics in place
                 feeds[spec.name] = ort_value(run.value(spec.name), *self._device)
-        feeds[_RESET] = ort_value(np.array([True]), *self._device)
+        feeds[RESET] = ort_value(np.array([True]), *self._device)
         with seeded(seed):
             run_session(self._session, feeds)
         return {name: np.array(buffer.numpy()) for name, buffer in buffers.items()}

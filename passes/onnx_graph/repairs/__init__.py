@@ -57,7 +57,6 @@ from tract_fx.passes.onnx_graph.repairs.torch_exports import training_batch_norm
 from tract_fx.passes.onnx_graph.repairs.transposed_convolution import (
     transposed_convolutions_as_convolutions,
 )
-from tract_fx.passes.onnx_graph.repairs.unused import unused_nodes
 from tract_fx.passes.onnx_graph.repairs.versions import supported_versions
 
 __all__ = [
@@ -102,7 +101,6 @@ __all__ = [
     "transposed_convolutions_as_convolutions",
     "unbiased_running_variance",
     "unreached_parameters",
-    "unused_nodes",
     "variadic_as_binary",
     "vectors_as_matrices",
 ]

@@ -26,12 +26,7 @@ def train_dropout(model: ir.Model) -> int:
         if not is_standard(node, "Dropout") or (len(node.inputs) > 2 and node.inputs[2]):
             continue
         name = f"{node.name}_training_mode"
-        mode = ir.Value(
-            name=name,
-            shape=ir.Shape([]),
-            type=ir.TensorType(ir.DataType.BOOL),
-            const_value=ir.tensor(True, name=name),
-        )
+        mode = ir.val(name, const_value=ir.tensor(True, name=name))
         model.graph.register_initializer(mode)
         node.resize_inputs(3)
         node.replace_input_with(2, mode)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from tract_fx.errors import ExportError
-from tract_fx.passes.onnx_graph.repairs.replacement import FLOATING, constant_array
-from tract_fx.passes.onnx_graph.values import operands
+from tract_fx.passes.onnx_graph.repairs.replacement import constant_array
+from tract_fx.passes.onnx_graph.values import FLOATING, operands
 
 __all__ = ["GradientPath", "gradient_path", "require_gradients", "unreached_parameters"]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from tract_fx.passes.onnx_graph.repairs.replacement import FLOATING, Additions
+from tract_fx.passes.onnx_graph.repairs.replacement import Additions
+from tract_fx.passes.onnx_graph.values import FLOATING
 
 __all__ = ["separate_operands"]
 

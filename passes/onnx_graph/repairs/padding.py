@@ -11,8 +11,6 @@ from tract_fx.passes.onnx_graph.repairs.replacement import Replacement, constant
 
 __all__ = ["paddings_as_gathers"]
 
-NUMPY_MODES = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
-
 
 def paddings_as_gathers(model: ir.Model) -> int:
     """Write Pad in reflect, edge and wrap mode as a Gather along each padded axis.
@@ -37,7 +35,7 @@ def paddings_as_gathers(model: ir.Model) -> int:
         result = node.inputs[0]
         assert result is not None
         x = result
-        for axis, index in _indices(node, x, NUMPY_MODES[mode]):
+        for axis, index in _indices(node, x, mode):
             result = new.op("Gather", result, new.int64(index.tolist()), like=x, axis=axis)
         if result is x:
             result = new.op("Identity", x, like=x)
@@ -52,7 +50,7 @@ def _indices(node: ir.Node, x: ir.Value, mode: str) -> list[tuple[int, np.ndarra
     Args:
         node: The Pad.
         x: Its input.
-        mode: numpy's name of the mode.
+        mode: The mode, which numpy has under the same name.
 
     Returns:
         Axes and indices.
@@ -88,7 +86,7 @@ def _indices(node: ir.Node, x: ir.Value, mode: str) -> list[tuple[int, np.ndarra
             )
         positions = np.arange(size)
         added = (max(int(before), 0), max(int(after), 0))
-        index = np.pad(positions, added, mode=mode)  # type: ignore[call-overload]
+        index = np.pad(positions, added, mode=mode)  # type: ignore[call-overload]  # one of its Literals
         index = index[max(-int(before), 0) : len(index) - max(-int(after), 0)]
         result.append((axis, index))
     return result

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.calls import is_standard
+from tract_fx.passes.onnx_graph.geometry import same_padding
 from tract_fx.passes.onnx_graph.repairs.replacement import Replacement, known_dtype
 
 __all__ = ["average_pools_as_convolutions", "max_pools_as_gathers"]
@@ -184,10 +185,9 @@ def _window(node: ir.Node, x: ir.Value) -> _Window:
         assert isinstance(size, int)
         reach = (kernel[axis] - 1) * dilations[axis] + 1
         if same:
-            missing = max((math.ceil(size / strides[axis]) - 1) * strides[axis] + reach - size, 0)
-            half = missing // 2
-            begin[axis] = half if auto_pad == "SAME_UPPER" else missing - half
-            end[axis] = missing - begin[axis]
+            sides = same_padding(auto_pad, size, reach, strides[axis])
+            assert sides is not None
+            begin[axis], end[axis] = sides
         whole = size + begin[axis] + end[axis]
         steps = (whole - reach) / strides[axis]
         outputs = int(math.ceil(steps) if ceil else math.floor(steps)) + 1

@@ -8,12 +8,13 @@ import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.repairs.replacement import (
-    FLOATING,
     Replacement,
     constant_array,
     known_dtype,
     known_rank,
 )
+from tract_fx.passes.onnx_graph.repairs.torch_exports import FX_NODE
+from tract_fx.passes.onnx_graph.values import FLOATING
 
 __all__ = [
     "extrema_as_primitives",
@@ -22,7 +23,6 @@ __all__ = [
     "variadic_as_binary",
 ]
 
-FX_NODE = "pkg.torch.onnx.fx_node"
 # torch's reductions that give an index as well send the whole gradient to it.
 INDEXED = ("aten.max.dim", "aten.min.dim")
 

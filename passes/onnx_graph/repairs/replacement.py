@@ -11,7 +11,6 @@ import onnx_ir as ir
 from tract_fx.errors import ExportError
 
 __all__ = [
-    "FLOATING",
     "Additions",
     "Replacement",
     "constant_array",
@@ -19,14 +18,6 @@ __all__ = [
     "known_dtype",
     "known_rank",
 ]
-
-FLOATING = (
-    ir.DataType.FLOAT,
-    ir.DataType.FLOAT16,
-    ir.DataType.DOUBLE,
-    ir.DataType.BFLOAT16,
-)
-"""The dtypes that ONNX Runtime builds gradients for."""
 
 
 class Additions:

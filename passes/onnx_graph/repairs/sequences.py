@@ -12,13 +12,13 @@ from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.repairs.gradients import gradient_path
 from tract_fx.passes.onnx_graph.repairs.replacement import (
-    FLOATING,
     Additions,
     Replacement,
     constant_array,
     known_rank,
 )
 from tract_fx.passes.onnx_graph.repairs.stop_gradients import stopped_copy
+from tract_fx.passes.onnx_graph.values import FLOATING
 
 __all__ = ["partly_used_splits", "sequences_as_splits"]
 

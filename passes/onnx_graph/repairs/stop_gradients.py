@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.calls import is_standard
-from tract_fx.passes.onnx_graph.repairs.replacement import FLOATING, Additions
+from tract_fx.passes.onnx_graph.repairs.replacement import Additions
+from tract_fx.passes.onnx_graph.repairs.torch_exports import FX_NODE
+from tract_fx.passes.onnx_graph.values import FLOATING
 
 __all__ = ["detached_values", "steps_without_gradient", "stopped_copy"]
 
-FX_NODE = "pkg.torch.onnx.fx_node"
 DETACH = ("aten.detach.", "aten.detach_.")
 STEPS = ("Ceil", "Floor", "Round", "Sign")
 
@@ -84,7 +85,7 @@ def _stop(graph: ir.Graph, value: ir.Value) -> bool:
         return False
     producer = value.producer()
     assert producer is not None
-    following = next(iter(_after(graph, producer)))
+    following = next(_after(graph, producer))
     copy = stopped_copy(graph, value, following)
     for use in uses:
         use.node.replace_input_with(use.idx, copy)

@@ -6,9 +6,11 @@ import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.calls import is_standard
 
-__all__ = ["training_batch_norms"]
+__all__ = ["FX_NODE", "training_batch_norms"]
 
 FX_NODE = "pkg.torch.onnx.fx_node"
+"""Key of a node's metadata that holds the operator that it came from."""
+
 TRAINING = "_native_batch_norm_legit_functional"
 
 
