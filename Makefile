@@ -15,10 +15,10 @@ BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
 
-demo: .venv/.demo ## train with and without TrAct, print the table, save the plot (DATA=folder of images, ARGS=options)
+demo: .venv/.demo .venv/.dot ## train with and without TrAct, print the table, save plots and a report (DATA=folder of images, ARGS=options)
 	$(BIN)/python examples/demo.py $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-test: check ## the linters and types, then the tests (ARGS=pytest's options)
+test: check .venv/.dot .venv/.chromium ## the linters and types, then the tests (ARGS=pytest's options)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 $(ARGS)
 
 check: lint types ## ruff and mypy
@@ -50,6 +50,16 @@ clean: ## remove the environment and everything built
 	$(PYTHON) -m venv .venv
 	$(PIP) $(shell grep '^torch==' constraints.txt)
 	@touch $@
+
+# Graphviz lays out the inspector's pictures, which are text without it; in Chromium tests look at the inspector's pages.
+.venv/.dot: SYSTEM_PACKAGES := graphviz fonts-dejavu-core
+.venv/.chromium: SYSTEM_PACKAGES := chromium
+.venv/.dot .venv/.chromium: .venv/.%: | .venv/.torch
+	@command -v $* >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+		export DEBIAN_FRONTEND=noninteractive && { apt-get update -qq; \
+		apt-get install -qq -y --no-install-recommends $(SYSTEM_PACKAGES) >/dev/null; }; } || \
+		echo "$* is missing and was not installed: for what needs it, install $(SYSTEM_PACKAGES)" >&2
+	@if command -v $* >/dev/null; then touch $@; fi
 
 # torch has brought setuptools along, so the build needs no environment of its own.
 .venv/.demo .venv/.dev: .venv/.%: .venv/.torch pyproject.toml

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -75,20 +77,15 @@ def initial_model(dataset: Dataset, seed: int) -> nn.Sequential:
 def build_model(channels: int, classes: int) -> nn.Sequential:
     """Build a convolutional net with BatchNorm; its first layer is a 3 × 3 convolution."""
 
-    def block(inputs: int, outputs: int) -> list[nn.Module]:
-        convolution = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
-        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
-
-    return nn.Sequential(
-        *block(channels, 16),
-        nn.MaxPool2d(2),
-        *block(16, 32),
-        nn.MaxPool2d(2),
-        *block(32, 64),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(64, classes),
-    )
+    sizes = (channels, 16, 32, 64)
+    layers: dict[str, nn.Module] = {}
+    for index, (inputs, outputs) in enumerate(pairwise(sizes), start=1):
+        layers[f"conv{index}"] = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
+        layers[f"norm{index}"] = nn.BatchNorm2d(outputs)
+        layers[f"relu{index}"] = nn.ReLU()
+        layers[f"pool{index}"] = nn.MaxPool2d(2) if index < 3 else nn.AdaptiveAvgPool2d(1)
+    layers["flatten"], layers["head"] = nn.Flatten(), nn.Linear(sizes[-1], classes)
+    return nn.Sequential(OrderedDict(layers))
 
 
 def with_tract(model: nn.Module, settings: Settings) -> nn.Module:

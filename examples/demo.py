@@ -1,6 +1,7 @@
 """Train a small convolutional net with the plain gradient and with TrAct's, and compare.
 
-Then export the net with TrAct and train it again from the same start in ONNX Runtime.
+Then export the net with TrAct and train it again from the same start in ONNX Runtime, and leave a
+report on what the pass did to it.
 
 `make demo` runs this on scikit-learn's digits; `make demo DATA=FOLDER` on the images in
 `FOLDER/train/CLASS/*.jpg` and `FOLDER/test/CLASS/*.jpg`. Both arms of a seed start from the same
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from _demo_data import DataError, Dataset, read_digits, read_image_folder
+from _demo_inspection import save_report
 from _demo_onnx_runtime import SEED, Runtimes, export, train_exported, train_nudged
 from _demo_report import accuracy_table, compare, epochs_table, save_json, save_plot, verdict
 from _demo_runtimes_report import (
@@ -61,6 +63,9 @@ def run(
         _report(dataset, settings, histories, out, console)
         runtimes = _train_again(dataset, settings, histories.tract[SEED], out / "onnx", console)
         _report_runtimes(dataset, settings, runtimes, out, console)
+        with console.status("inspecting the net with TrAct"):
+            console.print(save_report(dataset, settings, out / "report.html"), highlight=False)
+        _say_saved(out / "report.html")
     except (DataError, TractError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

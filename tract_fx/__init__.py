@@ -33,6 +33,7 @@ from tract_fx.errors import (
     UnsupportedTransformError,
     UntraceableModelError,
 )
+from tract_fx.inspection import Inspection, inspect_graph
 from tract_fx.passes import (
     Findings,
     InputLayer,
@@ -73,6 +74,7 @@ __all__ = [
     "Findings",
     "FrozenLayerWarning",
     "InputLayer",
+    "Inspection",
     "InvalidBatchError",
     "InvalidLambdaError",
     "MissingRuntimeError",
@@ -94,6 +96,7 @@ __all__ = [
     "__version__",
     "export_training",
     "find_input_layers",
+    "inspect_graph",
     "load_trainer",
     "precondition_grad",
     "remove_tract",

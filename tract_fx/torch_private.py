@@ -5,16 +5,19 @@ Tested with the torch versions that pyproject.toml names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import _WrappedHook
+from torch.utils import _pytree as pytree
 
 __all__ = [
     "WrappedHook",
@@ -25,8 +28,11 @@ __all__ = [
     "guards",
     "inside_dual_level",
     "inside_functorch",
+    "joint_graph",
     "product_rounding",
+    "record_run",
     "requires_grad_at_any_level",
+    "traced_stage",
     "tracing_jit",
     "tracing_operators",
     "without_autocast",
@@ -92,6 +98,91 @@ def tracing_operators() -> bool:
         True while a graph is made, in which the op has to stand whoever needs a gradient now.
     """
     return get_proxy_mode() is not None
+
+
+def traced_stage(name: str) -> AbstractContextManager[None]:
+    """Name a part of a computation on the nodes that `make_fx` makes of it.
+
+    Outside a trace nothing is done: the annotations are one dictionary for all threads.
+
+    Args:
+        name: The name, which becomes `node.meta["custom"]["stage"]`.
+
+    Returns:
+        A context manager.
+    """
+    return fx.traceback.annotate({"stage": name}) if tracing_operators() else nullcontext()
+
+
+def joint_graph(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[fx.GraphModule, list[tuple[str, Any]], list[tuple[str, Any]]]:
+    """Trace forward and backward pass into one graph, on fake tensors.
+
+    The public `make_fx` can't: it knows neither parameters' names nor which node of the backward
+    pass belongs to which of the forward pass.
+
+    Args:
+        model: Any module. Not changed.
+        args: Positional arguments of a call.
+        kwargs: Keyword arguments.
+
+    Returns:
+        The graph; what each placeholder is, and what each of the output node's values is:
+        `("parameter", name)`, `("buffer", name)`, `("input", number)`, `("output", number)`,
+        `("tangent", …)` of an output, `("gradient", …)` of an input, `("update", …)` of a buffer;
+        `("other", "")` for what the calling convention needs besides.
+    """
+    # Imported here, for it takes seconds.
+    from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+
+    # A model may hold tensors that are neither parameters nor buffers.
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    args, kwargs = pytree.tree_map_only(
+        torch.Tensor, lambda t: mode.from_tensor(t, static_shapes=True), (args, kwargs)
+    )
+    with ExitStack() as stack, fx.traceback.preserve_node_meta():
+        joint = aot_export_joint_with_descriptors(stack, model, args, kwargs)
+    graph = joint.graph_module
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    inputs = [_describe(node.meta.get("desc")) for node in placeholders]
+    return graph, inputs, [_describe(d) for d in graph.graph.output_node().meta["desc"]]
+
+
+def record_run(function: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
+    """Record the operators that a function runs on real tensors, branches on values included.
+
+    Args:
+        function: The function.
+        *inputs: Its arguments, tensors in lists.
+
+    Returns:
+        The graph of this one run.
+    """
+    recording = make_fx(function, tracing_mode="real", _error_on_data_dependent_ops=False)
+    return recording(*inputs)
+
+
+def _describe(descriptor: Any) -> tuple[str, Any]:
+    """Read AOTAutograd's description of an input or output."""
+    from torch._functorch._aot_autograd import descriptors
+
+    match descriptor:
+        case descriptors.ParamAOTInput():
+            return "parameter", descriptor.target
+        case descriptors.BufferAOTInput():
+            return "buffer", descriptor.target
+        case descriptors.PlainAOTInput():
+            return "input", descriptor.idx
+        case descriptors.PlainAOTOutput():
+            return "output", descriptor.idx
+        case descriptors.TangentAOTInput():
+            return "tangent", _describe(descriptor.output)
+        case descriptors.GradAOTOutput():
+            return "gradient", _describe(descriptor.grad_of)
+        case descriptors.InputMutationAOTOutput():
+            return "update", _describe(descriptor.mutated_input)
+    return "other", ""
 
 
 def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> torch.Tensor:

@@ -39,6 +39,9 @@ class ObservedCall:
         groups: Number of groups.
         incoming: gW before TrAct, in the weight's shape and dtype; None without a gradient.
         output_gradient: The gradient of the call's output, in its shape; None without.
+        product_rounding: Unit to which global flags (TF32) cut the call's products, 0 for none.
+        first_order: Whether gW is that of `output_gradient` and nothing else: not so where the loss
+            holds gradients itself (a gradient penalty).
     """
 
     record: InputLayer
@@ -48,6 +51,8 @@ class ObservedCall:
     groups: int
     incoming: Tensor | None = None
     output_gradient: Tensor | None = None
+    product_rounding: float = 0.0
+    first_order: bool = True
 
     @property
     def columns(self) -> int:
@@ -102,7 +107,8 @@ class ObservedCall:
     def _by_rows(self, output: Tensor, channels: int) -> Tensor:
         """Bring an output (N, groups · channels, *positions) to (groups, rows, channels)."""
         split = output.flatten(2).unflatten(1, (self.groups, channels))  # N, g, c, positions
-        return split.permute(1, 0, 3, 2).reshape(self.groups, -1, channels)
+        rows: Tensor = split.permute(1, 0, 3, 2).reshape(self.groups, -1, channels)
+        return rows
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Go through the batch, a few images at a time.
@@ -161,14 +167,16 @@ class ObservedCall:
             gradient: gW in the weight's shape, in the dtype that it was computed in.
 
         Returns:
-            The preconditioned gradient in float64, in the weight's shape.
+            The preconditioned gradient in float64, in the weight's shape; all NaN where the input
+            is not finite.
         """
         lambda_ = self.record.lambda_
         assert lambda_ is not None
         wide = gradient.double().reshape(self.groups, -1, self.columns)
-        if self.row_count >= self.columns:
-            eye = torch.eye(self.columns, dtype=torch.float64, device=wide.device)
-            result = torch.linalg.solve(self.gram + lambda_ * eye, wide.mT).mT
+        if not self.x.isfinite().all():
+            result = torch.full_like(wide, torch.nan)
+        elif self.row_count >= self.columns:
+            result = torch.linalg.lu_solve(*self._factors, wide, left=False)
         elif self.row_count == 0:
             result = wide / lambda_
         else:
@@ -176,11 +184,25 @@ class ObservedCall:
         return result.reshape(self.weight_shape)
 
     @cached_property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """The LU factors of XᵀX/R + λI, and their pivots."""
+        matrix = self.gram.clone()
+        matrix.diagonal(dim1=-2, dim2=-1).add_(self.record.lambda_ or 0.0)
+        factors, pivots = torch.linalg.lu_factor(matrix)
+        return factors, pivots
+
+    @cached_property
     def _row_space(self) -> tuple[Tensor, Tensor]:
-        """A basis of the rows' space, (groups, n, R), and XᵀX/R's eigenvalues, (groups, 1, R)."""
+        """A basis of the rows' space, (groups, n, R), and XᵀX/R's eigenvalues, (groups, 1, R).
+
+        Of rows that depend on each other the basis has zeros in the place of what is left over.
+        """
         rows = torch.cat([rows for rows, _ in self.chunks()], dim=1)
         _, values, basis = torch.linalg.svd(rows, full_matrices=False)
-        return basis.mT, (values.square() / self.row_count).unsqueeze(1)
+        values = values.unsqueeze(1)
+        rounding = self.columns * torch.finfo(torch.float64).eps
+        counts = values > rounding * values.amax(dim=-1, keepdim=True)
+        return basis.mT * counts, values.square() / self.row_count
 
     def _in_row_space(self, wide: Tensor, lambda_: float, noise: float) -> Tensor:
         basis, values = self._row_space
@@ -188,10 +210,11 @@ class ObservedCall:
         outside = wide - inside @ basis.mT
         size = torch.linalg.matrix_norm(wide)[:, None, None]
         counts = torch.linalg.matrix_norm(outside)[:, None, None] > noise * size
-        return (inside / (values + lambda_)) @ basis.mT + counts * outside / lambda_
+        result: Tensor = (inside / (values + lambda_)) @ basis.mT + counts * outside / lambda_
+        return result
 
     def _rounding(self, dtype: torch.dtype) -> float:
         """Relative size of gW's rounding: of its dtype, of the product's and of the sum's."""
-        rounded = max(torch.finfo(t).eps for t in (dtype, self.x.dtype))
+        rounded = max(self.product_rounding, *(torch.finfo(t).eps for t in (dtype, self.x.dtype)))
         summed = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
         return _ROUNDING_UNITS * rounded + _SUMMATION_UNITS * summed

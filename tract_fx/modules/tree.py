@@ -53,7 +53,9 @@ def _empty(module: nn.Module) -> nn.Module:
     """Make an instance without a state: of a class of its own for a GraphModule, as fx wants it."""
     cls = type(module)
     if isinstance(module, fx.GraphModule):
-        return fx.GraphModule.__new__(cls)  # type: ignore[type-var]
+        made = fx.GraphModule.__new__(cls)  # type: ignore[type-var]
+        type(made).__name__ = cls.__name__  # the traced model's own
+        return made
     if isinstance(module, torch.jit.ScriptModule):
         return module  # its state lies in C++
     return object.__new__(cls)  # FSDP's classes override __new__

@@ -7,6 +7,7 @@ and added up in float64, so that neither memory nor rounding grows with the batc
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 
@@ -21,18 +22,21 @@ _BLOCK_ELEMENTS = {"cpu": 1 << 19}
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
 
 
-def gram(x: torch.Tensor, geometry: PatchGeometry, dtype: torch.dtype) -> torch.Tensor:
+def gram(
+    x: torch.Tensor, geometry: PatchGeometry, dtype: torch.dtype, *, in_blocks: bool = True
+) -> torch.Tensor:
     """Compute XᵀX / R for every group (arXiv 2410.23970, section 3; normalised by all rows).
 
     Args:
         x: The layer's input, (N, C, *spatial), of any floating dtype, with R > 0 rows.
         geometry: How the layer reads it.
         dtype: Dtype of the products, float32 or float64. Blocks are added up in float64.
+        in_blocks: Whether the patches are unfolded block by block; else all of them at once.
 
     Returns:
         The Gram matrices, (groups, n, n), in `dtype`.
     """
-    elements = _block_elements(x.device)
+    elements = _block_elements(x.device) if in_blocks else sys.maxsize
     n = geometry.columns(x)
     total = x.new_zeros((geometry.groups, n, n), dtype=torch.float64)
     for block in patch_blocks(x, geometry, dtype, elements):

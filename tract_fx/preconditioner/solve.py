@@ -29,6 +29,9 @@ _MAX_FLOAT32_AMPLIFICATION = 1e-3
 _ROUNDING_UNITS = 2.0
 _SUMMATION_UNITS = 64.0
 
+# What happens to the input first, as a trace names it.
+_FIRST_STAGE = {"cholesky": "Gram", "row space": "row space", "no rows": "solve"}
+
 
 @dataclass(frozen=True)
 class SolvePlan:
@@ -123,7 +126,7 @@ def precondition_by_plan(
     plan: SolvePlan,
     input_dtype: torch.dtype | None = None,
     *,
-    retry: bool = True,
+    traced: bool = False,
 ) -> torch.Tensor:
     """Compute gW (XᵀX/R + λI)⁻¹ as planned, in full precision whatever the global flags say.
 
@@ -134,8 +137,8 @@ def precondition_by_plan(
         geometry: How the layer reads `x`.
         plan: Form and dtype.
         input_dtype: The dtype in which the layer multiplied.
-        retry: Whether a failed float32 factorisation on the CPU is done again in float64. Without,
-            no step depends on values, and the computation can be traced.
+        traced: Whether this is for a tracer: the Gram is computed in one block, and what failed in
+            float32 on the CPU is not done again in float64, so that no step depends on values.
 
     Returns:
         The preconditioned gradient, shape and dtype of `grad`.
@@ -144,9 +147,8 @@ def precondition_by_plan(
         UnsupportedLayerError: `grad` and `x` are not of one layer of that geometry.
     """
     with torch.no_grad(), torch_private.full_precision(x.device):
-        if input_dtype is not None:
-            x = x.to(input_dtype)
-        x = geometry.batched(x)
+        with torch_private.traced_stage(_FIRST_STAGE[plan.form]):
+            x = geometry.batched(x if input_dtype is None else x.to(input_dtype))
         if math.prod(grad.shape[1:]) != plan.columns or x.shape[1] % geometry.groups:
             raise UnsupportedLayerError(
                 f"a weight gradient {tuple(grad.shape)} and an input {tuple(x.shape)} in "
@@ -160,7 +162,7 @@ def precondition_by_plan(
         elif plan.form == "row space":
             result = _row_space_solve(matrix.to(plan.dtype), x, lambda_, geometry, plan.noise)
         else:
-            result = _gram_solve(matrix, x, lambda_, geometry, plan.dtype, retry)
+            result = _gram_solve(matrix, x, lambda_, geometry, plan.dtype, traced)
         return result.to(grad.dtype).reshape(grad.shape)
 
 
@@ -181,12 +183,12 @@ def _gram_solve(
     lambda_: float,
     geometry: PatchGeometry,
     dtype: torch.dtype,
-    retry: bool,
+    traced: bool,
 ) -> torch.Tensor:
     """Solve by Cholesky of the Gram; (groups, out, n) to the same."""
-    factor, ok = _factorise(x, lambda_, geometry, dtype)
+    factor, ok = _factorise(x, lambda_, geometry, dtype, in_blocks=not traced)
     single_on_cpu = x.device.type == "cpu" and dtype == torch.float32
-    if retry and single_on_cpu and not bool(ok.all()):
+    if not traced and single_on_cpu and not bool(ok.all()):
         dtype = torch.float64
         factor, ok = _factorise(x, lambda_, geometry, dtype)
     # cholesky_solve wants the unknown on the right: P is symmetric, so gW P = (P gWᵀ)ᵀ.
@@ -195,7 +197,12 @@ def _gram_solve(
 
 
 def _factorise(
-    x: torch.Tensor, lambda_: float, geometry: PatchGeometry, dtype: torch.dtype
+    x: torch.Tensor,
+    lambda_: float,
+    geometry: PatchGeometry,
+    dtype: torch.dtype,
+    *,
+    in_blocks: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factor G + λI.
 
@@ -205,13 +212,15 @@ def _factorise(
     Returns:
         The lower factor, (groups, n, n), and whether it may be used, (groups, 1, 1).
     """
-    matrix = gram(x, geometry, dtype)
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    # The diagonal sums squares: it is not finite if and only if a column is not, or overflowed.
-    finite = diagonal.isfinite().all(-1)
-    diagonal += lambda_
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    return factor, ((info == 0) & finite)[:, None, None]
+    with torch_private.traced_stage("Gram"):
+        matrix = gram(x, geometry, dtype, in_blocks=in_blocks)
+    with torch_private.traced_stage("factorisation"):
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+        # The diagonal sums squares: it is not finite if and only if a column is not, or overflowed.
+        finite = diagonal.isfinite().all(-1)
+        diagonal += lambda_
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        return factor, ((info == 0) & finite)[:, None, None]
 
 
 def _float32_is_too_coarse(x: torch.Tensor, lambda_: float, geometry: PatchGeometry) -> bool:
@@ -248,11 +257,13 @@ def _row_space_solve(
         gW P, (groups, out, n); all NaN for a group whose X is not finite.
     """
     dtype = grad.dtype
-    columns = patch_matrix(x, geometry, dtype) / geometry.rows(x) ** 0.5
-    finite = columns.isfinite().all(-1).all(-1)[:, None, None]
-    q, t = torch.linalg.qr(columns)
-    eye = torch.eye(t.shape[-1], dtype=dtype, device=x.device).expand_as(t)
-    _, u = torch.linalg.qr(torch.cat([t.mT, lambda_**0.5 * eye], dim=-2))
+    with torch_private.traced_stage("row space"):
+        columns = patch_matrix(x, geometry, dtype) / geometry.rows(x) ** 0.5
+        finite = columns.isfinite().all(-1).all(-1)[:, None, None]
+        q, t = torch.linalg.qr(columns)
+    with torch_private.traced_stage("factorisation"):
+        eye = torch.eye(t.shape[-1], dtype=dtype, device=x.device).expand_as(t)
+        _, u = torch.linalg.qr(torch.cat([t.mT, lambda_**0.5 * eye], dim=-2))
     inside = grad @ q
     outside = grad - inside @ q.mT
     size = torch.linalg.matrix_norm(grad)[:, None, None]

@@ -8,6 +8,9 @@ import typer
 
 from tract_fx import __version__
 from tract_fx.shell.export_command import export
+from tract_fx.shell.inspect_command import EXIT_CODES as INSPECT_EXIT_CODES
+from tract_fx.shell.inspect_command import InspectCommand, inspect
+from tract_fx.shell.locate_command import locate
 from tract_fx.shell.rewrite_command import rewrite
 from tract_fx.shell.train_command import train
 
@@ -48,11 +51,18 @@ def tract_fx(
 
     \b
     Example:
+      tract-fx inspect nets.resnet:resnet18 --input-shape 8,3,224,224 --verify
       tract-fx export classifier.onnx artifacts
       tract-fx train artifacts --data train.npz --epochs 5 --save trained
     """  # noqa: D301 (click keeps the lines of a paragraph that begins with \b)
 
 
+app.command(epilog=EXIT_CODES, short_help="Which layer the pass would take, and why.")(locate)
+app.command(
+    cls=InspectCommand,
+    epilog=INSPECT_EXIT_CODES,
+    short_help="What the pass did, and whether it is right.",
+)(inspect)
 app.command(epilog=EXIT_CODES, short_help="A model to artifacts to train from.")(export)
 app.command(epilog=EXIT_CODES, short_help="TrAct into a training graph, or out of it.")(rewrite)
 app.command(epilog=EXIT_CODES, short_help="Train from artifacts and data.")(train)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tract_fx.export import TrainingArtifacts
     from tract_fx.export.manifest import Manifest, TensorSpec
 
-__all__ = ["export_table"]
+__all__ = ["export_table", "findings_tables"]
 
 
 def export_table(artifacts: TrainingArtifacts, findings: Findings | None) -> Table:
@@ -48,6 +48,37 @@ def export_table(artifacts: TrainingArtifacts, findings: Findings | None) -> Tab
     files = [f"{f.name} ({_size(f.stat().st_size)})" for f in sorted(artifacts.directory.iterdir())]
     table.add_row("files", escape(", ".join(files)))
     return table
+
+
+def findings_tables(findings: Findings) -> list[Table]:
+    """Describe what locating found.
+
+    Args:
+        findings: The records.
+
+    Returns:
+        A table of the layers on the input and one of what can't be treated, each where there are.
+    """
+    tables = []
+    if findings.layers:
+        table = Table(title="Layers that consume the input", title_justify="left")
+        for heading in ("layer", "operation", "weight", "path from the input", "TrAct"):
+            table.add_column(heading, overflow="fold")
+        for r in findings.layers:
+            tract = "no" if r.lambda_ is None else f"λ = {r.lambda_:g}"
+            weight = f"{', '.join(r.weight)} ({_shape(r.weight_shape)})"
+            row = (r.name, r.op, weight, " → ".join(r.path), tract)
+            table.add_row(*map(escape, row))
+        tables.append(table)
+    if findings.refusals:
+        table = Table(title="What TrAct can't go on", title_justify="left")
+        for heading in ("operation", "node", "why", "what to do"):
+            table.add_column(heading, overflow="fold")
+        for refusal in findings.refusals:
+            why = (refusal.op, refusal.node, refusal.reason, refusal.remedy)
+            table.add_row(*map(escape, why))
+        tables.append(table)
+    return tables
 
 
 def _taken(manifest: Manifest) -> list[str]:

@@ -14,13 +14,18 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from tract_fx.eager import tract_module
-from tract_fx.errors import UnsupportedModelError
+from tract_fx.errors import UnsupportedModelError, UntraceableModelError
 from tract_fx.modules import TractLayer
 from tract_fx.passes.fx_graph import find_input_layers, locate, tract_pass
 from tract_fx.passes.records import Findings
 from tract_fx.program import arguments, capture
 
-__all__ = ["Target", "find_layers", "is_factory", "put_tract", "read_target"]
+__all__ = ["TARGET_HELP", "Target", "find_layers", "is_factory", "put_tract", "read_target"]
+
+TARGET_HELP = (
+    "An .onnx model, a .pt2 exported program, or package.module:factory, a function without "
+    "arguments that returns a torch.nn.Module."
+)
 
 _KINDS = "an .onnx file, a .pt2 exported program, or package.module:factory"
 
@@ -172,12 +177,21 @@ def find_layers(target: Target) -> Findings:
 
     Returns:
         What was found.
+
+    Raises:
+        UntraceableModelError: A graph of the model needs example inputs, and there are none.
     """
     model = target.model
     assert not isinstance(model, Path)
     if isinstance(model, (ExportedProgram, fx.GraphModule)):
         return find_input_layers(model)
     graph = _traced(model)
+    if graph is None and target.inputs is None:
+        raise UntraceableModelError(
+            f"torch.fx can't trace {type(model).__name__}",
+            "torch.export needs example inputs",
+            "Give --input-shape, for example --input-shape 8,3,224,224",
+        )
     return find_input_layers(capture(model, *arguments(target.inputs)) if graph is None else graph)
 
 

@@ -1,0 +1,239 @@
+"""`inspect_graph` as users call it: what it takes, what it refuses, what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from photographs import photographs
+from tract_fx import (
+    FrozenLayerWarning,
+    Inspection,
+    UnsupportedFormatError,
+    UnsupportedModelError,
+    UntraceableModelError,
+    inspect_graph,
+    remove_tract,
+    tract_module,
+    tract_pass,
+)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = torch.relu_(self.norm(self.stem((images - 0.1) / 0.9)))
+        return self.head(functional.dropout(features, training=True).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def net() -> Net:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Net()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return photographs(8, size=12)
+
+
+WAYS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "traced": lambda m, x: tract_pass(torch.fx.symbolic_trace(m)),
+    "exported-after": lambda m, x: tract_pass(torch.export.export(m, (x,))),
+    "eager": lambda m, x: tract_module(m, x),
+    "program": lambda m, x: torch.export.export(tract_module(m, x), (x,)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_everything_of_one_model(way: str, net: Net, images: Tensor) -> None:
+    inspection = inspect_graph(WAYS[way](net, images), images, backward="expanded")
+    (layer,) = inspection.layers
+    assert layer.taken and layer.on_input and not layer.note
+    assert layer.record.weight == ("stem.weight",)
+    assert (layer.rows, layer.columns, layer.input_shape) == (8 * 36, 27, (8, 3, 12, 12))
+    assert layer.form == "Cholesky of the Gram, float32" and "float32 products" in layer.gram
+    assert inspection.others == 1 and not inspection.refusals and not inspection.notes
+    assert any(line.startswith("+") for line in inspection.forward.lines())
+    assert inspection.backward is not None and inspection.backward.expanded is not None
+    assert {n.stage for n in inspection.backward.expanded.nodes} >= {"Gram", "solve"}
+    assert inspection.verification is not None and inspection.verification.passed
+    (weight,) = inspection.verification.weights
+    assert weight.parameter == "stem.weight" and weight.operator.error < 2e-5 < weight.plain
+    assert inspection.statistics is not None
+    (measured,) = inspection.statistics.layers
+    assert len(measured.eigenvalues) == 27 and len(measured.images) == 8
+
+
+def test_parts_are_left_out(net: Net, images: Tensor) -> None:
+    model = tract_pass(torch.fx.symbolic_trace(net))
+    inspection = inspect_graph(model, images, backward=None, verify=False, statistics=False)
+    assert inspection.layers[0].rows == 8 * 36  # from a forward pass alone
+    parts = (inspection.backward, inspection.verification, inspection.statistics)
+    assert parts == (None, None, None)
+    alone = inspect_graph(model, images, backward=None, verify=False)
+    assert alone.verification is None and alone.statistics is not None
+
+
+def test_graph_without_a_batch(net: Net) -> None:
+    inspection = inspect_graph(tract_pass(torch.fx.symbolic_trace(net), lambda_=0.2))
+    (layer,) = inspection.layers
+    assert (layer.rows, layer.columns, layer.record.lambda_) == (None, 27, 0.2)
+    assert inspection.forward.lines() and inspection.notes
+
+
+def test_program_has_a_batch_of_its_own(net: Net, images: Tensor) -> None:
+    program = torch.export.export(tract_module(net, images), (), {"images": images})
+    inspection = inspect_graph(program, backward=None, statistics=False)
+    assert inspection.verification is not None and inspection.verification.passed
+    assert "(8, 3, 12, 12)" in inspection.batch
+
+
+def test_loss_decides_over_the_gradient(net: Net, images: Tensor) -> None:
+    """The norm before TrAct is that of the user's own loss, and so is each image's share."""
+    labels = torch.arange(8) % 5
+    model = tract_pass(torch.fx.symbolic_trace(net.eval()))
+
+    def loss(scores: Tensor) -> Tensor:
+        return functional.cross_entropy(scores[:4], labels[:4])
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        inspection = inspect_graph(model, images, loss=loss, backward=None)
+        torch.manual_seed(3)
+        (expected,) = torch.autograd.grad(loss(net(images)), [net.stem.weight])
+    assert inspection.statistics is not None
+    (measured,) = inspection.statistics.layers
+    assert measured.plain_norm == pytest.approx(float(expected.norm()), rel=1e-5)
+    assert all(i.plain > 0 for i in measured.images[:4])
+    assert all(i.plain == i.tract == 0 for i in measured.images[4:])
+
+
+def test_nothing_is_left_changed(net: Net, images: Tensor) -> None:
+    model = tract_pass(torch.fx.symbolic_trace(net))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state = copy.deepcopy(model.state_dict())
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    given, code = images.clone(), model.code
+    random = torch.random.get_rng_state()
+    inspect_graph(model, images, backward="expanded", whole=True)
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert model.training and model.code == code and torch.equal(images, given)
+    assert not images.requires_grad
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is gradients[name]
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, torch.ones_like(parameter))
+
+
+def test_plain_model_is_told_what_the_pass_would_take(net: Net, images: Tensor) -> None:
+    inspection = inspect_graph(torch.fx.symbolic_trace(net), images)
+    (layer,) = inspection.layers
+    assert not layer.taken and "would take this one" in layer.note
+    assert inspection.forward.lines() == []
+    assert inspection.verification is not None and not inspection.verification.passed
+    assert inspection.statistics is not None and not inspection.statistics.layers
+
+
+def test_removed_tract_does_not_verify(net: Net, images: Tensor) -> None:
+    model = remove_tract(tract_module(net, images))
+    verification = inspect_graph(model, images, backward=None, statistics=False).verification
+    assert verification is not None and not verification.passed and verification.problems
+
+
+def test_reasons_of_what_was_not_taken(images: Tensor) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 2, 3), nn.Conv2d(3, 2, 3)
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x) + (x * self.scale).mean()  # type: ignore[no-any-return]
+
+    graph = torch.fx.symbolic_trace(Two())
+    undecided = inspect_graph(graph, images, statistics=False)
+    assert [layer.taken for layer in undecided.layers] == [False, False]
+    assert all("has to be named" in layer.note for layer in undecided.layers)
+    assert [refusal.op for refusal in undecided.refusals] == ["mul"]
+    chosen = inspect_graph(tract_pass(graph, layers=["b"]), images)
+    assert [(r.record.name, r.taken) for r in chosen.layers] == [("b", True), ("a", False)]
+    assert "another layer" in chosen.layers[1].note
+    assert chosen.verification is not None and chosen.verification.passed
+
+
+def test_frozen_layer_is_idle(net: Net, images: Tensor) -> None:
+    net.stem.weight.requires_grad_(False)
+    with pytest.warns(FrozenLayerWarning):
+        model = tract_pass(torch.fx.symbolic_trace(net))
+    inspection = inspect_graph(model, images)
+    assert "idle" in inspection.layers[0].note
+    assert inspection.verification is not None and not inspection.verification.passed
+
+
+def test_few_rows(images: Tensor) -> None:
+    model = tract_pass(
+        torch.fx.symbolic_trace(nn.Sequential(nn.Flatten(), nn.Linear(432, 6), nn.ReLU()))
+    )
+    inspection = inspect_graph(model, images, backward="expanded")
+    (layer,) = inspection.layers
+    assert (layer.rows, layer.columns) == (8, 432)
+    assert layer.form.startswith("QR in the row space") and layer.gram == ""
+    assert inspection.verification is not None and inspection.verification.passed
+
+
+def test_save_and_show(net: Net, images: Tensor, tmp_path: Path) -> None:
+    inspection = inspect_graph(tract_pass(torch.fx.symbolic_trace(net)), images)
+    assert isinstance(inspection, Inspection)
+    for suffix in (".html", ".json", ".dot"):
+        assert inspection.save(tmp_path / f"report{suffix}").stat().st_size > 1000
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert stored == json.loads(json.dumps(inspection.to_dict()))
+    assert "stem" in inspection._repr_html_()
+    with pytest.raises(UnsupportedFormatError, match="html"):
+        inspection.save(tmp_path / "report.pdf")
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "error", "says"),
+    [
+        (lambda: Net(), None, UnsupportedModelError, "without example inputs"),
+        (lambda: Net(), "x", UnsupportedModelError, "example_inputs"),
+        (lambda: torch.compile(Net()), torch.ones(2, 3, 8, 8), UnsupportedModelError, "compiled"),
+        (lambda: Net(), torch.ones(2, 5, 8, 8), UntraceableModelError, "torch.export"),
+        (
+            lambda: tract_pass(torch.fx.symbolic_trace(Net())),
+            torch.ones(2, 5, 8, 8),
+            UnsupportedModelError,
+            "fails on them",
+        ),
+        (lambda: 7, None, UnsupportedModelError, "int"),
+    ],
+)
+def test_what_is_refused(
+    model: Callable[[], Any], batch: Any, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        inspect_graph(model(), batch)
+
+
+def test_loss_that_fails(net: Net, images: Tensor) -> None:
+    model = tract_pass(torch.fx.symbolic_trace(net))
+    with pytest.raises(UnsupportedModelError, match="the loss, fails"):
+        inspect_graph(model, images, loss=lambda scores: scores.logits.mean())

@@ -1,0 +1,244 @@
+"""Inspecting as users call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from tract_fx import extras
+from tract_fx.errors import TractError, UnsupportedModelError, UntraceableModelError
+from tract_fx.inspection.backward import backward as show_backward
+from tract_fx.inspection.forward_diff import graph_diff, module_diff
+from tract_fx.inspection.inspection import Inspection
+from tract_fx.inspection.layers import layer_reports, read_layers
+from tract_fx.inspection.records import ForwardDiff
+from tract_fx.inspection.runs import observe, observe_forward
+from tract_fx.inspection.statistics import statistics as measure
+from tract_fx.inspection.verify import lost_marks
+from tract_fx.inspection.verify import verify as compare
+from tract_fx.passes.fx_graph import refuse_wrapped, remove_tract
+from tract_fx.program import arguments, capture
+
+__all__ = ["inspect_graph"]
+
+Detail = Literal["short", "expanded"]
+
+
+def inspect_graph(
+    gm: Any,
+    example_inputs: Any = None,
+    *,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+    backward: Detail | None = "short",
+    verify: bool = True,
+    statistics: bool = True,
+    whole: bool = False,
+) -> Inspection:
+    """Show what the pass did to a model, why, and whether it is right.
+
+    Nothing changes: parameters, their gradients, buffers, random state and files stay as they are.
+
+    Args:
+        gm: What `tract_pass` or `tract_module` gave, an ExportedProgram, or any other model, to see
+            what the pass would take. Or ONNX: the path of a training graph, of a forward model or
+            of a directory that `export_training` wrote, or a ModelProto.
+        example_inputs: A batch: a tuple of positional arguments, a mapping of keyword arguments, or
+            one tensor. It may be left out for a graph, with the layers and the forward pass alone
+            shown, and for an ExportedProgram that has one itself. For ONNX, a tuple or mapping of
+            inputs and targets; by default noise.
+        loss: The loss as a function of the model's output, with the batch's labels in a closure,
+            say. By default the output itself where it is a number that has a gradient, else its
+            product with fixed random numbers. An ONNX training graph has its own.
+        backward: `"short"` for TrAct as one node, `"expanded"` for that and the Gram, factorisation
+            and solve as primitive operations, None to leave the backward pass out.
+        verify: Whether to compare gradients and outputs with float64 and with the plain model. Two
+            forward and backward passes.
+        statistics: Whether to measure the Gram's spectrum and each image's share in the update.
+        whole: Whether the pictures show whole graphs instead of TrAct's neighbourhood.
+
+    Returns:
+        The inspection, to be printed, saved, or shown in a notebook.
+
+    Raises:
+        UnsupportedModelError: `gm` is no model that can be inspected, or it fails on the batch.
+        UntraceableModelError: `torch.export` fails on an eager model.
+        MissingRuntimeError: `gm` is an ONNX model, and the extra `ort-training` is missing.
+    """  # noqa: DOC502 (some are raised by what it calls)
+    options = _Options(backward, verify, statistics, whole)
+    if not isinstance(gm, (nn.Module, ExportedProgram)):
+        return _inspect_onnx(gm, example_inputs, loss, options)
+    args, kwargs = _batch(gm, example_inputs)
+    model = gm.module() if isinstance(gm, ExportedProgram) else gm
+    refuse_wrapped(model)
+    if example_inputs is None and not (args or kwargs):
+        return _inspect_structure(model, options)
+    return _inspect_on_batch(model, args, kwargs, loss, options)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What to look at; see `inspect_graph`."""
+
+    backward: Detail | None
+    verify: bool
+    statistics: bool
+    whole: bool
+
+
+def _inspect_onnx(gm: object, example_inputs: Any, loss: object, options: _Options) -> Inspection:
+    if loss is not None:
+        raise UnsupportedModelError(
+            "loss= with an ONNX model", "a training graph has its own loss", "Leave loss out"
+        )
+    inspect_onnx = extras.load("tract_fx.inspection.onnx_inspection", "inspect_onnx")
+    inspection: Inspection = inspect_onnx(gm, example_inputs, **asdict(options))
+    return inspection
+
+
+def _batch(
+    gm: nn.Module | ExportedProgram, example_inputs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Read the batch; an exported program keeps one itself."""
+    if example_inputs is not None:
+        return arguments(example_inputs)
+    own = gm.example_inputs if isinstance(gm, ExportedProgram) else None
+    return own or ((), {})
+
+
+def _inspect_structure(model: nn.Module, options: _Options) -> Inspection:
+    """Show what can be seen of a graph without running it."""
+    if not isinstance(model, fx.GraphModule):
+        raise UnsupportedModelError(
+            f"an eager model of class {type(model).__name__} without example inputs",
+            "its layers are located in the graph that torch.export makes on a batch",
+            "Give inspect_graph(model, example_inputs)",
+        )
+    calls = read_layers(model)
+    return Inspection(
+        subject=_subject(model),
+        kind="graph",
+        batch="",
+        layers=layer_reports(calls, ()),
+        refusals=calls.refusals,
+        others=calls.others,
+        forward=graph_diff(remove_tract(model), model, whole=options.whole),
+        backward=None,
+        verification=None,
+        statistics=None,
+        notes=("Without example inputs: no backward pass, verification or statistics",),
+        versions=_versions(),
+    )
+
+
+def _inspect_on_batch(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    loss: Callable[[Any], torch.Tensor] | None,
+    options: _Options,
+) -> Inspection:
+    graph = model if isinstance(model, fx.GraphModule) else _exported(model, args, kwargs)
+    plain = remove_tract(model)
+    calls = read_layers(graph)
+    verification = measured = None
+    with _on_the_batch(model):
+        if options.verify or options.statistics:
+            runs = observe(model, plain, calls.taken, args, kwargs, loss)
+            observed = runs.calls
+            if options.verify:
+                verification = compare(runs, calls.taken, lost_marks(model, calls.taken))
+        else:
+            observed = observe_forward(plain, calls.taken, args, kwargs)
+    if options.statistics:
+        measured = measure(observed)
+    backward = None
+    notes: tuple[str, ...] = ()
+    if options.backward is not None:
+        expanded = options.backward == "expanded"
+        try:
+            backward = show_backward(
+                model, args, kwargs, observed, expanded=expanded, whole=options.whole
+            )
+        except UntraceableModelError as error:
+            notes = (f"The backward pass is not shown. {error}",)
+    return Inspection(
+        subject=_subject(model),
+        kind="graph" if graph is model else "module",
+        batch=_describe(args, kwargs),
+        layers=layer_reports(calls, observed),
+        refusals=calls.refusals,
+        others=calls.others,
+        forward=_forward(plain, model, graph, options.whole),
+        backward=backward,
+        verification=verification,
+        statistics=measured,
+        notes=notes,
+        versions=_versions(),
+    )
+
+
+def _forward(plain: nn.Module, model: nn.Module, graph: fx.GraphModule, whole: bool) -> ForwardDiff:
+    if isinstance(plain, fx.GraphModule) and isinstance(model, fx.GraphModule):
+        return graph_diff(plain, model, whole=whole)
+    return module_diff(plain, model, graph, whole=whole)
+
+
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    """Make the graph in which an eager model's layers are located."""
+    try:
+        graph = capture(model, args, kwargs).module()
+    except Exception as error:  # whatever the model's own code raises on a tracer
+        raise UntraceableModelError(
+            f"torch.export failed on {type(model).__name__} ({type(error).__name__}: {error})",
+            "the layers are located in a graph of the model",
+            "Inspect a graph that holds the part with the input layer, or check the example inputs",
+        ) from error
+    assert isinstance(graph, fx.GraphModule)
+    return graph
+
+
+@contextmanager
+def _on_the_batch(model: nn.Module) -> Iterator[None]:
+    """Say what failed where the user's model can't be run on the user's batch."""
+    try:
+        yield
+    except TractError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} on the example inputs ({type(error).__name__}: {error})",
+            "the model, or the loss, fails on them",
+            "Give a batch as the model takes it: a tuple, a mapping of keyword arguments or a "
+            "tensor",
+        ) from error
+
+
+def _subject(model: nn.Module) -> str:
+    name = type(model).__name__
+    return f"{name} (torch.fx graph)" if isinstance(model, fx.GraphModule) else f"{name} (eager)"
+
+
+def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Put a batch into words."""
+    tensors = [
+        f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+        for leaf in pytree.tree_leaves((args, kwargs))
+        if isinstance(leaf, torch.Tensor)
+    ]
+    return ", ".join(tensors)
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = version("tract_fx")
+    except PackageNotFoundError:  # run from a folder that was never installed
+        own = "0+unknown"
+    return {"tract_fx": own, "torch": str(torch.__version__)}

@@ -1,0 +1,75 @@
+"""The backward pass of a rewritten model as pictures: TrAct as one operation, and as its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from tract_fx.inspection.expansion import expand
+from tract_fx.inspection.joint_graph import JointGraph, trace_joint_graph
+from tract_fx.inspection.observed import ObservedCall
+from tract_fx.inspection.records import Backward, GraphView
+from tract_fx.inspection.views import graph_view
+
+__all__ = ["backward"]
+
+_ONE_BLOCK = (
+    "Drawn with the Gram in one block; the library unfolds a large input's patches block by block "
+    "and adds the blocks up in float64"
+)
+
+
+def backward(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    calls: Sequence[ObservedCall],
+    *,
+    expanded: bool,
+    whole: bool = False,
+) -> Backward:
+    """Show forward and backward pass of a rewritten model as one graph.
+
+    Args:
+        model: The rewritten model, a graph or an eager one. Left as it was.
+        args: Positional arguments of a call.
+        kwargs: Keyword arguments.
+        calls: What the calls with TrAct read on these arguments, in graph order.
+        expanded: Whether to show TrAct as primitive operations too.
+        whole: Whether to show all of the graph instead of TrAct's neighbourhood.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        UntraceableModelError: Neither tracing nor running the model gives a joint graph.
+    """  # noqa: DOC502 (raised by what it calls)
+    joint = trace_joint_graph(model, args, kwargs)
+    title = "Forward and backward pass, TrAct as one operation each"
+    short = _view(joint, title, 3, whole, joint.note)
+    if not expanded:
+        return Backward(short, None)
+    steps, left = expand(joint, calls)
+    notes = [joint.note, _note(calls, left)]
+    title = "Forward and backward pass, TrAct as primitive operations"
+    return Backward(short, _view(steps, title, 2, whole, ". ".join(filter(None, notes))))
+
+
+def _view(joint: JointGraph, title: str, radius: int, whole: bool, note: str) -> GraphView:
+    return graph_view(
+        joint.module,
+        title,
+        inputs=joint.inputs,
+        outputs=joint.outputs,
+        radius=radius,
+        whole=whole,
+        note=note,
+    )
+
+
+def _note(calls: Sequence[ObservedCall], left: int) -> str:
+    if left:
+        return f"{left} of TrAct's operations stay whole: what their call reads was not observed"
+    return _ONE_BLOCK

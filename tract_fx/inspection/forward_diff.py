@@ -1,0 +1,133 @@
+"""What the rewrite changed in the forward pass, as text to compare and as a picture."""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import Node
+from torch.fx.node import map_arg
+from torch.nn import functional
+
+from tract_fx.inspection.records import ForwardDiff, GraphView, ViewNode
+from tract_fx.inspection.views import graph_view
+from tract_fx.modules import TractLayer, plain_class
+from tract_fx.passes.fx_graph import weight_parameters
+from tract_fx.passes.fx_graph.values import lookup
+
+__all__ = ["graph_diff", "module_diff"]
+
+_TITLE = "Forward pass with TrAct"
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def graph_diff(
+    plain: fx.GraphModule, rewritten: fx.GraphModule, *, whole: bool = False
+) -> ForwardDiff:
+    """Compare two graphs, node by node.
+
+    Args:
+        plain: The graph without TrAct.
+        rewritten: The graph with TrAct, its other nodes under the same names.
+        whole: Whether the picture shows all of the graph instead of TrAct's neighbourhood.
+
+    Returns:
+        The comparison.
+    """
+    return ForwardDiff(
+        before=_listing(plain),
+        after=_listing(rewritten),
+        view=graph_view(rewritten, _TITLE, whole=whole),
+    )
+
+
+def module_diff(
+    plain: nn.Module, rewritten: nn.Module, graph: fx.GraphModule | None, *, whole: bool = False
+) -> ForwardDiff:
+    """Compare two eager models, module by module.
+
+    Args:
+        plain: The model without TrAct.
+        rewritten: The model with TrAct.
+        graph: The graph that `torch.export` makes of it, None where that fails.
+        whole: Whether the picture shows all of that graph instead of TrAct's neighbourhood.
+
+    Returns:
+        The comparison.
+    """
+    view = _layers_view(rewritten) if graph is None else graph_view(graph, _TITLE, whole=whole)
+    return ForwardDiff(before=repr(plain), after=repr(rewritten), view=view)
+
+
+def _listing(gm: fx.GraphModule) -> str:
+    """Write a graph as assignments, a line per node; that of a module says what the module is."""
+    return "\n".join(_line(gm, node) for node in gm.graph.nodes)
+
+
+def _line(gm: fx.GraphModule, node: Node) -> str:
+    arguments = [_write(a) for a in node.args]
+    arguments += [f"{key}={_write(value)}" for key, value in node.kwargs.items()]
+    if node.op == "placeholder":
+        return f"{node.target} = input({', '.join(arguments)})"
+    if node.op == "output":
+        return f"return {arguments[0]}"
+    if node.op == "get_attr":
+        return f"{node.name} = self.{node.target}"
+    if node.op == "call_method":
+        owner, *arguments = arguments
+        return f"{node.name} = {owner}.{node.target}({', '.join(arguments)})"
+    call = ", ".join(arguments)
+    if node.op == "call_function":
+        return f"{node.name} = {_function(node.target)}({call})"
+    return f"{node.name} = self.{node.target}({call})  # {_module(lookup(gm, node))}"
+
+
+def _write(value: Any) -> str:
+    """Write an argument, its nodes by their names."""
+    named = map_arg(value, lambda node: _Name(node.name))
+    return _ADDRESS.sub("", repr(named))
+
+
+class _Name(str):
+    """A node's name, written without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _function(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    name = str(getattr(target, "__name__", target))
+    for prefix, module in (("torch", torch), ("F", functional), ("operator", operator)):
+        if getattr(module, name, None) is target:
+            return f"{prefix}.{name}"
+    return name
+
+
+def _module(module: object) -> str:
+    """Write a module on one line: all of a layer, the class alone of one that holds others."""
+    if not isinstance(module, nn.Module) or next(module.children(), None) is not None:
+        return type(module).__name__
+    return " ".join(_ADDRESS.sub("", repr(module)).split())
+
+
+def _layers_view(model: nn.Module) -> GraphView:
+    """Show the TrAct layers of a model that has no graph."""
+    nodes: list[ViewNode] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, TractLayer):
+            continue
+        weights = tuple(
+            f"{name}.{weight}" if name else weight for weight in weight_parameters(module)
+        )
+        nodes += [ViewNode(w, w, "parameter", "forward", ()) for w in weights]
+        label = f"TrAct (identity on the weight), λ = {module.tract_lambda:g}"
+        nodes.append(ViewNode(f"tract_{name}", label, "tract", "forward", weights))
+        called = f"{name} ({plain_class(type(module)).__name__})".lstrip()
+        nodes.append(ViewNode(name or "model", called, "operation", "forward", (f"tract_{name}",)))
+    note = "torch.export can't trace the model: its TrAct layers alone are shown"
+    return GraphView(_TITLE, tuple(nodes), len(nodes), note)

@@ -1,0 +1,134 @@
+"""Which calls of layers a model has, which of them TrAct is on, and how it is computed there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from tract_fx.inspection.observed import ObservedCall
+from tract_fx.inspection.records import LayerReport, SourceLine
+from tract_fx.inspection.sources import source_of
+from tract_fx.passes.fx_graph import locate
+from tract_fx.passes.records import InputLayer, Refusal
+from tract_fx.preconditioner import gram_algorithm, plan_solve
+
+__all__ = ["LayerCalls", "layer_reports", "read_layers"]
+
+_FORMS = {
+    "cholesky": "Cholesky of the Gram",
+    "row space": "QR in the row space",
+    "no rows": "gW / λ, for there are no rows",
+}
+
+
+@dataclass(frozen=True)
+class LayerCalls:
+    """The calls of layers in a graph.
+
+    Attributes:
+        taken: Those that TrAct is on, in graph order.
+        candidates: Those that consume the model's input and that TrAct is not on.
+        others: How many further calls there are.
+        refusals: What meets the input and can't be treated.
+        on_input: Names of all nodes that consume the model's input.
+        sources: The user's line of each call, by its node's name, where it is known.
+    """
+
+    taken: tuple[InputLayer, ...]
+    candidates: tuple[InputLayer, ...]
+    others: int
+    refusals: tuple[Refusal, ...]
+    on_input: frozenset[str]
+    sources: Mapping[str, SourceLine]
+
+
+def read_layers(graph: fx.GraphModule) -> LayerCalls:
+    """Sort the calls of a graph.
+
+    Args:
+        graph: A graph, rewritten or not. Not changed.
+
+    Returns:
+        Its calls of linear layers and convolutions.
+    """
+    located = locate(graph)
+    on_input = frozenset(record.node for record in located.findings.layers)
+    records = [record for record, _ in located.eligible]
+    taken = tuple(r for r in records if r.lambda_ is not None)
+    candidates = tuple(r for r in records if r.lambda_ is None and r.node in on_input)
+    sources = {call.node.name: source_of(call.node) for _, call in located.eligible}
+    return LayerCalls(
+        taken=taken,
+        candidates=candidates,
+        others=len(records) - len(taken) - len(candidates),
+        refusals=located.findings.refusals,
+        on_input=on_input,
+        sources={name: source for name, source in sources.items() if source is not None},
+    )
+
+
+def layer_reports(calls: LayerCalls, observed: Sequence[ObservedCall]) -> tuple[LayerReport, ...]:
+    """Report on the calls with TrAct, and on those on the input without.
+
+    Args:
+        calls: The calls.
+        observed: What the calls with TrAct read on a batch; empty where nothing was run.
+
+    Returns:
+        A record per call: those with TrAct first, each kind in graph order.
+    """
+    by_node = {call.record.node: call for call in observed}
+    taken = [_report(record, calls, by_node.get(record.node)) for record in calls.taken]
+    return (*taken, *(_report(record, calls, None) for record in calls.candidates))
+
+
+def _report(record: InputLayer, calls: LayerCalls, call: ObservedCall | None) -> LayerReport:
+    form, gram = _computation(record, call)
+    columns = call.columns if call is not None else None
+    if columns is None and record.weight_shape is not None:
+        columns = math.prod(record.weight_shape[1:])
+    return LayerReport(
+        record=record,
+        on_input=record.node in calls.on_input,
+        source=calls.sources.get(record.node),
+        input_shape=None if call is None else tuple(call.x.shape),
+        input_dtype=None if call is None else _dtype_name(call.x.dtype),
+        rows=None if call is None else call.row_count,
+        columns=columns,
+        form=form,
+        gram=gram,
+        note=_note(record, calls),
+    )
+
+
+def _computation(record: InputLayer, call: ObservedCall | None) -> tuple[str, str]:
+    """Say how the library solves a call, by the plan that it makes itself."""
+    if call is None or record.lambda_ is None or record.geometry is None:
+        return "", ""
+    dtype = call.x.dtype if call.incoming is None else call.incoming.dtype
+    plan = plan_solve(dtype, call.x, record.lambda_, record.geometry)
+    form = f"{_FORMS[plan.form]}, {_dtype_name(plan.dtype)}"
+    if plan.form != "cholesky":
+        return form, ""
+    algorithm = gram_algorithm(record.geometry.batched(call.x), record.geometry)
+    return form, f"{algorithm}, {_dtype_name(plan.dtype)} products, float64 sums"
+
+
+def _note(record: InputLayer, calls: LayerCalls) -> str:
+    frozen = "its weight requires no gradient, so that TrAct is idle" if record.frozen else ""
+    if record.lambda_ is not None:
+        if record.node in calls.on_input or frozen:
+            return frozen
+        return "named by the user: it does not consume the model's input"
+    if calls.taken:
+        return "TrAct was put on another layer"
+    if len({r.name for r in calls.candidates}) > 1 or calls.refusals:
+        return "TrAct is on no layer; of several on the input one has to be named: layers=[…]"
+    return "TrAct is on no layer; the pass would take this one"
+
+
+def _dtype_name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")

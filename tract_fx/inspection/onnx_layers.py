@@ -1,0 +1,256 @@
+"""Which calls of layers an ONNX graph has, and what TrAct's nodes there compute."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from tract_fx.inspection.layers import LayerCalls, layer_reports
+from tract_fx.inspection.observed import ObservedCall
+from tract_fx.inspection.onnx_calls import TreatedCall
+from tract_fx.inspection.records import LayerReport
+from tract_fx.passes.onnx_graph.calls import is_standard
+from tract_fx.passes.onnx_graph.find import LocatedOnnx
+
+__all__ = [
+    "BRANCHES",
+    "Form",
+    "before",
+    "chosen_form",
+    "condition_of",
+    "forms_of",
+    "onnx_calls",
+    "onnx_layer_reports",
+]
+
+BRANCHES = {True: "then_branch", False: "else_branch"}
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way in which TrAct's gradient is computed for a call.
+
+    Attributes:
+        nodes: Its nodes, in the order in which they run, those around the branches included.
+        when: The value of the If's condition under which it runs; None where there is no If.
+    """
+
+    nodes: tuple[ir.Node, ...]
+    when: bool | None
+
+
+def onnx_calls(located: LocatedOnnx) -> LayerCalls:
+    """Sort the calls of a graph.
+
+    Args:
+        located: What locating found.
+
+    Returns:
+        The calls.
+    """
+    on_input = frozenset(record.node for record in located.findings.layers)
+    records = [record for record, _ in located.eligible]
+    taken = tuple(r for r in records if r.lambda_ is not None)
+    candidates = tuple(r for r in records if r.lambda_ is None and r.node in on_input)
+    return LayerCalls(
+        taken=taken,
+        candidates=candidates,
+        others=len(records) - len(taken) - len(candidates),
+        refusals=located.findings.refusals,
+        on_input=on_input,
+        sources={},
+    )
+
+
+def onnx_layer_reports(
+    calls: LayerCalls,
+    treated: Sequence[TreatedCall],
+    observed: Sequence[ObservedCall],
+    values: Mapping[str, np.ndarray],
+) -> tuple[LayerReport, ...]:
+    """Report on the calls with TrAct, and on those on the input without.
+
+    Args:
+        calls: The calls.
+        treated: The nodes of those with TrAct.
+        observed: What they read on a batch; empty where nothing was run.
+        values: What the conditions of `condition_of` were in that run, by name.
+
+    Returns:
+        A record per call: those with TrAct first, each kind in graph order.
+    """
+    nodes = {call.record.node: call for call in treated}
+    runs = {call.record.node: call for call in observed}
+    reports = []
+    for report in layer_reports(calls, ()):
+        call, run = nodes.get(report.record.node), runs.get(report.record.node)
+        if call is not None:
+            form, gram = _in_words(call, chosen_form(call, values))
+            report = dataclasses.replace(report, form=form, gram=gram)
+        if run is not None:
+            report = dataclasses.replace(
+                report,
+                input_shape=tuple(run.x.shape),
+                input_dtype=str(run.x.dtype).removeprefix("torch."),
+                rows=run.row_count,
+                columns=run.columns,
+            )
+        reports.append(report)
+    return tuple(reports)
+
+
+def forms_of(call: TreatedCall) -> tuple[Form, ...]:
+    """Take apart how TrAct's gradient of a call is computed.
+
+    Args:
+        call: The call.
+
+    Returns:
+        One form, or one per branch of an If.
+    """
+    choice = _choice(call)
+    if choice is None:
+        return (Form(call.nodes, None),)
+    around = tuple(node for node in call.nodes if node is not choice)
+    return tuple(
+        Form((*around, *choice.attributes[branch].as_graph()), when)
+        for when, branch in BRANCHES.items()
+    )
+
+
+def branch_of(call: TreatedCall, form: Form) -> ir.Value:
+    """Give what a form ends in.
+
+    Args:
+        call: The call.
+        form: One of its forms.
+
+    Returns:
+        The output of the form's branch; TrAct's result where there is no If.
+    """
+    choice = _choice(call)
+    if choice is None or form.when is None:
+        return call.result
+    return choice.attributes[BRANCHES[form.when]].as_graph().outputs[0]
+
+
+def condition_of(call: TreatedCall) -> str | None:
+    """Name the value by which the graph chooses the form.
+
+    Args:
+        call: The call.
+
+    Returns:
+        The name of a value of one boolean, None where there is one form.
+    """
+    choice = _choice(call)
+    return None if choice is None or choice.inputs[0] is None else str(choice.inputs[0].name)
+
+
+def chosen_form(call: TreatedCall, values: Mapping[str, np.ndarray]) -> Form | None:
+    """Tell the form that ran.
+
+    Args:
+        call: The call.
+        values: The condition's value in that run, by its name.
+
+    Returns:
+        The form, None where the graph has several and did not run.
+    """
+    forms, condition = forms_of(call), condition_of(call)
+    if condition is None:
+        return forms[0]
+    if condition not in values:
+        return None
+    return next(form for form in forms if form.when == bool(values[condition].item()))
+
+
+def _choice(call: TreatedCall) -> ir.Node | None:
+    return next((node for node in call.nodes if is_standard(node, "If")), None)
+
+
+def _in_words(call: TreatedCall, chosen: Form | None) -> tuple[str, str]:
+    """The form, and how the Gram is computed."""
+    forms = forms_of(call)
+    if len(forms) == 1:
+        return _system(call, forms[0]), _gram(forms[0])
+    if chosen is not None:
+        return f"{_system(call, chosen)}; an If chooses it by the batch's size", _gram(chosen)
+    both = [_system(call, form) for form in forms]
+    grams = dict.fromkeys(_gram(form) for form in forms)
+    return f"by the batch's size (If): {both[0]}, or {both[1]}", "; or ".join(grams)
+
+
+def _system(call: TreatedCall, form: Form) -> str:
+    """What is solved, and what it is multiplied with, as the nodes read it."""
+    inverses = [node for node in form.nodes if node.op_type == "Inverse"]
+    read = {value for node in form.nodes for value in node.inputs}
+    on = "weight's gradient" if call.plain in read else "input alone"
+    if call.plain not in read and call.output_gradient in read:
+        on = "output's gradient"
+    if not inverses:
+        return f"no Inverse, on the {on}"
+    matrix = "XXᵀ (R × R)" if on == "output's gradient" else "the Gram (n × n)"
+    return f"Inverse of {matrix}, on the {on}"
+
+
+def _gram(form: Form) -> str:
+    """How the matrix is computed, read off the nodes in front of the Inverse."""
+    inverse = next((node for node in form.nodes if node.op_type == "Inverse"), None)
+    if inverse is None:
+        return ""
+    nodes = before(inverse, form.nodes)
+    ops = [node.op_type for node in nodes]
+    convolutions = [node for node in nodes if is_standard(node, "Conv")]
+    transposes = [n for n in nodes if is_standard(n, "Transpose") and n.attributes.get("perm")]
+    if convolutions:
+        rows = _unfolding(convolutions[0])
+    elif any(len(node.attributes["perm"].as_ints()) > 4 for node in transposes):
+        rows = "patches by Reshape and Transpose"
+    else:
+        rows = "rows by Reshape" if "Reshape" in ops else "rows as they are"
+    products = [op for op in ops if op in {"Gemm", "FusedMatMul", "MatMul"}]
+    product = " and ".join(products) or "no product"
+    return f"{rows}, {product}{' per image and ReduceSum' if 'ReduceSum' in ops else ''}"
+
+
+def before(last: ir.Node, nodes: Sequence[ir.Node]) -> list[ir.Node]:
+    """Give those of some nodes that one of them is computed by.
+
+    Args:
+        last: One of them.
+        nodes: The nodes, in the order in which they run.
+
+    Returns:
+        Those that its inputs come from, in the same order.
+    """
+    needed = set(last.inputs)
+    found = []
+    for node in reversed(nodes):
+        if any(value in needed for value in node.outputs):
+            found.append(node)
+            needed.update(node.inputs)
+    return found[::-1]
+
+
+def _unfolding(node: ir.Node) -> str:
+    """A convolution that gives each entry of a patch a channel of its own, if it is one."""
+    weight = node.inputs[1]
+    tensor = None if weight is None else ir.convenience.get_const_tensor(weight)
+    unit = False
+    if tensor is not None:
+        array = tensor.numpy()
+        kernels = array.reshape(len(array), -1)
+        repeats = len(kernels) // max(1, kernels.shape[1])
+        unit = np.array_equal(kernels, np.tile(np.eye(kernels.shape[1]), (repeats, 1)))
+    shown = [
+        f"{name} {'×'.join(map(str, sizes))}"
+        for name in ("strides", "pads", "dilations")
+        if (sizes := node.attributes.get_ints(name))
+    ]
+    kind = "unit kernels" if unit else "kernels that are no unit vectors"
+    return f"patches by Conv with {kind}{''.join(f', {entry}' for entry in shown)}"

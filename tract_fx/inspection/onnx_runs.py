@@ -1,0 +1,270 @@
+"""Runs of an ONNX training graph and of the plain one on a batch. No file changes by them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from tract_fx import ort_training
+from tract_fx.errors import ExportError, FailedRunError
+from tract_fx.export.gradient_builder import (
+    accumulated_gradients,
+    run_training_graph,
+)
+from tract_fx.inspection.observed import ObservedCall
+from tract_fx.inspection.onnx_batch import OnnxBatch
+from tract_fx.inspection.onnx_calls import TreatedCall, observe_call
+from tract_fx.inspection.onnx_layers import BRANCHES, Form, condition_of
+from tract_fx.passes.onnx_graph.repairs import random_operators
+from tract_fx.passes.onnx_graph.values import ancestors
+from tract_fx.trainers.randomness import OWN_GENERATOR
+
+__all__ = ["GraphRun", "OnnxRuns", "run_form", "run_gradients", "run_with_terms", "run_with_tract"]
+
+_ACCUMULATOR = "InPlaceAccumulatorV2"
+
+
+@dataclass(frozen=True)
+class GraphRun:
+    """What a training graph computed.
+
+    Attributes:
+        outputs: Its outputs but for what it accumulates, by name: the loss and others.
+        gradients: What is added to the gradient of each parameter, by the parameter's name.
+        values: Values that were asked for, by name.
+    """
+
+    outputs: Mapping[str, np.ndarray]
+    gradients: Mapping[str, np.ndarray]
+    values: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class OnnxRuns:
+    """A run of a training graph with TrAct, and what else can be run to compare with it.
+
+    Attributes:
+        model: The graph with TrAct. Its random operators have seeds, the same as in `plain`.
+        plain: The graph without.
+        batch: What they run on.
+        treated: The calls with TrAct.
+        calls: What each of them read and what came back to it.
+        rewritten: What the graph with TrAct computed.
+        draws: Whether the graph has random operators that are on.
+    """
+
+    model: ir.Model
+    plain: ir.Model
+    batch: OnnxBatch
+    treated: tuple[TreatedCall, ...]
+    calls: tuple[ObservedCall, ...]
+    rewritten: GraphRun
+    draws: bool
+
+
+def run_with_tract(
+    model: ir.Model, plain: ir.Model, treated: tuple[TreatedCall, ...], batch: OnnxBatch
+) -> OnnxRuns:
+    """Run a training graph with TrAct on a batch.
+
+    Args:
+        model: The graph. Not changed.
+        plain: The same without TrAct. Not changed.
+        treated: The calls with TrAct.
+        batch: What to run it on.
+
+    Returns:
+        The run.
+
+    Raises:
+        FailedRunError: ONNX Runtime can't run the graph on the batch.
+    """  # noqa: DOC502 (raised by what it calls)
+    model, plain = _seeded(model), _seeded(plain)
+    names = [name for call in treated for name in call.read]
+    names += [name for call in treated if (name := condition_of(call)) is not None]
+    rewritten = run_gradients(model, batch, names)
+    calls = tuple(observe_call(call, rewritten.values) for call in treated)
+    draws = bool(random_operators(model))
+    return OnnxRuns(model, plain, batch, treated, calls, rewritten, draws)
+
+
+def _seeded(model: ir.Model) -> ir.Model:
+    """Copy a graph, each random operator with a seed of its own: dropouts stay on, and repeat."""
+    copy = model.clone()
+    drawing = (n for n in copy.graph.all_nodes() if n.op_type in {*OWN_GENERATOR, "Dropout"})
+    for index, node in enumerate(drawing):
+        seed = ir.AttrInt64 if node.op_type == "Dropout" else ir.AttrFloat32
+        node.attributes.add(seed("seed", index))
+    return copy
+
+
+def run_gradients(model: ir.Model, batch: OnnxBatch, names: Iterable[str] = ()) -> GraphRun:
+    """Run a training graph once on the CPU.
+
+    Args:
+        model: A training graph. Not changed.
+        batch: What to run it on.
+        names: Values to read besides.
+
+    Returns:
+        What it computed.
+
+    Raises:
+        FailedRunError: ONNX Runtime can't run the graph on the batch.
+    """  # noqa: DOC502 (raised by what it calls)
+    gathered = accumulated_gradients(model)
+    outputs = [str(v.name) for v in model.graph.outputs if not _accumulates(v)]
+    read = list(dict.fromkeys((*outputs, *gathered.values(), *names)))
+    values = _run(model, batch, read)
+    return GraphRun(
+        outputs={name: values[name] for name in outputs},
+        gradients={name: values[value] for name, value in gathered.items()},
+        values={name: values[name] for name in names},
+    )
+
+
+def _accumulates(value: ir.Value) -> bool:
+    node = value.producer()
+    return node is not None and node.op_type == _ACCUMULATOR
+
+
+def run_with_terms(
+    plain: ir.Model,
+    batch: OnnxBatch,
+    terms: Mapping[str, np.ndarray],
+    parameters: Iterable[str],
+) -> dict[str, np.ndarray]:
+    """Run the plain graph with other numbers in the place of some terms of gradients.
+
+    What is behind the terms, a sum over several calls or the chain rule to the parameters that a
+    weight is computed from, is the plain graph's own.
+
+    Args:
+        plain: A training graph without TrAct. Not changed.
+        batch: What to run it on.
+        terms: What to put in, by the term's name.
+        parameters: Names of the parameters whose gradients are wanted.
+
+    Returns:
+        The gradients of those that the graph accumulates, by the parameter's name.
+
+    Raises:
+        FailedRunError: ONNX Runtime can't run the graph on the batch.
+    """  # noqa: DOC502 (raised by what it calls)
+    model = plain.clone()
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    given = {}
+    for index, (name, array) in enumerate(terms.items()):
+        term = values[name]
+        source = ir.Value(
+            name=f"inspected_term_{index}",
+            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+            shape=ir.Shape(array.shape),
+        )
+        # The accumulation reads a node's output, also where the term itself is accumulated.
+        copy = ir.node("Identity", [source], name=f"inspected_copy_{index}")
+        copy.outputs[0].name, copy.outputs[0].type = f"inspected_value_{index}", source.type
+        producer = term.producer()
+        assert producer is not None
+        term.replace_all_uses_with(copy.outputs[0], replace_graph_outputs=True)
+        model.graph.insert_after(producer, copy)
+        model.graph.inputs.append(source)
+        given[str(source.name)] = array
+    gathered = accumulated_gradients(model)
+    wanted = {name: gathered[name] for name in parameters if name in gathered}
+    results = _run(model, batch, wanted.values(), given)
+    return {name: results[value] for name, value in wanted.items()}
+
+
+def run_form(
+    model: ir.Model,
+    call: TreatedCall,
+    values: Mapping[str, np.ndarray],
+    names: Iterable[str],
+    form: Form | None = None,
+) -> dict[str, np.ndarray]:
+    """Run the nodes that the pass made for a call, apart from the rest of the graph.
+
+    Args:
+        model: A training graph with TrAct. Not changed.
+        call: The call in it.
+        values: The input, plain gradient and output gradient, by name.
+        names: Names of the values to read.
+        form: The form to put in the place of the If, so that values in its branch can be read.
+
+    Returns:
+        The values.
+
+    Raises:
+        FailedRunError: ONNX Runtime can't run the nodes.
+    """  # noqa: DOC501, DOC502 (made by _failed)
+    alone = model.clone()
+    graph = alone.graph
+    if form is not None and form.when is not None:
+        _inline(graph, str(call.result.name), BRANCHES[form.when])
+    known = {v.name: v for node in graph for v in node.outputs} | {v.name: v for v in graph.inputs}
+    sources: list[tuple[ir.Value, np.ndarray]] = []
+    for name in dict.fromkeys(str(v.name) for v in _outer(call)):
+        old, array = known[name], values[name]
+        source = ir.Value(
+            name=f"inspected_{len(sources)}",
+            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+            shape=ir.Shape(array.shape),
+        )
+        old.replace_all_uses_with(source)
+        sources.append((source, array))
+    names = [name for name in names if name in known]
+    graph.outputs[:] = [known[name] for name in names]
+    graph.inputs[:] = [source for source, _ in sources]
+    needed: set[ir.Node] = set().union(*(ancestors(value) for value in graph.outputs))
+    kept = {value.name for node in needed for value in node.outputs if value.name}
+    proto = ir.to_proto(alone)
+    nodes = [node for node in proto.graph.node if not kept.isdisjoint(node.output)]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    feeds = {str(source.name): array for source, array in sources}
+    try:
+        session = ort_training.inference_session(proto.SerializeToString(), "cpu", 0)
+        return dict(zip(names, session.run(names, feeds), strict=True))
+    except Exception as error:  # ONNX Runtime's own classes are not public
+        raise _failed(f"ONNX Runtime ({ort_training.message_of(error)})") from error
+
+
+def _inline(graph: ir.Graph, result: str, branch: str) -> None:
+    """Put an If's branch in the place of the If whose output has this name."""
+    choice = next(node for node in graph if any(v.name == result for v in node.outputs))
+    inner = choice.attributes[branch].as_graph()
+    nodes, (end,) = list(inner), inner.outputs
+    inner.outputs.clear()
+    inner.remove(nodes)
+    graph.insert_before(choice, nodes)
+    choice.outputs[0].replace_all_uses_with(end, replace_graph_outputs=True)
+
+
+def _outer(call: TreatedCall) -> tuple[ir.Value, ...]:
+    return (call.call.input, call.plain, call.output_gradient)
+
+
+def _run(
+    model: ir.Model,
+    batch: OnnxBatch,
+    names: Iterable[str],
+    more: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    try:
+        feeds = {**batch.feeds, **(more or {})}
+        return run_training_graph(model, feeds, batch.parameters, list(names))
+    except ExportError as error:
+        raise _failed(error.found) from error
+
+
+def _failed(found: str) -> FailedRunError:
+    return FailedRunError(
+        found.replace("the exported graph", "the training graph"),
+        "it has an operator that has no kernel there, or does not take the batch",
+        "Give example_inputs of sizes and values that the model takes, and the training graph as "
+        "it is trained",
+    )

@@ -1,0 +1,91 @@
+"""Writing an inspection to a file: a page, a picture or the records, by the file's suffix."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from tract_fx.errors import UnsupportedFormatError
+from tract_fx.inspection.inspection import Inspection
+from tract_fx.inspection.records import GraphView
+from tract_fx.inspection.render.data import to_data
+from tract_fx.inspection.render.html import page_html
+from tract_fx.inspection.render.pictures import dot_source, picture_file
+
+__all__ = ["save"]
+
+
+def save(inspection: Inspection, path: Path) -> Path:
+    """Write an inspection to a file, which is never there in half.
+
+    Args:
+        inspection: The records.
+        path: Where to. Folders that are missing are made; a file that is there is replaced.
+
+    Returns:
+        The path.
+
+    Raises:
+        UnsupportedFormatError: The suffix is none of `.html`, `.svg`, `.dot` and `.json`.
+        MissingRuntimeError: A picture is wanted, and Graphviz is not installed.
+        OSError: The file can't be written.
+    """  # noqa: DOC502 (some are raised by what it calls)
+    write = _WRITERS.get(path.suffix.lower())
+    if write is None:
+        raise UnsupportedFormatError(
+            f"the file {str(path)!r}",
+            f"an inspection is not written as {path.suffix or 'a file without a suffix'}",
+            f"Give the file one of the suffixes {', '.join(_WRITERS)}",
+        )
+    _replace(path, write(inspection))
+    return path
+
+
+def _page(inspection: Inspection) -> str:
+    return page_html(inspection)
+
+
+def _picture(inspection: Inspection) -> str:
+    return picture_file(_view(inspection))
+
+
+def _dot(inspection: Inspection) -> str:
+    return dot_source(_view(inspection))
+
+
+def _json(inspection: Inspection) -> str:
+    return json.dumps(to_data(inspection), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+_WRITERS: dict[str, Callable[[Inspection], str]] = {
+    ".html": _page,
+    ".svg": _picture,
+    ".dot": _dot,
+    ".json": _json,
+}
+
+
+def _view(inspection: Inspection) -> GraphView:
+    """The one picture of a file: what was asked for last and shows most."""
+    backward = inspection.backward
+    if backward is None:
+        return inspection.forward.view
+    return backward.expanded or backward.short
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write beside the place, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+    try:
+        # A name may hold half a surrogate pair, which UTF-8 has no form for.
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+        if path.is_file():
+            shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

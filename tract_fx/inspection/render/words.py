@@ -1,0 +1,308 @@
+"""Records in words and numbers, the same in every rendering; and the verdict in a sentence."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tract_fx.inspection.inspection import Inspection
+from tract_fx.inspection.records import Check, LayerReport, SourceLine, Verification
+from tract_fx.passes.records import InputLayer
+
+__all__ = [
+    "Verdict",
+    "join_path",
+    "number",
+    "operation",
+    "place",
+    "plural",
+    "printable",
+    "rows_and_columns",
+    "sentence",
+    "shape",
+    "shorten",
+    "verdict",
+    "worst",
+]
+
+# Control characters act on a terminal; those and lone surrogates are not allowed in XML.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+# No layer is called so, and a name keeps its small letter.
+_BEGINNINGS = frozenset(
+    "a all an drawn each for in it its measured named neither no none nothing of on only several "
+    "that the there this two what with without".split()
+)
+_SEPARATORS = r"[/\\]"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer that a reader looks for first.
+
+    Attributes:
+        state: What to mark it with.
+        headline: The answer, without a full stop.
+        reasons: The numbers behind it, a sentence each, the gravest first.
+    """
+
+    state: Literal["right", "wrong", "open"]
+    headline: str
+    reasons: tuple[str, ...]
+
+    @property
+    def symbol(self) -> str:
+        """A mark that does not rely on colour."""
+        return {"right": "✔", "wrong": "✘", "open": "○"}[self.state]
+
+
+def verdict(inspection: Inspection) -> Verdict:
+    """Say whether the model trains with TrAct's gradient.
+
+    Args:
+        inspection: The records.
+
+    Returns:
+        The answer, in words and numbers.
+    """
+    verification = inspection.verification
+    if verification is not None:
+        return _verified(verification)
+    if any(layer.taken for layer in inspection.layers):
+        reason = "No gradient was compared with the float64 definition: that takes a batch and "
+        return Verdict("open", "Not verified", (f"{reason}verify=True",))
+    if inspection.layers:
+        reason = f"On the input: {', '.join(_names(inspection.layers))}"
+    else:
+        reason = "No convolution or linear layer that it could be put on reads the model's input"
+    return Verdict("open", "TrAct is on no layer", (reason,))
+
+
+def _verified(verification: Verification) -> Verdict:
+    good = [w for w in verification.weights if w.operator.passed]
+    bad = [w for w in verification.weights if not w.operator.passed]
+    failed = [check for check in worst(verification.others) if not check.passed]
+    reasons = [sentence(problem) for problem in verification.problems]
+    for weight in [*bad, *good]:
+        check = weight.operator
+        reasons.append(
+            f"{weight.parameter}: {number(check.error)} from the float64 definition, tolerance "
+            f"{number(check.tolerance)}; the plain gradient is {number(weight.plain)} away"
+        )
+    if failed:
+        named = ", ".join(f"{c.name} ({number(c.error)})" for c in failed[:3])
+        rest = f" and {len(failed) - 3:,} more" if len(failed) > 3 else ""
+        reasons.append(f"Not the plain model's: {named}{rest}")
+    elif verification.others:
+        top = worst(verification.others)[0]
+        count = len(verification.others)
+        things = plural(count, "output or other gradient", "outputs and other gradients")
+        off = f"at most {number(top.error)} off" if top.error else "exactly"
+        reasons.append(f"{things} as in the plain model, {off}")
+    if verification.passed:
+        return Verdict("right", "TrAct's gradient is right", tuple(reasons))
+    if bad or verification.problems:
+        return Verdict("wrong", "TrAct's gradient is wrong", tuple(reasons))
+    if failed:
+        return Verdict("wrong", "More than TrAct's gradient changed", tuple(reasons))
+    return Verdict("wrong", "No gradient with TrAct was found to verify", tuple(reasons))
+
+
+def _names(layers: Sequence[LayerReport]) -> list[str]:
+    return list(dict.fromkeys(layer.record.name for layer in layers))
+
+
+def worst(checks: Sequence[Check]) -> list[Check]:
+    """Sort comparisons.
+
+    Args:
+        checks: In any order.
+
+    Returns:
+        The same, those closest to their tolerance or beyond it first.
+    """
+
+    def key(check: Check) -> tuple[bool, float]:
+        if check.error == 0:
+            return check.passed, 0.0
+        ratio = check.error / check.tolerance if check.tolerance else math.inf
+        return check.passed, -math.inf if math.isnan(ratio) else -ratio
+
+    return sorted(checks, key=key)
+
+
+def printable(text: str) -> str:
+    """Take out of a name what a terminal would act on and XML does not allow.
+
+    Args:
+        text: Any string.
+
+    Returns:
+        One line, with � for each of those characters.
+    """
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def shorten(text: str, most: int) -> str:
+    """Cut the middle out of a long name.
+
+    Args:
+        text: The name.
+        most: The most characters that may stay, at least 3.
+
+    Returns:
+        The name in at most so many characters, more of its end than of its start.
+    """
+    if len(text) <= most:
+        return text
+    start = (most - 1) // 3
+    return f"{text[:start]}…{text[len(text) - (most - 1 - start) :]}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Write a measured number.
+
+    Args:
+        value: The number; None where there is none.
+        digits: Significant digits.
+
+    Returns:
+        `"0.871"`, `"2.13e-7"`, `"19,683"`, `"nan"`, `"inf"`, or a dash for None.
+    """
+    if value is None:
+        return "–"
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    if 1000 <= abs(value) < 1e7:
+        return f"{value:,.0f}"
+    mantissa, exponent, power = f"{value:.{digits}g}".partition("e")
+    return f"{mantissa}e{int(power)}" if exponent else mantissa
+
+
+def plural(count: int, one: str, many: str) -> str:
+    """Count things.
+
+    Args:
+        count: How many.
+        one: The noun for one of them.
+        many: The noun for another number.
+
+    Returns:
+        Such as `"1 node"`, `"1,204 nodes"`.
+    """
+    return f"{count:,} {one if count == 1 else many}"
+
+
+def sentence(text: str) -> str:
+    """Begin a note with a capital, unless it begins with a name or a formula.
+
+    Args:
+        text: A note or warning.
+
+    Returns:
+        The text.
+    """
+    first = text.partition(" ")[0]
+    return text[0].upper() + text[1:] if first in _BEGINNINGS else text
+
+
+def shape(sizes: Sequence[int] | None) -> str:
+    """Write a shape.
+
+    Args:
+        sizes: The sizes, None where they are not known.
+
+    Returns:
+        Such as `"32×3×224×224"`.
+    """
+    if sizes is None:
+        return "unknown shape"
+    return "×".join(map(str, sizes)) or "scalar"
+
+
+def operation(record: InputLayer) -> str:
+    """Say what a layer does to its input.
+
+    Args:
+        record: The layer.
+
+    Returns:
+        Such as `"conv2d 3 → 64, 7×7, stride 2, padding 3"`; what is 1 or 0 by default is left out.
+    """
+    geometry, sizes = record.geometry, record.weight_shape
+    groups = 1 if geometry is None else geometry.groups
+    channels = "" if sizes is None or len(sizes) < 2 else f" {sizes[1] * groups} → {sizes[0]}"
+    parts = [f"{record.op}{channels}"]
+    if geometry is None:
+        parts.append("geometry not known before running")
+    elif geometry.kernel:
+        parts.append(shape(geometry.kernel))
+        if set(geometry.stride) != {1}:
+            parts.append(f"stride {_per_dimension(geometry.stride)}")
+        if any(geometry.flat_padding):
+            parts.append(f"padding {_padding(geometry.padding)}")
+        if set(geometry.dilation) != {1}:
+            parts.append(f"dilation {_per_dimension(geometry.dilation)}")
+        if groups > 1:
+            parts.append(f"{groups} groups")
+    return ", ".join(parts)
+
+
+def _per_dimension(values: Sequence[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else shape(values)
+
+
+def _padding(pairs: Sequence[tuple[int, int]]) -> str:
+    if all(before == after for before, after in pairs):
+        return _per_dimension([before for before, _ in pairs])
+    if len(set(pairs)) == 1:
+        return f"{pairs[0][0]} before and {pairs[0][1]} after"
+    return " × ".join(f"({before}, {after})" for before, after in pairs)
+
+
+def rows_and_columns(layer: LayerReport) -> str:
+    """Give the size of X.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        Such as `"401,408 rows × 147 columns"`.
+    """
+    rows = "rows not counted" if layer.rows is None else plural(layer.rows, "row", "rows")
+    columns = "?" if layer.columns is None else plural(layer.columns, "column", "columns")
+    groups = 1 if layer.record.geometry is None else layer.record.geometry.groups
+    return f"{rows} × {columns}" + (f", in each of {groups} groups" if groups > 1 else "")
+
+
+def join_path(names: Sequence[str], most: int = 6) -> str:
+    """Write the way from the model's input to a node.
+
+    Args:
+        names: The nodes' names.
+        most: The most names to write.
+
+    Returns:
+        Such as `"x → sub → … 3 more … → conv1"`.
+    """
+    shown = list(names)
+    if len(shown) > most:
+        shown[most // 2 : len(shown) - most // 2] = [f"… {len(shown) - most // 2 * 2} more …"]
+    return " → ".join(shown)
+
+
+def place(source: SourceLine | None) -> str:
+    """Name a line of the user's code in short.
+
+    Args:
+        source: The line, None where it is not known.
+
+    Returns:
+        Such as `"resnet.py:41"`, empty for None.
+    """
+    if source is None:
+        return ""
+    return f"{re.split(_SEPARATORS, source.file)[-1]}:{source.line}"

@@ -1,0 +1,277 @@
+"""Taps on calls of layers: what each multiplies, and the gradients that come back to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from tract_fx import torch_private
+from tract_fx.errors import UnsupportedLayerError, UnsupportedModelError
+from tract_fx.inspection.observed import ObservedCall
+from tract_fx.modules import copy_tree
+from tract_fx.passes.records import InputLayer
+
+__all__ = ["TappedCall", "Taps", "no_such_call", "tap"]
+
+_aten = torch.ops.aten
+_PRODUCTS = frozenset(
+    {
+        functional.linear,
+        functional.conv1d,
+        functional.conv2d,
+        functional.conv3d,
+        _aten.linear.default,
+        _aten.conv1d.default,
+        _aten.conv2d.default,
+        _aten.conv3d.default,
+        _aten.conv1d.padding,
+        _aten.conv2d.padding,
+        _aten.conv3d.padding,
+        _aten.convolution.default,
+    }
+)
+_OPERANDS = ("input", "weight", "bias")
+
+
+@dataclass
+class TappedCall:
+    """One call while the model runs; filled by the backward pass.
+
+    Attributes:
+        record: What locating says of the call.
+        x: What is multiplied, detached.
+        operation: The call's own operation on (x, weight), without bias.
+        weight: The weight that this call multiplies with and nothing else does: an alias, whose
+            gradient is the call's own.
+        rounding: To which the global flags cut its products, 0 for full precision.
+        output_gradient: The gradient of the output, of the last backward pass.
+        first_order: Whether no backward pass so far was itself differentiated.
+    """
+
+    record: InputLayer
+    x: Tensor
+    operation: Callable[[Tensor, Tensor], Tensor]
+    weight: Tensor
+    rounding: float
+    output_gradient: Tensor | None = None
+    first_order: bool = True
+
+    def keep(self, gradient: Tensor) -> None:
+        """Keep a gradient of the output; a hook.
+
+        Args:
+            gradient: The gradient.
+        """
+        if torch.is_grad_enabled():  # only with create_graph=True
+            self.first_order = False
+        self.output_gradient = gradient.detach()
+
+    def observed(self, incoming: Tensor | None) -> ObservedCall:
+        """Give the record of the call.
+
+        Args:
+            incoming: The gradient of `weight`, None where there is none.
+
+        Returns:
+            The record.
+        """
+        shape = tuple(self.weight.shape)
+        dims = len(shape) - 2
+        return ObservedCall(
+            record=self.record,
+            x=self.x,
+            operation=self.operation,
+            weight_shape=shape,
+            groups=self.x.shape[-1 - dims] // shape[1] if dims else 1,
+            incoming=None if incoming is None else incoming.detach(),
+            output_gradient=self.output_gradient,
+            product_rounding=self.rounding,
+            first_order=self.first_order,
+        )
+
+
+class Taps:
+    """The taps on one model, and the calls that they have seen."""
+
+    def __init__(self) -> None:
+        self.calls: list[TappedCall] = []
+        self._listening = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Let the taps see calls.
+
+        Outside they do not: checkpointing runs layers again during the backward pass.
+
+        Yields:
+            Nothing.
+        """
+        self._listening = True
+        try:
+            yield
+        finally:
+            self._listening = False
+
+    def around(self, call: Callable[..., Any], records: Sequence[InputLayer]) -> Callable[..., Any]:
+        """Put a tap around a function or module.
+
+        Args:
+            call: What is called, with one linear layer or convolution in it.
+            records: Of its calls, in the order in which they are made. A call that comes after
+                them (whose result is not used, so that a graph has left it out) has the last.
+
+        Returns:
+            A function that does the same, and that listens.
+        """
+        left = list(records)
+
+        def tapped(*args: Any, **kwargs: Any) -> Any:
+            if not self._listening:
+                return call(*args, **kwargs)
+            record = left.pop(0) if len(left) > 1 else left[0]
+            with _Product(record) as mode:
+                result = call(*args, **kwargs)
+            if len(mode.calls) != 1:
+                raise UnsupportedLayerError(
+                    f"{record} makes {len(mode.calls)} products with a weight",
+                    "one is expected, whose input and weight are looked at",
+                    "Compute the weight (in a parametrization or a hook, say) by other functions "
+                    "than torch.nn.functional.linear and conv",
+                )
+            self.calls += mode.calls
+            return result
+
+        return tapped
+
+
+class _Product(TorchFunctionMode):
+    """Listens to one call of a layer: to the linear function or convolution inside."""
+
+    def __init__(self, record: InputLayer) -> None:
+        super().__init__()
+        self.record = record
+        self.calls: list[TappedCall] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func not in _PRODUCTS:
+            return func(*args, **kwargs)
+        operands = dict(zip(_OPERANDS, args, strict=False))
+        operands |= {name: kwargs.pop(name) for name in _OPERANDS if name in kwargs}
+        geometry = args[len(_OPERANDS) :]
+
+        def operation(x: Tensor, weight: Tensor) -> Tensor:
+            product: Tensor = func(x, weight, None, *geometry, **kwargs)
+            return product
+
+        x, weight = operands["input"], operands["weight"]
+        call = TappedCall(
+            self.record,
+            _as_multiplied(x),
+            operation,
+            weight.view_as(weight),
+            _rounding(x, weight),
+        )
+        self.calls.append(call)
+        output: Tensor = func(x, call.weight, operands.get("bias"), *geometry, **kwargs)
+        if output.requires_grad:
+            output.register_hook(call.keep)
+        return output
+
+
+def _as_multiplied(x: Tensor) -> Tensor:
+    """A copy (the model may write to its tensors later), rounded as autocast does."""
+    dtype = torch_private.autocast_dtype(x)
+    return x.detach().to(dtype or x.dtype, copy=True)
+
+
+def _rounding(x: Tensor, weight: Tensor) -> float:
+    if weight.dtype != torch.float32:
+        return 0.0
+    return torch_private.product_rounding(x.device, convolution=weight.dim() > 2)
+
+
+class _Tap(nn.Module):
+    """A tap as a node's target. What it calls lies in a closure and is no submodule."""
+
+    def __init__(self, tapped: Callable[..., Any]) -> None:
+        super().__init__()
+        self.tapped = tapped
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it."""
+        return self.tapped(*args, **kwargs)
+
+
+def tap(model: nn.Module, records: Sequence[InputLayer]) -> tuple[nn.Module, Taps]:
+    """Put taps on calls of a model.
+
+    Args:
+        model: A GraphModule, whose nodes the records name, or an eager model, whose modules they
+            name. Not changed.
+        records: The calls.
+
+    Returns:
+        A copy that shares parameters and buffers, and its taps.
+
+    Raises:
+        UnsupportedModelError: The model has no such call.
+    """  # noqa: DOC502 (raised by what it calls)
+    copied, taps = copy_tree(model), Taps()
+    if isinstance(copied, fx.GraphModule):
+        _tap_nodes(copied, taps, records)
+    else:
+        _tap_modules(copied, taps, records)
+    return copied, taps
+
+
+def _tap_nodes(gm: fx.GraphModule, taps: Taps, records: Sequence[InputLayer]) -> None:
+    nodes = {node.name: node for node in gm.graph.nodes}
+    for number, record in enumerate(records):
+        node = nodes.get(record.node)
+        if node is None or node.op not in ("call_function", "call_module"):
+            raise no_such_call(record, "no node of that name in its graph calls a layer")
+        is_function = callable(node.target)
+        call = node.target if is_function else gm.get_submodule(str(node.target))
+        name = f"tract_tap_{number}"
+        gm.add_submodule(name, _Tap(taps.around(call, [record])))
+        node.op, node.target = "call_module", name
+    gm.recompile()
+
+
+def _tap_modules(model: nn.Module, taps: Taps, records: Sequence[InputLayer]) -> None:
+    by_module: dict[nn.Module, list[InputLayer]] = {}
+    for record in records:
+        try:
+            module = model.get_submodule(record.module or record.name)
+        except AttributeError:
+            raise no_such_call(record, "it has no module of that name") from None
+        by_module.setdefault(module, []).append(record)
+    for module, calls in by_module.items():
+        vars(module)["forward"] = taps.around(module.forward, calls)
+
+
+def no_such_call(record: InputLayer, reason: str) -> UnsupportedModelError:
+    """Make the error that says that the plain model does not make a call.
+
+    Args:
+        record: The call.
+        reason: What is missing.
+
+    Returns:
+        The error.
+    """
+    return UnsupportedModelError(
+        f"the plain model and the call {record}",
+        reason,
+        "Give remove_tract(model) as the plain model, and records that locating found in the model",
+    )

@@ -1,0 +1,44 @@
+"""One batch from an `.npz` file, as a model takes it."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tract_fx.errors import InvalidBatchError
+
+__all__ = ["read_example_batch"]
+
+
+def read_example_batch(path: Path) -> tuple[torch.Tensor, ...] | dict[str, torch.Tensor]:
+    """Read a batch.
+
+    Args:
+        path: An `.npz` file, as `numpy.savez` writes it.
+
+    Returns:
+        The arrays by name, or in order where `numpy.savez` was given no names.
+
+    Raises:
+        InvalidBatchError: The file can't be read, or holds what is no tensor.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: torch.from_numpy(file[name]) for name in file}
+    except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise InvalidBatchError(
+            f"the batch in {str(path)!r}",
+            f"it can't be read as an .npz file of numpy arrays ({error})".rstrip("."),
+            "Write it with numpy.savez(path, images), or numpy.savez(path, name=images)",
+        ) from error
+    if not arrays:
+        raise InvalidBatchError(
+            f"the batch in {str(path)!r}", "it holds no array", "Write one array per input"
+        )
+    if all(re.fullmatch(r"arr_\d+", name) for name in arrays):
+        return tuple(arrays[f"arr_{index}"] for index in range(len(arrays)))
+    return arrays

@@ -1,0 +1,53 @@
+"""`tract-fx locate`: which layer the pass would take, and why not the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tract_fx.passes.choose import choose
+from tract_fx.shell.arguments import InputShapes, example_inputs
+from tract_fx.shell.reporting import Debug, output, reporting, status
+from tract_fx.shell.tables import findings_tables
+from tract_fx.shell.targets import TARGET_HELP, find_layers, read_target
+
+__all__ = ["locate"]
+
+
+@reporting
+def locate(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help=TARGET_HELP)],
+    input_shape: InputShapes = None,
+    trainable: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="An ONNX forward model's initializer that is trained, where the usual ones are "
+            "not meant. Repeatable.",
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Show which layer consumes a model's input, and why TrAct can't go on what else meets it.
+
+    Ends with 1 where the pass would not take a layer without being told which.
+
+    \b
+    Examples:
+      tract-fx locate classifier.onnx
+      tract-fx locate nets.vit:vit_small --input-shape 8,3,224,224
+    """  # noqa: D301 (click keeps the lines of a paragraph that begins with \b)
+    inputs = example_inputs(input_shape, seed=0)
+    with status(f"Locating the input layer of {target}"):
+        read = read_target(target, inputs, seed=0)
+        if isinstance(read.model, Path):
+            from tract_fx.passes import find_onnx_input_layers
+
+            findings = find_onnx_input_layers(read.model, trainable=trainable or None)
+        else:
+            findings = find_layers(read)
+    for table in findings_tables(findings):
+        output().print(table)
+    choose(findings, findings.layers, 0.1, None)  # the error that the pass would end with
