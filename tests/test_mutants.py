@@ -72,11 +72,11 @@ def wrong_lambda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gram_not_normalised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GRAM, lambda x, g, dtype: gram(x, g, dtype) * g.rows(x))
+    monkeypatch.setattr(GRAM, lambda x, g, dtype, **_: gram(x, g, dtype) * g.rows(x))
 
 
 def normalised_by_images_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GRAM, lambda x, g, dtype: gram(x, g, dtype) * (g.rows(x) / x.shape[0]))
+    monkeypatch.setattr(GRAM, lambda x, g, dtype, **_: gram(x, g, dtype) * (g.rows(x) / x.shape[0]))
 
 
 def one_row_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def channels_last_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def one_gram_for_all_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         GRAM,
-        lambda x, g, dtype: gram(x, g, dtype).mean(0, keepdim=True).repeat(g.groups, 1, 1),
+        lambda x, g, dtype, **_: gram(x, g, dtype).mean(0, keepdim=True).repeat(g.groups, 1, 1),
     )
 
 

@@ -1,7 +1,7 @@
 """The solve: a weight gradient times (XᵀX/R + λI)⁻¹, in the form that suits the shape of X.
 
-Rows ≥ columns: Cholesky of the regularised Gram. Rows < columns: QR of Xᵀ, in X's row space, where
-no n × n matrix is formed and nothing is squared.
+Rows ≥ columns: Cholesky of the regularised Gram. Rows < columns: in X's row space, by Cholesky of
+XXᵀ/R in float64; no n × n matrix is formed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SolvePlan:
     """How one weight gradient is preconditioned, settled before any of it is computed.
 
     Attributes:
-        form: `"cholesky"` of the Gram (R ≥ n), `"row space"` by QR (R < n), or `"no rows"`.
+        form: `"cholesky"` of the Gram (R ≥ n), `"row space"` (R < n), or `"no rows"`.
         rows: R.
         columns: n, of one group.
         dtype: Dtype of the Gram's products, of the factorisation and of the solve.
@@ -160,7 +160,7 @@ def precondition_by_plan(
         if plan.form == "no rows":
             result = matrix.to(plan.dtype) / lambda_
         elif plan.form == "row space":
-            result = _row_space_solve(matrix.to(plan.dtype), x, lambda_, geometry, plan.noise)
+            result = _row_space_solve(matrix.double(), x, lambda_, geometry, plan.noise)
         else:
             result = _gram_solve(matrix, x, lambda_, geometry, plan.dtype, traced)
         return result.to(grad.dtype).reshape(grad.shape)
@@ -237,40 +237,43 @@ def _row_space_solve(
     geometry: PatchGeometry,
     noise: float,
 ) -> torch.Tensor:
-    """Solve by QR of Xᵀ: (groups, out, n) to the same.
+    """Solve in the space of X's rows, by Cholesky of K = XXᵀ/R: (groups, out, n) to the same.
 
-    With Xᵀ/√R = Q T, P = Q (T Tᵀ + λI)⁻¹ Qᵀ + (I - Q Qᵀ)/λ. T Tᵀ + λI is itself factored without
-    squaring, as Uᵀ U with U from the QR of [Tᵀ; √λ I], which can't fail.
+    With gW = Z X inside that space, gW P = Z (K + λI)⁻¹ X. Z = gW Xᵀ/R (K + μI)⁻¹, and refined once
+    Z (I + μ (K + μI)⁻¹), with μ at the rounding of K: that leaves a part of (μ/κ)² of an eigenvalue
+    κ out, and all of what is rounding alone, as where rows depend on each other.
 
     A layer's own gradient lies in the row space of X, and what it has outside is rounding, which
     1/λ would only magnify. A gradient penalty's does not lie there. So the outside part counts
     where it rises above `noise` relative to the whole, per group, decided on the device.
 
     Args:
-        grad: gW in the working dtype, (groups, out, n).
+        grad: gW, (groups, out, n), in float64: K squares what X's condition costs.
         x: The input, (N, C, *spatial).
         lambda_: λ > 0.
         geometry: How the layer reads `x`.
         noise: Relative size below which the outside part is rounding.
 
     Returns:
-        gW P, (groups, out, n); all NaN for a group whose X is not finite.
+        gW P, (groups, out, n); all NaN for a group whose X is not finite, or whose K + λI has no
+        factor (λ below the rounding of K).
     """
-    dtype = grad.dtype
     with torch_private.traced_stage("row space"):
-        columns = patch_matrix(x, geometry, dtype) / geometry.rows(x) ** 0.5
-        finite = columns.isfinite().all(-1).all(-1)[:, None, None]
-        q, t = torch.linalg.qr(columns)
+        columns = patch_matrix(x, geometry, grad.dtype) / geometry.rows(x) ** 0.5
+        gram = columns.mT @ columns
+        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+        mu = torch.finfo(grad.dtype).eps * (gram.shape[-1] * trace + lambda_)
     with torch_private.traced_stage("factorisation"):
-        eye = torch.eye(t.shape[-1], dtype=dtype, device=x.device).expand_as(t)
-        _, u = torch.linalg.qr(torch.cat([t.mT, lambda_**0.5 * eye], dim=-2))
-    inside = grad @ q
-    outside = grad - inside @ q.mT
+        eye = torch.eye(gram.shape[-1], dtype=grad.dtype, device=x.device)
+        thin, thin_info = torch.linalg.cholesky_ex(gram + mu * eye)
+        damped, damped_info = torch.linalg.cholesky_ex(gram + lambda_ * eye)
+        ok = (thin_info == 0) & (damped_info == 0) & trace[:, 0, 0].isfinite()
+    # cholesky_solve wants the unknown on the right: Zᵀ throughout.
+    z = torch.cholesky_solve((grad @ columns).mT, thin)
+    z = z + mu * torch.cholesky_solve(z, thin)
+    outside = grad - z.mT @ columns.mT
     size = torch.linalg.matrix_norm(grad)[:, None, None]
     is_noise = torch.linalg.matrix_norm(outside)[:, None, None] <= noise * size
-    outside_factor = (~is_noise).to(dtype) / lambda_
-    # Uᵀ U from the right: first the upper factor, then the lower.
-    half = torch.linalg.solve_triangular(u, inside, upper=True, left=False)
-    solved = torch.linalg.solve_triangular(u.mT, half, upper=False, left=False)
-    result = solved @ q.mT + outside_factor * outside
-    return torch.where(finite, result, torch.nan)
+    outside_factor = (~is_noise).to(grad.dtype) / lambda_
+    result = torch.cholesky_solve(z, damped).mT @ columns.mT + outside_factor * outside
+    return torch.where(ok[:, None, None], result, torch.nan)
