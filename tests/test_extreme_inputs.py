@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from oracle import relative_error
+from oracle import Spec, relative_error, tract_gradient
 from rewritten import (
     CONV_CASES,
     FEW_CASES,
@@ -215,3 +215,25 @@ def test_input_changed_in_place_after_the_layer(case: Case) -> None:
     x.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float64, 1e-9)]
+)
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+@pytest.mark.parametrize("kind", ["repeated", "empty", "sums"])
+def test_rows_that_depend_on_each_other(
+    kind: str, offset: float, dtype: torch.dtype, rounding: float
+) -> None:
+    """Fewer rows than columns, and of lower rank: gW's rounding is not divided by λ alone."""
+    generator = torch.Generator().manual_seed(0)
+    # Whole numbers below 256 are bfloat16's too, and so are their sums.
+    half = (torch.randn(32, 300, generator=generator) * 8 + offset).round()
+    others = {"repeated": half, "empty": half * 0, "sums": half.roll(1, 0) + half}[kind]
+    x = torch.cat([half, others]).to(dtype)
+    dz = torch.randn(64, 16, generator=generator).to(dtype)
+    weight = torch.zeros(16, 300, dtype=dtype, requires_grad=True)
+    functional.linear(x, precondition_grad(weight, x, lambda_=LAMBDA)).backward(dz)
+    assert weight.grad is not None
+    reference = tract_gradient(Spec("linear"), x.double(), dz.double(), LAMBDA)
+    assert relative_error(weight.grad, reference) < rounding

@@ -194,7 +194,7 @@ def test_few_rows(images: Tensor) -> None:
     inspection = inspect_graph(model, images, backward="expanded")
     (layer,) = inspection.layers
     assert (layer.rows, layer.columns) == (8, 432)
-    assert layer.form.startswith("QR in the row space") and layer.gram == ""
+    assert layer.form.startswith("Cholesky of XXᵀ in the row space") and layer.gram == ""
     assert inspection.verification is not None and inspection.verification.passed
 
 

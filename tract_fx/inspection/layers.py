@@ -19,7 +19,7 @@ __all__ = ["LayerCalls", "layer_reports", "read_layers"]
 
 _FORMS = {
     "cholesky": "Cholesky of the Gram",
-    "row space": "QR in the row space",
+    "row space": "Cholesky of XXᵀ in the row space",
     "no rows": "gW / λ, for there are no rows",
 }
 
