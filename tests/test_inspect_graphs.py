@@ -213,7 +213,11 @@ def test_a_parametrized_weight_is_not_computed() -> None:
     model = tract_pass(torch.export.export(with_spectral_norm(), (torch.randn(2, 3, 8, 8),)))
     eager = tract_module(with_spectral_norm(), (torch.randn(2, 3, 8, 8),))
     traced = tract_pass(fx.symbolic_trace(with_spectral_norm()))
-    for rewritten in (model, traced, eager):
+    graph = fx.Graph()
+    z = graph.call_module("conv1", (graph.placeholder("x"),))
+    graph.output((z, graph.call_function(torch.abs, (graph.get_attr("conv1.weight"),))))
+    functions = tract_pass(fx.GraphModule(with_spectral_norm(), graph), layers=["conv1"])
+    for rewritten in (model, traced, eager, functions):
         before = {name: buffer.clone() for name, buffer in rewritten.named_buffers()}
         if isinstance(rewritten, fx.GraphModule):
             graph_diff(remove_tract(rewritten), rewritten, whole=True)

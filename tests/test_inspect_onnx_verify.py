@@ -138,6 +138,7 @@ def test_against_pytorch_and_the_oracle(name: str, exports: Exports) -> None:
     assert names >= {"output loss", *(f"gradient of {n}" for n in parameters)}
     assert all(other.error < FLOAT32 for other in found.others)
     assert ("drew the same numbers" in found.note) == bool(case.dropout)
+    assert verified(exports.directory(name), (case.images(), case.labels())) == found
 
 
 def test_of_scikit_learn(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +18,8 @@ from typing import Any
 import pytest
 
 import tract_fx.inspection.render as render
-from inspections import EVERY, EXPANDED, bare, conv_net, failing, hostile
+from inspections import EVERY, EXPANDED, bare, conv_net, failing
+from tract_fx.inspection.inspection import Inspection
 from tract_fx.inspection.records import Backward, GraphView
 from tract_fx.inspection.render.html import notebook_html, page_html
 
@@ -57,6 +60,11 @@ class Elements(HTMLParser):
             self.text.append(data)
 
 
+@functools.cache
+def made(make: Callable[[Inspection], str], name: str) -> str:
+    return make(EVERY[name]())
+
+
 def shown(text: str) -> str:
     return " ".join(" ".join(Elements(text).text).split())
 
@@ -64,7 +72,7 @@ def shown(text: str) -> str:
 @pytest.mark.parametrize("make", [page_html, notebook_html], ids=["page", "notebook"])
 @pytest.mark.parametrize("name", EVERY)
 def test_it_is_well_formed_and_refers_to_nothing_outside(name: str, make: Any) -> None:
-    text = make(EVERY[name]())
+    text = made(make, name)
     for tag, attributes in Elements(text).found:
         assert tag not in ("link", "iframe", "object", "embed", "base", "form")
         assert not any(key.startswith("on") for key in attributes)
@@ -77,7 +85,7 @@ def test_it_is_well_formed_and_refers_to_nothing_outside(name: str, make: Any) -
 
 @pytest.mark.parametrize("name", EVERY)
 def test_ids_are_unique(name: str) -> None:
-    text = page_html(EVERY[name]())
+    text = made(page_html, name)
     ids = [attributes["id"] for _, attributes in Elements(text).found if "id" in attributes]
     assert len(ids) == len(set(ids))
     links = {a["href"] for tag, a in Elements(text).found if tag == "a" and "href" in a}
@@ -86,7 +94,7 @@ def test_ids_are_unique(name: str) -> None:
 
 @pytest.mark.parametrize("make", [page_html, notebook_html], ids=["page", "notebook"])
 def test_names_are_text(make: Any) -> None:
-    text = make(hostile())
+    text = made(make, "hostile")
     scripts = [tag for tag, _ in Elements(text).found if tag == "script"]
     assert len(scripts) == (1 if make is page_html else 0)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
@@ -130,7 +138,7 @@ def test_the_verdict_comes_first_with_its_numbers() -> None:
 
 
 def test_the_page_says_all_that_the_terminal_says() -> None:
-    text = shown(page_html(conv_net()))
+    text = shown(made(page_html, "conv_net"))
     for wanted in (
         *("2.13e-7", "4.42e-7", "3.91e-7", "0.871", "401,408 rows × 147 columns", "λ = 0.1"),
         *("conv2d 3 → 64, 7×7, stride 2, padding 3", "x → sub → div → conv1", "resnet.py:41"),
@@ -143,7 +151,7 @@ def test_the_page_says_all_that_the_terminal_says() -> None:
 
 
 def test_pictures_tell_what_they_show() -> None:
-    drawings = [a for tag, a in Elements(page_html(conv_net())).found if tag == "svg"]
+    drawings = [a for tag, a in Elements(made(page_html, "conv_net")).found if tag == "svg"]
     if shutil.which("dot") is not None:
         assert len(drawings) == 5  # forward, short, expanded, spectrum, shares
     assert all(a["role"] == "img" and a["aria-label"] for a in drawings)
@@ -185,7 +193,7 @@ def test_the_notebook_s_styles_reach_nothing_outside() -> None:
     for selector in found:
         themed = re.fullmatch(r"(html|body)\S* \.tract-fx", selector)
         assert themed or re.match(r"\.tract-fx(?![\w-])", selector), selector
-    text = notebook_html(conv_net())
+    text = made(notebook_html, "conv_net")
     assert text.count("<style") == 1  # plots bring none of their own
 
 
@@ -306,7 +314,7 @@ def is_sorted(values: list[float]) -> bool:
 @needs_chromium
 @pytest.mark.parametrize("name", EVERY)
 def test_in_a_browser_it_fits_sorts_and_fetches_nothing(name: str, tmp_path: Path) -> None:
-    found = browse(page_html(EVERY[name]()), tmp_path)
+    found = browse(made(page_html, name), tmp_path)
     assert [view.get("width") for view in found] == [1280, 390]
     for view in found:
         assert view["errors"] == [] and view["fetched"] == []

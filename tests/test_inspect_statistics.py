@@ -295,6 +295,11 @@ def test_a_matrix_too_large_is_said_and_left_out(monkeypatch: pytest.MonkeyPatch
     fewer = statistics([with_gradient(nn.Linear(12, 3).double(), drawn((8, 12)))])
     assert len(fewer.layers[0].eigenvalues) == 8 and not fewer.warnings
 
+    monkeypatch.setattr(spectrum_module, "_PRODUCTS", 6 * 6 * 20)
+    (warning,) = statistics([with_gradient(nn.Linear(6, 3).double(), drawn((7, 3, 6)))]).warnings
+    assert "21 rows of 6 columns" in warning and "at most 6 of the 7 images" in warning
+    assert not statistics([with_gradient(nn.Linear(6, 3).double(), drawn((6, 3, 6)))]).warnings
+
     patches = nn.Conv2d(3, 4, 2).double()  # 12 columns
     (warning,) = statistics([with_gradient(patches, drawn((1, 3, 2, 2)))]).warnings
     assert "12 columns" in warning

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tract_fx.inspection.expansion import expand
+from tract_fx.inspection.expansion import expand, stage_of
 from tract_fx.inspection.joint_graph import JointGraph, trace_joint_graph
 from tract_fx.inspection.observed import ObservedCall
 from tract_fx.inspection.records import Backward, GraphView
@@ -52,7 +52,12 @@ def backward(
     if not expanded:
         return Backward(short, None)
     steps, left = expand(joint, calls)
-    notes = [joint.note, _note(calls, left)]
+    stages = {stage_of(node) for node in steps.module.graph.nodes}
+    notes = [joint.note, _ONE_BLOCK if "Gram" in stages else ""]
+    if left:
+        notes.append(
+            f"{left} of TrAct's operations stay whole: what their calls read was not observed"
+        )
     title = "Forward and backward pass, TrAct as primitive operations"
     return Backward(short, _view(steps, title, 2, whole, ". ".join(filter(None, notes))))
 
@@ -67,9 +72,3 @@ def _view(joint: JointGraph, title: str, radius: int, whole: bool, note: str) ->
         whole=whole,
         note=note,
     )
-
-
-def _note(calls: Sequence[ObservedCall], left: int) -> str:
-    if left:
-        return f"{left} of TrAct's operations stay whole: what their call reads was not observed"
-    return _ONE_BLOCK

@@ -88,10 +88,17 @@ class ObservedCall:
         images = images.double()
         if self.is_linear:
             return self._linear_rows(images)
-        n = self.columns
-        eye = torch.eye(n, dtype=torch.float64, device=images.device)
-        weight = eye.repeat(self.groups, 1).reshape(self.groups * n, *self.weight_shape[1:])
-        return self._by_rows(self.operation(images, weight), n)
+        size = max(1, _ENTRIES // self.columns)
+        starts = range(0, self.columns, size)
+        return torch.cat([self._columns_of(images, s, s + size) for s in starts], dim=-1)
+
+    def _columns_of(self, images: Tensor, start: int, stop: int) -> Tensor:
+        """Some columns of the rows that some images make, by a one-hot weight for each column."""
+        n, stop = self.columns, min(stop, self.columns)
+        one_hot = torch.zeros((stop - start, n), dtype=torch.float64, device=images.device)
+        one_hot.diagonal(offset=start).fill_(1.0)
+        weight = one_hot.repeat(self.groups, 1).reshape(-1, *self.weight_shape[1:])
+        return self._by_rows(self.operation(images, weight), stop - start)
 
     def _linear_rows(self, images: Tensor) -> Tensor:
         """The input vectors, of which the operation has to be the product."""
@@ -198,20 +205,21 @@ class ObservedCall:
         Of rows that depend on each other the basis has zeros in the place of what is left over.
         """
         rows = torch.cat([rows for rows, _ in self.chunks()], dim=1)
-        _, values, basis = torch.linalg.svd(rows, full_matrices=False)
+        orthogonal, triangle = torch.linalg.qr(rows.mT)
+        rotation, values, _ = torch.linalg.svd(triangle)
         values = values.unsqueeze(1)
         rounding = self.columns * torch.finfo(torch.float64).eps
         counts = values > rounding * values.amax(dim=-1, keepdim=True)
-        return basis.mT * counts, values.square() / self.row_count
+        return orthogonal @ (rotation * counts), values.square() / self.row_count
 
     def _in_row_space(self, wide: Tensor, lambda_: float, noise: float) -> Tensor:
         basis, values = self._row_space
         inside = wide @ basis
-        outside = wide - inside @ basis.mT
+        outside = torch.baddbmm(wide, inside, basis.mT, alpha=-1)
         size = torch.linalg.matrix_norm(wide)[:, None, None]
         counts = torch.linalg.matrix_norm(outside)[:, None, None] > noise * size
-        result: Tensor = (inside / (values + lambda_)) @ basis.mT + counts * outside / lambda_
-        return result
+        outside.mul_(counts / lambda_)  # in place, for such weights may be large
+        return outside.baddbmm_(inside / (values + lambda_), basis.mT)
 
     def _rounding(self, dtype: torch.dtype) -> float:
         """Relative size of gW's rounding: of its dtype, of the product's and of the sum's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from tract_fx.inspection.onnx_batch import OnnxBatch
 from tract_fx.inspection.onnx_calls import TreatedCall, observe_call
 from tract_fx.inspection.onnx_layers import BRANCHES, Form, condition_of
 from tract_fx.passes.onnx_graph.repairs import random_operators
-from tract_fx.passes.onnx_graph.values import ancestors
+from tract_fx.passes.onnx_graph.values import operands
 from tract_fx.trainers.randomness import OWN_GENERATOR
 
 __all__ = ["GraphRun", "OnnxRuns", "run_form", "run_gradients", "run_with_terms", "run_with_tract"]
@@ -118,7 +118,7 @@ def run_gradients(model: ir.Model, batch: OnnxBatch, names: Iterable[str] = ()) 
     gathered = accumulated_gradients(model)
     outputs = [str(v.name) for v in model.graph.outputs if not _accumulates(v)]
     read = list(dict.fromkeys((*outputs, *gathered.values(), *names)))
-    values = _run(model, batch, read)
+    values = _run(model.clone(), batch, read)
     return GraphRun(
         outputs={name: values[name] for name in outputs},
         gradients={name: values[value] for name, value in gathered.items()},
@@ -217,20 +217,32 @@ def run_form(
         old.replace_all_uses_with(source)
         sources.append((source, array))
     names = [name for name in names if name in known]
-    graph.outputs[:] = [known[name] for name in names]
-    graph.inputs[:] = [source for source, _ in sources]
-    needed: set[ir.Node] = set().union(*(ancestors(value) for value in graph.outputs))
-    kept = {value.name for node in needed for value in node.outputs if value.name}
+    graph.inputs.extend(source for source, _ in sources)
+    _cut(graph, [known[name] for name in names])
     proto = ir.to_proto(alone)
-    nodes = [node for node in proto.graph.node if not kept.isdisjoint(node.output)]
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
-    feeds = {str(source.name): array for source, array in sources}
+    taken = {value.name for value in graph.inputs}
+    feeds = {str(source.name): array for source, array in sources if source.name in taken}
     try:
         session = ort_training.inference_session(proto.SerializeToString(), "cpu", 0)
         return dict(zip(names, session.run(names, feeds), strict=True))
     except Exception as error:  # ONNX Runtime's own classes are not public
         raise _failed(f"ONNX Runtime ({ort_training.message_of(error)})") from error
+
+
+def _cut(graph: ir.Graph, outputs: Sequence[ir.Value]) -> None:
+    """Leave what some values need; ONNX Runtime would compute the rest, too."""
+    graph.outputs[:] = outputs
+    needed: set[ir.Node] = set()
+    read, pending = set(outputs), list(outputs)
+    while pending:
+        node = pending.pop().producer()
+        if node is not None and node not in needed:
+            needed.add(node)
+            new = [value for value in operands(node) if value not in read]
+            read.update(new)
+            pending += new
+    graph.remove([node for node in graph if node not in needed])
+    graph.inputs[:] = [value for value in graph.inputs if value in read]
 
 
 def _inline(graph: ir.Graph, result: str, branch: str) -> None:
@@ -254,9 +266,13 @@ def _run(
     names: Iterable[str],
     more: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
+    """Run a graph, which is cut back to what is read of it; in place."""
+    names = list(names)
+    made = {value.name: value for node in model.graph for value in node.outputs}
+    _cut(model.graph, [made[name] for name in names if name in made])
     try:
         feeds = {**batch.feeds, **(more or {})}
-        return run_training_graph(model, feeds, batch.parameters, list(names))
+        return run_training_graph(model, feeds, batch.parameters, names)
     except ExportError as error:
         raise _failed(error.found) from error
 

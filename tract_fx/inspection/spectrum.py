@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,11 @@ from tract_fx.inspection.observed import ObservedCall
 
 __all__ = ["Spectrum", "spectrum", "too_large"]
 
-_SIDE = 6144
-"""Longest side of a matrix whose eigenvalues are computed, some ten seconds on one core."""
+_SIDE = 4096
+"""Longest side of a matrix whose eigenvalues are computed, some five seconds on one core."""
+
+_PRODUCTS = 200_000_000_000
+"""Products of two numbers that a Gram may take, some ten seconds on one core."""
 
 _ENTRIES = 1 << 26
 """Entries of X in float64 that are held for its row space, 512 MiB."""
@@ -83,13 +87,16 @@ def too_large(call: ObservedCall) -> str:
             "rows in float64 fill gigabytes. TrAct itself is not affected"
         )
     rows, per_image = call.row_count, call.row_count // len(call.images)
-    most = min(n, _SIDE, _ENTRIES // (call.groups * n))
-    if rows <= most or n <= min(rows, _SIDE):
+    size = call.groups * n
+    wide = min(n, _SIDE, _ENTRIES // size, math.isqrt(_PRODUCTS // size))  # most rows with R < n
+    tall = _PRODUCTS // (size * n) if n <= _SIDE else 0  # and with R ≥ n
+    if rows <= wide or n <= rows <= tall:
         return ""
+    most = max(wide, tall)
     fewer = f"Inspect with at most {most // per_image:,} of the {len(call.images):,} images"
     return (
-        f"multiplies with {rows:,} rows of {n:,} columns: in float64 the eigenvalues of such a "
-        "matrix take minutes or gigabytes, so there are no statistics of it. "
+        f"multiplies with {rows:,} rows of {n:,} columns: in float64 the Gram and the "
+        "eigenvalues of so many take minutes or gigabytes, so there are no statistics. "
         + (fewer if most >= per_image else "TrAct itself is not affected")
     )
 
