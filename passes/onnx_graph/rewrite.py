@@ -22,7 +22,6 @@ __all__ = [
     "insert_tract",
     "present_lambdas",
     "remove_from_graph",
-    "result_of",
 ]
 
 PROVENANCE = "tract_fx"
@@ -153,20 +152,6 @@ def present_lambdas(model: ir.Model) -> dict[str, float]:
         assert constant is not None
         lambdas[name] = shortest(constant.numpy())
     return lambdas
-
-
-def result_of(model: ir.Model, name: str) -> ir.Value:
-    """Give TrAct's gradient of a call, as the rest of a training graph reads it.
-
-    Args:
-        model: A training graph with TrAct.
-        name: Name of the call's node.
-
-    Returns:
-        The value, which has the name that the plain gradient had.
-    """
-    term = next(record["term"] for _, record in _provenance(model) if record["call"] == name)
-    return next(v for node in model.graph for v in node.outputs if v.name == term)
 
 
 def remove_from_graph(model: ir.Model) -> None:

@@ -13,8 +13,15 @@ from tract_fx import ort_training
 from tract_fx.errors import ExportError
 from tract_fx.export.quiet import quiet
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
+from tract_fx.passes.onnx_graph.values import operands
 
-__all__ = ["accumulated_gradients", "build_gradients", "run_graph", "run_training_graph"]
+__all__ = [
+    "accumulated_gradients",
+    "build_gradients",
+    "cut",
+    "run_graph",
+    "run_training_graph",
+]
 
 
 def build_gradients(
@@ -75,6 +82,27 @@ def accumulated_gradients(training: ir.Model) -> dict[str, str]:
     }
 
 
+def cut(graph: ir.Graph, outputs: Sequence[ir.Value]) -> None:
+    """Leave in a graph what some values need: ONNX Runtime computes the rest too, read or not.
+
+    Args:
+        graph: The graph, edited in place.
+        outputs: Values in it, which become its outputs.
+    """
+    graph.outputs[:] = outputs
+    needed: set[ir.Node] = set()
+    read, pending = set(outputs), list(outputs)
+    while pending:
+        node = pending.pop().producer()
+        if node is not None and node not in needed:
+            needed.add(node)
+            new = [value for value in operands(node) if value not in read]
+            read.update(new)
+            pending += new
+    graph.remove([node for node in graph if node not in needed])
+    graph.inputs[:] = [value for value in graph.inputs if value in read]
+
+
 def run_graph(
     model: ir.Model, feeds: Mapping[str, np.ndarray], names: Sequence[str]
 ) -> dict[str, np.ndarray]:
@@ -94,7 +122,7 @@ def run_graph(
     model = ir.from_proto(ir.to_proto(model))
     values = {v.name: v for node in model.graph for v in node.outputs}
     read = [name for name in dict.fromkeys(names) if name in values]
-    model.graph.outputs[:] = [values[name] for name in read]
+    cut(model.graph, [values[name] for name in read])
     for value in model.graph.outputs:
         value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
     given = {str(v.name): feeds[str(v.name)] for v in model.graph.inputs}

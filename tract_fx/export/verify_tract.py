@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from tract_fx.errors import ExportError
@@ -16,15 +17,12 @@ from tract_fx.inspection.onnx_calls import (
     treated_calls,
     without_tract,
 )
+from tract_fx.inspection.verify import OPERATOR_TOLERANCE
 from tract_fx.passes.records import InputLayer
 
-__all__ = ["OPERATOR_TOLERANCE", "verify_tract"]
+__all__ = ["verify_tract"]
 
-OPERATOR_TOLERANCE = 1e-3
-"""Largest relative error of the preconditioner in the graph, on its own incoming gradient.
-
-Float32 stays below 2e-5 on standardised images; plain gradients, or another λ or geometry, are off
-by much more than this. Unstandardised images are not: their Gram matrix has no accuracy left."""
+_TOLERANCE = OPERATOR_TOLERANCE[torch.float32]
 
 
 def verify_tract(
@@ -62,11 +60,11 @@ def verify_tract(
         assert observed.incoming is not None
         result = to_weight_layout(call.call, values[str(call.result.name)])
         error = _relative_error(result, observed.precondition(observed.incoming))
-        if not error <= OPERATOR_TOLERANCE:
+        if not error <= _TOLERANCE:
             raise ExportError(
                 f"TrAct's weight gradient of {call.record.name}, off by {error:.1e} "
                 "(relative) on the example batch",
-                f"float32 holds to {OPERATOR_TOLERANCE:.0e} on standardised images",
+                f"float32 holds to {_TOLERANCE:.0e} on standardised images",
                 "Standardise the input (images in [0, 255] or all of one sign lose float32's "
                 "digits in the Gram matrix), or raise λ; verify=False exports all the same",
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from tract_fx import ort_training
 from tract_fx.errors import ExportError, FailedRunError
 from tract_fx.export.gradient_builder import (
     accumulated_gradients,
+    cut,
     run_training_graph,
 )
 from tract_fx.inspection.observed import ObservedCall
@@ -19,7 +20,6 @@ from tract_fx.inspection.onnx_batch import OnnxBatch
 from tract_fx.inspection.onnx_calls import TreatedCall, observe_call
 from tract_fx.inspection.onnx_layers import BRANCHES, Form, condition_of
 from tract_fx.passes.onnx_graph.repairs import random_operators
-from tract_fx.passes.onnx_graph.values import operands
 from tract_fx.trainers.randomness import OWN_GENERATOR
 
 __all__ = ["GraphRun", "OnnxRuns", "run_form", "run_gradients", "run_with_terms", "run_with_tract"]
@@ -218,7 +218,7 @@ def run_form(
         sources.append((source, array))
     names = [name for name in names if name in known]
     graph.inputs.extend(source for source, _ in sources)
-    _cut(graph, [known[name] for name in names])
+    cut(graph, [known[name] for name in names])
     proto = ir.to_proto(alone)
     taken = {value.name for value in graph.inputs}
     feeds = {str(source.name): array for source, array in sources if source.name in taken}
@@ -227,22 +227,6 @@ def run_form(
         return dict(zip(names, session.run(names, feeds), strict=True))
     except Exception as error:  # ONNX Runtime's own classes are not public
         raise _failed(f"ONNX Runtime ({ort_training.message_of(error)})") from error
-
-
-def _cut(graph: ir.Graph, outputs: Sequence[ir.Value]) -> None:
-    """Leave what some values need; ONNX Runtime would compute the rest, too."""
-    graph.outputs[:] = outputs
-    needed: set[ir.Node] = set()
-    read, pending = set(outputs), list(outputs)
-    while pending:
-        node = pending.pop().producer()
-        if node is not None and node not in needed:
-            needed.add(node)
-            new = [value for value in operands(node) if value not in read]
-            read.update(new)
-            pending += new
-    graph.remove([node for node in graph if node not in needed])
-    graph.inputs[:] = [value for value in graph.inputs if value in read]
 
 
 def _inline(graph: ir.Graph, result: str, branch: str) -> None:
@@ -266,13 +250,10 @@ def _run(
     names: Iterable[str],
     more: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Run a graph, which is cut back to what is read of it; in place."""
-    names = list(names)
-    made = {value.name: value for node in model.graph for value in node.outputs}
-    _cut(model.graph, [made[name] for name in names if name in made])
+    """Run a graph and read values in it."""
     try:
         feeds = {**batch.feeds, **(more or {})}
-        return run_training_graph(model, feeds, batch.parameters, names)
+        return run_training_graph(model, feeds, batch.parameters, list(names))
     except ExportError as error:
         raise _failed(error.found) from error
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tract_fx.errors import FailedRunError
 from tract_fx.export.manifest import Manifest
-from tract_fx.export.verify_tract import OPERATOR_TOLERANCE
 from tract_fx.inspection.observed import ObservedCall
 from tract_fx.inspection.onnx_calls import (
     TreatedCall,
@@ -29,12 +28,18 @@ from tract_fx.inspection.onnx_runs import (
     run_with_terms,
 )
 from tract_fx.inspection.records import Check, Verification, WeightCheck
-from tract_fx.inspection.verify import DISTINCT, NEGLIGIBLE, OTHER_TOLERANCE
+from tract_fx.inspection.verify import (
+    DISTINCT,
+    NEGLIGIBLE,
+    OPERATOR_TOLERANCE,
+    OTHER_TOLERANCE,
+)
 from tract_fx.passes.onnx_graph.rewrite import PROVENANCE
 from tract_fx.passes.records import InputLayer
 
 __all__ = ["manifest_problems", "verify_runs", "wiring_problems"]
 
+_TOLERANCE = OPERATOR_TOLERANCE[torch.float32]
 _SAME = OTHER_TOLERANCE[torch.float32]
 _NEGLIGIBLE = NEGLIGIBLE[torch.float32]
 
@@ -160,8 +165,8 @@ def _weight_checks(
         distance = _error(plain, wanted[name])
         # A term's own error, too: in a sum with others it would look smaller.
         operator = np.max([_error(found, wanted[name]), *(errors[node] for node in nodes)])
-        tolerance = min(OPERATOR_TOLERANCE, DISTINCT * distance)
-        if distance <= OPERATOR_TOLERANCE:
+        tolerance = min(_TOLERANCE, DISTINCT * distance)
+        if distance <= _TOLERANCE:
             problems.append(
                 f"{name}: on this batch the plain gradient is within {distance:.1e} of TrAct's, so "
                 "that the comparison can't tell them apart. Verify on another batch"
@@ -199,7 +204,7 @@ def _term_checks(runs: OnnxRuns) -> list[Check]:
     for call in runs.calls:
         assert call.incoming is not None and call.own_gradient is not None
         error = _error(call.incoming, call.own_gradient)
-        checks.append(Check(f"plain gradient of {call.record.node}", error, OPERATOR_TOLERANCE))
+        checks.append(Check(f"plain gradient of {call.record.node}", error, _TOLERANCE))
     return checks
 
 
@@ -227,7 +232,7 @@ def _form_checks(runs: OnnxRuns) -> tuple[list[Check], list[str]]:
             error = _error(found, other.precondition(incoming))
         except FailedRunError as failure:
             notes.append(f"{name}: {failure.found}")
-        checks.append(Check(name, error, OPERATOR_TOLERANCE))
+        checks.append(Check(name, error, _TOLERANCE))
     return checks, notes
 
 
