@@ -35,4 +35,6 @@ def save_report(dataset: Dataset, settings: Settings, path: Path) -> str:
     assert verification is not None
     error = max(weight.operator.error for weight in verification.weights)
     verdict = "is TrAct's" if verification.passed else "is NOT TrAct's"
-    return f"The first layer's gradient {verdict}: {error:.1e} off float64's on {len(images)} images."
+    return (
+        f"The first layer's gradient {verdict}: {error:.1e} off float64's on {len(images)} images."
+    )

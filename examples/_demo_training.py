@@ -76,7 +76,6 @@ def initial_model(dataset: Dataset, seed: int) -> nn.Sequential:
 
 def build_model(channels: int, classes: int) -> nn.Sequential:
     """Build a convolutional net with BatchNorm; its first layer is a 3 × 3 convolution."""
-
     sizes = (channels, 16, 32, 64)
     layers: dict[str, nn.Module] = {}
     for index, (inputs, outputs) in enumerate(pairwise(sizes), start=1):

@@ -1,4 +1,4 @@
-"""Ask a rewritten model what was done to it, and make sure that nothing has been lost on the way."""
+"""Ask a rewritten model what was done to it, and make sure that nothing was lost on the way."""
 
 import copy
 import tempfile

@@ -23,7 +23,9 @@ from tract_fx.program import capture
 class ConvNet(nn.Module):
     """A preprocessed input, BatchNorm, dropout and a head."""
 
-    def __init__(self, first: nn.Conv2d | None = None) -> None:
+    mean: Tensor
+
+    def __init__(self, first: nn.Module | None = None) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]).reshape(3, 1, 1))
         self.conv1 = first or nn.Conv2d(3, 8, 3)
@@ -182,7 +184,11 @@ MODELS: tuple[Inspected, ...] = (
     Inspected("exported", exported(ConvNet), images(), "conv1.weight", "conv1"),
     Inspected("eager", eager(ConvNet), images(), "conv1.weight", "conv1"),
     Inspected(
-        "linear, few rows", traced(LinearNet), lambda: (torch.rand(5, 48) * 255,), "fc1.weight", "fc1"
+        "linear, few rows",
+        traced(LinearNet),
+        lambda: (torch.rand(5, 48) * 255,),
+        "fc1.weight",
+        "fc1",
     ),
     Inspected(
         "linear, keyword",

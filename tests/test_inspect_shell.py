@@ -17,7 +17,7 @@ from test_shell import mlp
 from tract_fx import AdamW, export_training, tract_module
 from tract_fx.shell.app import app
 
-NETS = '''
+NETS = """
 import torch
 from torch import nn
 
@@ -46,7 +46,7 @@ class Two(nn.Module):
 
     def forward(self, x):
         return self.a(x) + self.b(x) + (x * self.scale).sum()
-'''  # noqa: E501 (Python in a text)
+"""  # noqa: E501 (Python in a text)
 SHAPE = ("--input-shape", "4,3,8,8")
 
 
