@@ -12,8 +12,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from torch import Tensor, nn
 
-from onnx_models import by_hand
+from onnx_models import by_hand, exported_to_onnx
 from onnx_training import HEAD, NETS, batch_for, trained
 from tract_fx.errors import (
     DamagedArtifactsError,
@@ -161,6 +162,23 @@ def test_plain_training_graphs() -> None:
     assert inspection.verification is not None and not inspection.verification.passed
     assert inspection.backward is not None
     assert "tract" not in {node.kind for node in inspection.backward.short.nodes}
+
+
+def test_lines_of_a_model_that_torch_exported() -> None:
+    """torch's exporter notes the line of each node; those of PyTorch's own files don't count."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.stem(x / 2).mean((2, 3)))  # type: ignore[no-any-return]
+
+    _, model = exported_to_onnx(Own(), (torch.randn(2, 3, 8, 8),))
+    (layer,) = shown(model).layers
+    assert layer.source is not None
+    assert Path(layer.source.file) == Path(__file__) and "self.stem(x / 2)" in layer.source.text
 
 
 def test_forward_models(tmp_path: Path) -> None:

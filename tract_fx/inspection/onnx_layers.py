@@ -13,6 +13,7 @@ from tract_fx.inspection.layers import LayerCalls, layer_reports
 from tract_fx.inspection.observed import ObservedCall
 from tract_fx.inspection.onnx_calls import TreatedCall
 from tract_fx.inspection.records import LayerReport
+from tract_fx.inspection.sources import source_in
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.find import LocatedOnnx
 
@@ -26,6 +27,9 @@ __all__ = [
     "onnx_calls",
     "onnx_layer_reports",
 ]
+
+_TRACE = "pkg.torch.onnx.stack_trace"
+"""Where torch's exporter notes the line that a node comes from."""
 
 BRANCHES = {True: "then_branch", False: "else_branch"}
 
@@ -56,13 +60,15 @@ def onnx_calls(located: LocatedOnnx) -> LayerCalls:
     records = [record for record, _ in located.eligible]
     taken = tuple(r for r in records if r.lambda_ is not None)
     candidates = tuple(r for r in records if r.lambda_ is None and r.node in on_input)
+    traces = {r.node: call.node.metadata_props.get(_TRACE, "") for r, call in located.eligible}
+    sources = {name: source_in(trace) for name, trace in traces.items()}
     return LayerCalls(
         taken=taken,
         candidates=candidates,
         others=len(records) - len(taken) - len(candidates),
         refusals=located.findings.refusals,
         on_input=on_input,
-        sources={},
+        sources={name: source for name, source in sources.items() if source is not None},
     )
 
 

@@ -23,7 +23,7 @@ import tract_fx
 from tract_fx import passes
 from tract_fx.inspection.records import SourceLine
 
-__all__ = ["SourceLines", "source_of"]
+__all__ = ["SourceLines", "source_in", "source_of"]
 
 _FRAME = re.compile(
     r'^\s*File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<function>\S+)[^\S\n]*'
@@ -50,8 +50,19 @@ def source_of(node: fx.Node) -> SourceLine | None:
         generated code; None where no such line was recorded.
     """
     trace = node.meta.get("stack_trace")
-    if not isinstance(trace, str):
-        return None
+    return source_in(trace) if isinstance(trace, str) else None
+
+
+def source_in(trace: str) -> SourceLine | None:
+    """Tell the user's line in a recorded stack trace.
+
+    Args:
+        trace: The trace, as Python prints it.
+
+    Returns:
+        The innermost line that lies neither in PyTorch nor in this library nor in generated code;
+        None where there is no such line.
+    """
     for frame in reversed(list(_FRAME.finditer(trace))):
         if _is_users(frame["file"]):
             text = (frame["text"] or "").strip()
