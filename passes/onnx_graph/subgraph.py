@@ -128,7 +128,7 @@ def _either_form(
         graph = ir.Graph([], [output], nodes=list(inner.nodes), name=name)
         branches[name] = ir.AttrGraph(name, graph)
     fewer = write.op("Less", [rows, columns], "fewer_rows_than_columns")
-    return write.op("If", [fewer], "either_form", branches)
+    return write.op("If", [fewer], "by_rows_or_columns", branches)
 
 
 def _by_columns(
@@ -196,11 +196,12 @@ def _by_rows(
 def _row_diagonal(write: NodeWriter, square: ir.Value) -> ir.Value:
     """Where a matrix of a size known at run time has its diagonal."""
     shape = write.op("Shape", [square], "row_gram_shape")
-    last = [write.integers([at], f"at_{at}") for at in (-1, 2**31)]
-    size = write.op("Slice", [shape, *last], "size")
-    zero, one = (write.constant(np.asarray(v, np.int64), f"number_{v}") for v in (0, 1))
-    end = write.op("Squeeze", [size], "end")
-    index = write.op("Range", [zero, end, one], "index")
+    last = [write.integers([-1], "last_axis"), write.integers([2**31], "end_of_axes")]
+    size = write.op("Slice", [shape, *last], "side")
+    zero = write.constant(np.asarray(0, np.int64), "first_row")
+    one = write.constant(np.asarray(1, np.int64), "row_step")
+    end = write.op("Squeeze", [size], "side_length")
+    index = write.op("Range", [zero, end, one], "row_numbers")
     column = write.op("Unsqueeze", [index, write.integers([1], "axis")], "row_index")
     return write.op("Equal", [column, index], "diagonal")
 
@@ -213,10 +214,10 @@ def _regularised_inverse(
     zero = write.constant(np.asarray(0, np.float32), "zero")
     ridge = write.op("Where", [diagonal, lambda_, zero], "ridge")
     matrix = write.op("Add", [mean, ridge], "regularised")
-    inverse = write.microsoft("Inverse", [matrix], "bare_inverse")
+    inverse = write.microsoft("Inverse", [matrix], "unguarded_inverse")
     # The factorisation takes 1/∞ for 0, and gives a finite inverse of some matrices with ∞.
     axes = write.integers([-2, -1], "matrix_axes")
-    total = write.op("ReduceSum", [matrix, axes], "total", {"keepdims": 1})
+    total = write.op("ReduceSum", [matrix, axes], "sum_of_entries", {"keepdims": 1})
     poison = write.op("Sub", [total, total], "zero_or_nan")
     return write.op("Add", [inverse, poison], "inverse")
 

@@ -24,7 +24,7 @@ _GRADIENT, _BUFFER, _RESET = "_grad", "_grad.accumulation.buffer", "lazy_reset_g
 _ACCUMULATOR = "InPlaceAccumulatorV2"
 _PASSED_ON = frozenset({"Identity"})
 _RESHAPED = frozenset({"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
-_INVERTING = frozenset({"bare_inverse", "inverse", "total", "zero_or_nan"})
+_INVERTING = frozenset({"inverse", "sum_of_entries", "unguarded_inverse", "zero_or_nan"})
 
 
 def forward_nodes(model: ir.Model) -> set[ir.Node]:
