@@ -25,6 +25,7 @@ from tract_fx import (
     tract_module,
     tract_pass,
 )
+from tract_fx.inspection.render.words import verdict
 
 
 class Net(nn.Module):
@@ -176,6 +177,7 @@ def test_reasons_of_what_was_not_taken(images: Tensor) -> None:
     assert [(r.record.name, r.taken) for r in chosen.layers] == [("b", True), ("a", False)]
     assert "another layer" in chosen.layers[1].note
     assert chosen.verification is not None and chosen.verification.passed
+    assert "layers=['b', 'a']" in chosen.verification.note
 
 
 def test_frozen_layer_is_idle(net: Net, images: Tensor) -> None:
@@ -235,5 +237,129 @@ def test_what_is_refused(
 
 def test_loss_that_fails(net: Net, images: Tensor) -> None:
     model = tract_pass(torch.fx.symbolic_trace(net))
-    with pytest.raises(UnsupportedModelError, match="the loss, fails"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"the loss .*'logits'.*output, of class Tensor"
+    ):
         inspect_graph(model, images, loss=lambda scores: scores.logits.mean())
+
+    class Loss(nn.Module):
+        def forward(self, scores: Tensor) -> Tensor:
+            return functional.cross_entropy(scores, torch.arange(3))
+
+    with pytest.raises(UnsupportedModelError, match=r"the loss .*batch_size"):
+        inspect_graph(model, images, loss=Loss())
+
+
+def test_loss_goes_by_its_own_name(net: Net, images: Tensor) -> None:
+    class Spread(nn.Module):
+        def forward(self, scores: Tensor) -> Tensor:
+            return scores.square().mean()
+
+    def spread(scores: Tensor) -> Tensor:
+        return scores.square().mean()
+
+    model = tract_pass(torch.fx.symbolic_trace(net))
+    for loss, name in ((Spread(), "Spread"), (spread, "spread")):
+        inspection = inspect_graph(model, images, loss=loss, backward=None, statistics=False)
+        assert inspection.verification is not None and inspection.verification.passed
+        assert f"the given one ({name})" in inspection.verification.note
+
+
+ARRAY = photographs(4, size=12).numpy()
+ANOTHER_KIND: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "number as loss": ({"loss": 3}, UnsupportedModelError, "loss of class int"),
+    "backward": ({"backward": "long"}, UnsupportedFormatError, '"short", "expanded"'),
+    "bool": ({"backward": True}, UnsupportedFormatError, "backward=True"),
+    "array": ({"example_inputs": ARRAY}, UnsupportedModelError, r"\(4, 3, 12, 12\).*from_numpy"),
+    "generator": ({"example_inputs": (x for x in [1])}, UnsupportedModelError, "next"),
+    "None": ({"gm": None}, UnsupportedModelError, "None.*takes a torch.nn.Module"),
+    "dict": ({"gm": {}}, UnsupportedModelError, "class dict"),
+    "function": ({"gm": torch.relu}, UnsupportedModelError, "inspect_graph takes"),
+    "class": ({"gm": Net}, UnsupportedModelError, "class Net itself.*call the class"),
+}
+
+
+@pytest.mark.parametrize("kind", ANOTHER_KIND)
+def test_another_kind_is_told_before_the_work(net: Net, images: Tensor, kind: str) -> None:
+    changes, error, says = ANOTHER_KIND[kind]
+    with pytest.raises(error, match=says) as caught:
+        inspect_graph(**{"gm": net, "example_inputs": images, **changes})
+    assert "layers=" not in str(caught.value) and "ONNX graph" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_an_array_is_not_printed_by_the_pass_either(net: Net) -> None:
+    with pytest.raises(UnsupportedModelError, match="example_inputs of class ndarray") as caught:
+        tract_module(net, ARRAY)
+    assert len(str(caught.value)) < 300
+
+
+def test_what_failed_is_told_with_its_remedy(net: Net, images: Tensor) -> None:
+    program = tract_pass(torch.export.export(net.eval(), (images,)))
+    with pytest.raises(UnsupportedModelError, match=r"Guard failed.*exported for.*dynamic_shapes"):
+        inspect_graph(program, images[:4])
+    graph = tract_pass(torch.fx.symbolic_trace(net))
+    with pytest.raises(UnsupportedModelError, match="not the arguments that the model takes"):
+        inspect_graph(graph, {"pictures": images})
+    with pytest.raises(
+        UnsupportedModelError, match=r"the model fails on them.*or correct the model"
+    ):
+        inspect_graph(graph, images[:, :2])
+
+
+def headline(*arguments: Any, **options: Any) -> str:
+    inspection = inspect_graph(*arguments, backward=None, statistics=False, **options)
+    assert inspection.verification is not None and not inspection.verification.passed
+    return verdict(inspection).headline
+
+
+def test_headlines_where_nothing_is_compared(net: Net, images: Tensor) -> None:
+    graph = torch.fx.symbolic_trace(net)
+    assert headline(graph, images) == "Not verified: TrAct is on no layer"
+    constant = headline(tract_pass(graph), images, loss=lambda y: (y * 0).sum())
+    assert constant.startswith("Not verified: there was no gradient")
+    net.stem.weight.requires_grad_(False)
+    with pytest.warns(FrozenLayerWarning):
+        frozen = tract_pass(torch.fx.symbolic_trace(net))
+    assert headline(frozen, images) == "Not verified: stem is frozen and has no gradient"
+
+
+def test_comparisons_that_say_nothing_accuse_nobody(net: Net, images: Tensor) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x + torch.randn(x.shape, generator=generator))  # type: ignore[no-any-return]
+
+    model = tract_module(Noisy(), layers="net.stem")
+    assert headline(model, images) == "Not verified: the comparison says nothing here"
+    graph = tract_pass(torch.fx.symbolic_trace(net.eval()))
+    weight = graph.get_parameter("stem.weight")
+
+    def penalised(scores: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(scores.square().sum(), [weight], create_graph=True)
+        return scores.square().mean() + gradient.square().sum()
+
+    assert headline(graph, images, loss=penalised).startswith("Not verified: the comparison")
+
+
+def test_a_lost_transform_is_wrong(net: Net, images: Tensor) -> None:
+    model = tract_module(net, images)
+    plain: Any = nn.Conv2d.forward
+    stem = model.get_submodule("stem")
+    vars(stem)["forward"] = lambda x: plain(stem, x)
+    assert headline(model, images) == "TrAct's gradient is wrong"
+
+
+@pytest.mark.parametrize("way", ["traced", "eager"])
+@pytest.mark.parametrize("mode", ["reflect", "zeros"])
+def test_padding_that_is_not_with_zeros_is_told(way: str, mode: Any, images: Tensor) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1, padding_mode=mode), nn.ReLU())
+    inspection = inspect_graph(WAYS[way](net, images), images, verify=False, backward=None)
+    (layer,) = inspection.layers
+    assert layer.input_shape == ((8, 3, 14, 14) if mode == "reflect" else (8, 3, 12, 12))
+    assert ("after its reflect padding" in layer.note) == (mode == "reflect")

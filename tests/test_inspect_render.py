@@ -23,13 +23,21 @@ from inspections import (
     hostile,
     onnx_graph,
     report,
+    skipped,
     statistics_of,
 )
 from tract_fx.inspection.inspection import Inspection
-from tract_fx.inspection.records import Backward, Check, ForwardDiff, Statistics, Verification
+from tract_fx.inspection.records import (
+    Backward,
+    Check,
+    ForwardDiff,
+    LayerReport,
+    Statistics,
+    Verification,
+)
 from tract_fx.inspection.render.terminal import print_inspection
 from tract_fx.inspection.render.text import diff_text, graph_lines, graph_text
-from tract_fx.inspection.render.words import number, operation, shorten, verdict, worst
+from tract_fx.inspection.render.words import number, operation, sentence, shorten, verdict, worst
 from tract_fx.preconditioner import PatchGeometry
 
 
@@ -218,7 +226,51 @@ def test_a_verdict_on_other_gradients_alone() -> None:
 
 def test_a_verification_of_nothing_is_no_success() -> None:
     answer = verdict(conv_net(verification=Verification((), VERIFIED.others, (), "")))
-    assert answer.state == "wrong"
+    assert answer.state == "open" and answer.headline.startswith("Not verified: ")
+
+
+LOST = "conv1: the pass has marked it, but TrAct is not on it any more"
+FROZEN = report(dataclasses.replace(STEM, frozen=True))
+
+
+@pytest.mark.parametrize(
+    ("verification", "layers", "state", "headline"),
+    [
+        (Verification((), VERIFIED.others, (), ""), (FROZEN,), "open", "conv1 is frozen"),
+        (Verification((), VERIFIED.others, ("no gradient",), ""), (report(),), "open", "no grad"),
+        (Verification((), VERIFIED.others, ("No TrAct",), ""), (skipped(),), "open", "on no layer"),
+        (
+            dataclasses.replace(VERIFIED, problems=("fc: nothing to compare",)),
+            (report(),),
+            "open",
+            "not every gradient",
+        ),
+        (
+            dataclasses.replace(failing().verification or VERIFIED, inconclusive=True),
+            (report(),),
+            "open",
+            "the comparison says nothing",
+        ),
+        (
+            Verification((), VERIFIED.others, (LOST,), "", ("conv1",)),
+            (skipped(),),
+            "wrong",
+            "TrAct's gradient is wrong",
+        ),
+    ],
+    ids=["frozen", "constant loss", "no TrAct", "partly", "inconclusive", "lost"],
+)
+def test_wrong_is_what_was_compared_or_lost(
+    verification: Verification, layers: tuple[LayerReport, ...], state: str, headline: str
+) -> None:
+    inspection = conv_net(verification=verification, layers=layers)
+    answer = verdict(inspection)
+    assert answer.state == state == inspection.to_dict()["verification"]["verdict"]
+    assert headline in answer.headline and not verification.passed
+    assert ("Not verified: " in answer.headline) == (state == "open")
+    problems = [f"{mark} {sentence(p)}" for p in verification.problems for mark in "✘○"]
+    shown = [text[0] for text in problems if unwrapped(text) in unwrapped(printed(inspection))]
+    assert shown == ["✘" if state == "wrong" else "○"] * len(verification.problems)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,15 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from inspections import EVERY, conv_net, hostile, onnx_graph
-from tract_fx.errors import UnsupportedFormatError
+from tract_fx.errors import ArtifactsWriteError, UnsupportedFormatError
 from tract_fx.inspection.records import Backward
 from tract_fx.inspection.render.data import SCHEMA, to_data
 
@@ -125,7 +127,7 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError("no space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(ArtifactsWriteError, match=r"can't be written .no space.*another place"):
         onnx_graph().save(path)
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
 
@@ -135,6 +137,52 @@ def test_a_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
     path.chmod(0o640)
     onnx_graph().save(path)
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(
+    "name", ["file/report.json", "folder.json", f"{'x' * 300}.json", "null\0.json"]
+)
+def test_what_stands_in_the_way_is_told(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.json").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ArtifactsWriteError, match="can't be written"):
+        conv_net().save(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_name_of_full_length_is_written(tmp_path: Path) -> None:
+    assert conv_net().save(tmp_path / f"{'x' * 250}.json").is_file()
+
+
+def test_each_kind_needs_its_own_packages_alone(tmp_path: Path) -> None:
+    """In a process of its own, in which a package can't be imported."""
+    code = """
+import sys
+for name in sys.argv[2].split():
+    sys.modules[name] = None
+from inspections import conv_net
+from tract_fx.errors import MissingRuntimeError
+try:
+    print(conv_net().save(sys.argv[1]).stat().st_size > 0)
+except MissingRuntimeError as error:
+    print(error)
+"""
+    every = "graphviz jinja2 matplotlib rich"
+    for suffix, without, says in (
+        (".json", every, "True"),
+        (".dot", "jinja2 matplotlib rich", "True"),
+        (".html", "jinja2", "needs the package jinja2"),
+        (".dot", "graphviz", "needs the package graphviz"),
+    ):
+        run = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / f"x{suffix}"), without],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert says in run.stdout, run.stderr
 
 
 def test_half_of_a_surrogate_pair_is_written(tmp_path: Path) -> None:

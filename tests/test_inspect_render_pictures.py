@@ -14,6 +14,7 @@ import pytest
 from inspections import EVERY, EXPANDED, SHORT, back, bare, conv_net, hostile, node
 from tract_fx.errors import MissingRuntimeError
 from tract_fx.inspection.records import GraphView
+from tract_fx.inspection.render.html import notebook_html
 from tract_fx.inspection.render.pictures import dot_source, picture_file, svg
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -170,7 +171,21 @@ def test_a_dot_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    with pytest.raises(MissingRuntimeError, match="svg not recognized"):
+    with pytest.raises(MissingRuntimeError, match=r"is there and fails.*svg not recogn") as caught:
+        svg(SHORT)
+    assert "nstall" not in str(caught.value)
+    text = notebook_html(conv_net())
+    assert "svg not recognized" in text and "Install Graphviz" not in text
+    program.write_text("#!/bin/sh\ncat > /dev/null\necho no picture\n")
+    with pytest.raises(MissingRuntimeError, match="what it gives is not SVG"):
+        svg(SHORT)
+
+
+def test_a_dot_that_can_not_be_run_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "dot").write_bytes(b"no program")
+    (tmp_path / "dot").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingRuntimeError, match=r"is there and fails.*format error"):
         svg(SHORT)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from tract_fx import AdamW, export_training, tract_module
 from tract_fx.shell.app import app
 
 NETS = """
+import sys
+
 import torch
 from torch import nn
 
@@ -27,6 +30,34 @@ def conv():
 def treated():
     from tract_fx import tract_pass
     return tract_pass(torch.fx.symbolic_trace(conv()), lambda_=0.5)
+
+def talkative():
+    print("made")
+    return Talkative()
+
+def quits():
+    sys.exit(7)
+
+def quits_later():
+    return Quits()
+
+class Talkative(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        print("run")
+        return self.head(torch.relu(self.stem(x)))
+
+class Quits(Talkative):
+    def forward(self, x):
+        sys.exit(7)
+
+class Branching(Talkative):
+    def forward(self, x):
+        y = self.stem(x)
+        return self.head(y + 1 if y.sum() > 0 else y)
 
 class Untraceable(nn.Module):
     def __init__(self):
@@ -129,7 +160,8 @@ def test_inspect_verifies(folder: Path) -> None:
     assert "✔" in done("inspect", "inspected_nets:conv", *SHAPE, "--verify")
     assert "✔" in done("inspect", "treated.pt2", "--as-is", "--verify")
     result = run("inspect", "plain.pt2", "--as-is", "--verify")
-    assert result.exit_code == 3 and "✘" in result.stdout
+    assert result.exit_code == 3 and "○ Not verified: TrAct is on no layer" in result.stdout
+    assert done("inspect", "plain.pt2", "--as-is", "--html", "plain.html")  # nothing asked
     assert run("inspect", "inspected_nets:conv", *SHAPE, "--as-is", "--verify").exit_code == 3
 
 
@@ -170,11 +202,70 @@ def test_inspect_a_batch_from_a_file(folder: Path) -> None:
     assert "--input-shape" in refused(2, *arguments)
 
 
+def test_a_batch_leaves_out_no_place(folder: Path) -> None:
+    x = np.zeros((4, 3, 8, 8), np.float32)
+    np.savez("gap.npz", arr_1=x)
+    np.savez("twice.npz", arr_0=x, arr_00=x)
+    for file in ("gap.npz", "twice.npz"):
+        assert "in order" in refused(1, "inspect", "inspected_nets:conv", "--data", file), file
+    np.savez("more.npz", arr_0=x, arr_1=x, arr_10=x)
+    assert "arr_10" in refused(1, "inspect", "inspected_nets:conv", "--data", "more.npz")
+
+
+def test_what_the_model_prints_is_no_result(folder: Path) -> None:
+    for target in ("talkative", "Talkative"):
+        name = f"inspected_nets:{target}"
+        result = run("inspect", name, "--input-shape", "4,8", "--json", "-", "--verify")
+        assert result.exit_code == 0 and json.loads(result.stdout)["verification"]["passed"]
+        assert "run" in result.stderr
+        located = run("locate", name, "--input-shape", "4,8")
+        assert "made" not in located.stdout and "stem.weight" in located.stdout
+
+
+def test_a_model_that_ends_the_process(folder: Path) -> None:
+    for target in ("quits", "quits_later", "Quits"):
+        for command in ("inspect", "locate"):
+            line = refused(1, command, f"inspected_nets:{target}", "--input-shape", "4,8")
+            assert "SystemExit: 7" in line, (command, target)
+    line = refused(1, "export", "inspected_nets:quits", "out", "--input-shape", "4,8")
+    assert "SystemExit: 7" in line
+
+
+def test_torch_prints_no_graph_beside_the_error(folder: Path) -> None:
+    arguments = ("inspect", "inspected_nets:Branching", "--input-shape", "4,8")
+    line = refused(1, *arguments)  # one line alone
+    assert "torch.export failed on Branching" in line
+    debugged = run(*arguments, "--debug")
+    assert debugged.exit_code == 1 and "def forward(self, arg0_1" in debugged.stderr
+    wrong = refused(1, "inspect", "inspected_nets:treated", "--input-shape", "4,2,8,8")
+    assert "the model fails" in wrong
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("more", [(), ("--json", "-")])
+def test_a_full_disk_is_told_in_one_line(folder: Path, more: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "tract_fx", "inspect", "inspected_nets:conv", *SHAPE, *more]
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: the standard output") and ended.stderr.count("\n") == 1
+    Path("file").write_text("")
+    target = ("inspect", "inspected_nets:conv", *SHAPE)
+    assert "can't be written" in refused(1, *target, "--json", "file/report.json")
+
+
+def test_locate_takes_a_directory_of_an_export(folder: Path, artifacts: Path) -> None:
+    assert "w1" in done("locate", artifacts)
+    Path("empty").mkdir()
+    assert "no training_model.onnx" in refused(1, "locate", "empty")
+
+
 def test_inspect_onnx(folder: Path, artifacts: Path) -> None:
     for target in (artifacts, artifacts / "training_model.onnx"):
         shown = done("inspect", target, "--verify", "--backward=expanded")
         assert "✔" in shown and "Inverse" in shown, target
-    assert run("inspect", "mlp.onnx", "--verify").exit_code == 3
+    forward = run("inspect", "mlp.onnx", "--verify")
+    assert forward.exit_code == 3 and "○ Not verified" in forward.stdout
     assert "as it is" in refused(2, "inspect", "mlp.onnx", "--lambda", "0.3")
 
 
@@ -183,7 +274,11 @@ def test_inspect_refuses(folder: Path) -> None:
     assert ".html" in refused(1, "inspect", "inspected_nets:conv", *SHAPE, "--html", "x.pdf")
     arguments = ("inspect", "inspected_nets:conv", *SHAPE, "--as-is", "--lambda", "0.1")
     assert "--as-is" in refused(2, *arguments)
-    assert "Netron" in refused(2, "inspect", "inspected_nets:conv", *SHAPE, "--netron")
+    result = run("inspect", "inspected_nets:conv", *SHAPE, "--netron", "--json", "x.json")
+    assert result.exit_code == 2 and "Netron" in result.stderr
+    assert not result.stdout and not Path("x.json").exists()  # told before the work
+    for option in ("--html", "--picture"):
+        assert option in refused(2, "inspect", "inspected_nets:conv", *SHAPE, option, "-")
     wrong = refused(1, "inspect", "inspected_nets:conv", "--input-shape", "4,5,8,8")
     assert "example inputs" in wrong
 

@@ -63,6 +63,31 @@ def test_a_mean_a_little_off_is_no_matter() -> None:
     assert not warnings(with_gradient(LAYERS["3x3"], x))
 
 
+def noise(*channels: tuple[float, float]) -> Tensor:
+    """Images with a mean and a deviation of its own for each channel."""
+    x = torch.randn(16, len(channels), 8, 8, generator=torch.Generator().manual_seed(0))
+    means, stds = torch.tensor(channels).T
+    shifted: Tensor = means[:, None, None] + stds[:, None, None] * x
+    return shifted
+
+
+@pytest.mark.parametrize(
+    ("channels", "found"),
+    [
+        (((8.0, 0.1), (-8.0, 0.1), (0.0, 0.1)), "2 of 3 channels (in channel"),
+        (((0.0, 1.0), (0.0, 1.0), (3.0, 1.0)), "1 of 3 channels (in channel 2: mean 3"),
+        (((0.0, 1.0), (0.0, 1.0), (14.0, 1.0)), "which are not standardised"),
+        (((0.0, 1.0), (0.0, 1.0), (0.5, 1.0)), ""),
+        (((0.0, 1.0), (0.0, 1.0), (0.01, 0.001)), ""),  # of no weight in the Gram
+    ],
+)
+def test_channels_are_judged_each(channels: tuple[tuple[float, float], ...], found: str) -> None:
+    said = warnings(with_gradient(LAYERS["3x3"], noise(*channels)))
+    assert [found in text for text in said] == [True] * bool(found)
+    flat = warnings(with_gradient(nn.Linear(3 * 64, 5), noise(*channels).flatten(1)))
+    assert not any("channels (in channel" in text for text in flat)  # which a vector has none of
+
+
 @pytest.mark.parametrize("value", [0.5, 0.0, -3.0])
 def test_an_input_of_one_value(value: float) -> None:
     (warning,) = warnings(with_gradient(LAYERS["3x3"], torch.full((4, 3, 8, 8), value)))

@@ -43,6 +43,7 @@ def verified(
     loss: Loss | None = None,
     records: Sequence[InputLayer] | None = None,
     expected: Sequence[InputLayer] = (),
+    untreated: Sequence[InputLayer] = (),
     **kwargs: Any,
 ) -> Verification:
     """Verify as `inspect_graph` does.
@@ -53,11 +54,12 @@ def verified(
         loss: The loss.
         records: The calls with TrAct; by default those that are found in the model.
         expected: Further calls that should have it.
+        untreated: Calls on the input that have it not.
         **kwargs: The rest of the batch.
     """
     found = treated(model, args, kwargs) if records is None else records
     runs = runs_of(model, *args, loss=loss, records=found, **kwargs)
-    return verify(runs, [*found, *expected], lost_marks(model, found))
+    return verify(runs, [*found, *expected], lost_marks(model, found), untreated)
 
 
 def failed(verification: Verification) -> list[str]:
@@ -133,3 +135,19 @@ def conv_net(dtype: torch.dtype = torch.float64, **options: Any) -> Net:
 
 def images(dtype: torch.dtype = torch.float64) -> Tensor:
     return drawn(5, 3, 6, 6, dtype=dtype)
+
+
+def located() -> list[InputLayer]:
+    """What locating gives for a layer named first, of models that torch.export does not take."""
+    return treated(tract_module(conv_net(), layers=["first"]), (images(),), {})
+
+
+def candidates(model: nn.Module) -> list[InputLayer]:
+    """Calls that read the input, without TrAct."""
+    graph: Any = torch.export.export(model, (images(),)).module()
+    return [record for record in locate(graph).findings.layers if record.lambda_ is None]
+
+
+def parts(cls: type[Parts]) -> Any:
+    """A model of this class, with random weights."""
+    return seeded(lambda: cls(nn.Conv2d(3, 4, 3, padding=1), 4 * 36).double())

@@ -100,7 +100,7 @@ class ArtifactsExistError(TractError, FileExistsError):
 
 
 class ArtifactsWriteError(TractError, OSError):
-    """The system does not let training artifacts be written."""
+    """The system does not let training artifacts, or an inspection, be written."""
 
 
 class InvalidBatchError(TractError, ValueError):
@@ -124,7 +124,7 @@ class MissingRuntimeError(TractError, ImportError):
 
 
 class UnsupportedFormatError(TractError, ValueError):
-    """An inspection can't be written to a file of that kind."""
+    """An inspection can't be shown in that form, or written to a file of that kind."""
 
 
 class TractWarning(UserWarning):

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -28,13 +29,16 @@ __all__ = [
     "guards",
     "inside_dual_level",
     "inside_functorch",
+    "is_fake",
     "joint_graph",
+    "post_accumulate_hooks",
     "product_rounding",
     "record_run",
     "requires_grad_at_any_level",
     "traced_stage",
     "tracing_jit",
     "tracing_operators",
+    "versions_kept",
     "without_autocast",
 ]
 
@@ -80,6 +84,47 @@ def inside_dual_level() -> bool:
         True inside the level.
     """
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Tell a tensor that has a shape and no values, as tracers use.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        True for a fake one.
+    """
+    return isinstance(tensor, FakeTensor)
+
+
+def post_accumulate_hooks(parameter: torch.Tensor) -> int:
+    """Count the hooks that run once `.backward()` has written a parameter's `.grad`.
+
+    `torch.autograd.grad` does not run them, and nothing public lists them.
+
+    Args:
+        parameter: A parameter.
+
+    Returns:
+        How many `register_post_accumulate_grad_hook` has put on it.
+    """
+    return len(parameter._post_accumulate_grad_hooks or ())
+
+
+def versions_kept(tensors: tuple[torch.Tensor, ...]) -> AbstractContextManager[Any]:
+    """Put tensors' version counters back at exit, whatever has written to the tensors inside.
+
+    By them autograd tells whether what a graph has saved is still there. They may be put back where
+    the values are too, and where no graph from inside lives on.
+
+    Args:
+        tensors: The tensors, none of them made in inference mode.
+
+    Returns:
+        A context manager.
+    """
+    return _unsafe_preserve_version_counter(tensors)
 
 
 def tracing_jit() -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
@@ -11,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from tract_fx import extras
-from tract_fx.errors import TractError, UnsupportedModelError, UntraceableModelError
+from tract_fx.errors import UnsupportedModelError, UntraceableModelError
 from tract_fx.inspection.backward import backward as show_backward
 from tract_fx.inspection.forward_diff import graph_diff, module_diff
+from tract_fx.inspection.given import LossWatch, check_arguments, describe, running
 from tract_fx.inspection.inspection import Inspection
 from tract_fx.inspection.layers import layer_reports, read_layers
 from tract_fx.inspection.records import ForwardDiff
@@ -45,6 +44,8 @@ def inspect_graph(
     """Show what the pass did to a model, why, and whether it is right.
 
     Nothing changes: parameters, their gradients, buffers, random state and files stay as they are.
+    Model and loss run several times, and with them what they do outside of PyTorch: hooks of the
+    user's own, a print, a counter in a list that they write to.
 
     Args:
         gm: What `tract_pass` or `tract_module` gave, an ExportedProgram, or any other model, to see
@@ -56,7 +57,8 @@ def inspect_graph(
             inputs and targets; by default noise.
         loss: The loss as a function of the model's output, with the batch's labels in a closure,
             say. By default the output itself where it is a number that has a gradient, else its
-            product with fixed random numbers. An ONNX training graph has its own.
+            product with fixed random numbers. It is called several times. An ONNX training graph
+            has its own.
         backward: `"short"` for TrAct as one node, `"expanded"` for that and the Gram, factorisation
             and solve as primitive operations, None to leave the backward pass out.
         verify: Whether to compare gradients and outputs with float64 and with the plain model. Two
@@ -68,10 +70,13 @@ def inspect_graph(
         The inspection, to be printed, saved, or shown in a notebook.
 
     Raises:
-        UnsupportedModelError: `gm` is no model that can be inspected, or it fails on the batch.
+        UnsupportedModelError: `gm` is no model that can be inspected, it or the loss fails on the
+            batch, or batch or loss are of another kind.
+        UnsupportedFormatError: `backward` is no form of it.
         UntraceableModelError: `torch.export` fails on an eager model.
         MissingRuntimeError: `gm` is an ONNX model, and the extra `ort-training` is missing.
     """  # noqa: DOC502 (some are raised by what it calls)
+    check_arguments(gm, example_inputs, loss, backward)
     options = _Options(backward, verify, statistics, whole)
     if not isinstance(gm, (nn.Module, ExportedProgram)):
         return _inspect_onnx(gm, example_inputs, loss, options)
@@ -121,7 +126,7 @@ def _inspect_structure(model: nn.Module, options: _Options) -> Inspection:
             "its layers are located in the graph that torch.export makes on a batch",
             "Give inspect_graph(model, example_inputs)",
         )
-    calls = read_layers(model)
+    calls = read_layers(model, model)
     return Inspection(
         subject=_subject(model),
         kind="graph",
@@ -147,14 +152,16 @@ def _inspect_on_batch(
 ) -> Inspection:
     graph = model if isinstance(model, fx.GraphModule) else _exported(model, args, kwargs)
     plain = remove_tract(model)
-    calls = read_layers(graph)
+    calls = read_layers(graph, model)
     verification = measured = None
-    with _on_the_batch(model):
+    watch = LossWatch()
+    with running(model, watch):
         if options.verify or options.statistics:
-            runs = observe(model, plain, calls.taken, args, kwargs, loss)
+            runs = observe(model, plain, calls.taken, args, kwargs, watch.around(loss))
             observed = runs.calls
             if options.verify:
-                verification = compare(runs, calls.taken, lost_marks(model, calls.taken))
+                lost = lost_marks(model, calls.taken)
+                verification = compare(runs, calls.taken, lost, calls.candidates)
         else:
             observed = observe_forward(plain, calls.taken, args, kwargs)
     if options.statistics:
@@ -172,7 +179,7 @@ def _inspect_on_batch(
     return Inspection(
         subject=_subject(model),
         kind="graph" if graph is model else "module",
-        batch=_describe(args, kwargs),
+        batch=describe(args, kwargs),
         layers=layer_reports(calls, observed),
         refusals=calls.refusals,
         others=calls.others,
@@ -205,35 +212,9 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return graph
 
 
-@contextmanager
-def _on_the_batch(model: nn.Module) -> Iterator[None]:
-    """Say what failed where the user's model can't be run on the user's batch."""
-    try:
-        yield
-    except TractError:
-        raise
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} on the example inputs ({type(error).__name__}: {error})",
-            "the model, or the loss, fails on them",
-            "Give a batch as the model takes it: a tuple, a mapping of keyword arguments or a "
-            "tensor",
-        ) from error
-
-
 def _subject(model: nn.Module) -> str:
     name = type(model).__name__
     return f"{name} (torch.fx graph)" if isinstance(model, fx.GraphModule) else f"{name} (eager)"
-
-
-def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Put a batch into words."""
-    tensors = [
-        f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
-        for leaf in pytree.tree_leaves((args, kwargs))
-        if isinstance(leaf, torch.Tensor)
-    ]
-    return ", ".join(tensors)
 
 
 def _versions() -> dict[str, str]:

@@ -21,6 +21,10 @@ _LARGE = 10.0
 _OFFSET = 1.0
 """Mean over standard deviation from which on the mean outweighs what differs between pixels."""
 
+_SLIGHT = 0.1
+"""Mean of a channel, relative to the input's root mean square, that is of no weight beside the
+others."""
+
 _CONSTANT = 1e-6
 """Standard deviation of an image, relative to the input's root mean square, that counts as none."""
 
@@ -37,7 +41,7 @@ _STANDARDISE = (
 
 
 def input_warning(layer: LayerStatistics, seen: Looks) -> list[str]:
-    """Judge the input's values.
+    """Judge the input's values, those of images channel by channel.
 
     Args:
         layer: The call's statistics.
@@ -56,8 +60,11 @@ def input_warning(layer: LayerStatistics, seen: Looks) -> list[str]:
             "from, and nothing for TrAct to even out. Check how the batch is made"
         ]
     about = f"from {low:.3g} to {high:.3g} (mean {layer.mean:.3g}, deviation {layer.std:.3g})"
+    means, stds = seen.channel_means, seen.channel_stds
+    large = bool((torch.hypot(means, stds) > _LARGE).any())
+    offset = (means.abs() > _OFFSET * stds) & (means.abs() > _SLIGHT * rms)
     warnings = []
-    if rms > _LARGE:
+    if large:
         warnings.append(
             f"reads values {about}, which are not standardised: λ = {layer.lambda_:g} is meant for "
             "values about 1 in size, beside a Gram of such values it is next to nothing, and in "
@@ -70,9 +77,14 @@ def input_warning(layer: LayerStatistics, seen: Looks) -> list[str]:
             "the Gram what differs between them, which makes TrAct worse than it could be (arXiv "
             f"2410.23970, section 4). {_STANDARDISE}"
         )
-    elif abs(layer.mean) > _OFFSET * layer.std:
+    elif offset.any():
+        channel = int((means.abs() * offset).argmax())
+        which = ""
+        if len(means) > 1:
+            which = f" in {int(offset.sum())} of {len(means)} channels (in channel {channel}: mean "
+            which += f"{float(means[channel]):.3g}, deviation {float(stds[channel]):.3g})"
         warnings.append(
-            f"reads values {about}, whose mean is far from 0: it outweighs in the Gram what "
+            f"reads values {about}, whose mean is far from 0{which}: it outweighs in the Gram what "
             f"differs between pixels, and TrAct evens out little else. {_STANDARDISE}"
         )
     return warnings + _constant_images(seen, rms)

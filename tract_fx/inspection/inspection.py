@@ -78,6 +78,7 @@ class Inspection:
         Raises:
             MissingRuntimeError: The extra `inspect`, or Graphviz, is not installed.
             UnsupportedFormatError: The suffix is another one.
+            ArtifactsWriteError: The file can't be written.
         """  # noqa: DOC502 (raised by what it calls)
         saved: Path = extras.load("tract_fx.inspection.render.files", "save")(self, Path(path))
         return saved

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from torch import fx
+from torch import fx, nn
 
 from tract_fx.inspection.observed import ObservedCall
 from tract_fx.inspection.records import LayerReport, SourceLine
@@ -35,6 +35,7 @@ class LayerCalls:
         refusals: What meets the input and can't be treated.
         on_input: Names of all nodes that consume the model's input.
         sources: The user's line of each call, by its node's name, where it is known.
+        padding_modes: How a call's module pads, by its node's name, where that is not with zeros.
     """
 
     taken: tuple[InputLayer, ...]
@@ -43,13 +44,15 @@ class LayerCalls:
     refusals: tuple[Refusal, ...]
     on_input: frozenset[str]
     sources: Mapping[str, SourceLine]
+    padding_modes: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_layers(graph: fx.GraphModule) -> LayerCalls:
+def read_layers(graph: fx.GraphModule, model: nn.Module) -> LayerCalls:
     """Sort the calls of a graph.
 
     Args:
         graph: A graph, rewritten or not. Not changed.
+        model: The model that it is the graph of; the graph itself where there is no other.
 
     Returns:
         Its calls of linear layers and convolutions.
@@ -67,7 +70,19 @@ def read_layers(graph: fx.GraphModule) -> LayerCalls:
         refusals=located.findings.refusals,
         on_input=on_input,
         sources={name: source for name, source in sources.items() if source is not None},
+        padding_modes={r.node: mode for r in taken if (mode := _padding_mode(r, model))},
     )
+
+
+def _padding_mode(record: InputLayer, model: nn.Module) -> str:
+    """Name what a call's own module pads with before it multiplies; empty for zeros."""
+    try:
+        layer = model.get_submodule(record.module or "")
+    except AttributeError:  # an exported graph keeps parameters, and no modules
+        return ""
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or layer.padding_mode == "zeros":
+        return ""
+    return layer.padding_mode if any(layer._reversed_padding_repeated_twice) else ""
 
 
 def layer_reports(calls: LayerCalls, observed: Sequence[ObservedCall]) -> tuple[LayerReport, ...]:
@@ -118,16 +133,23 @@ def _computation(record: InputLayer, call: ObservedCall | None) -> tuple[str, st
 
 
 def _note(record: InputLayer, calls: LayerCalls) -> str:
-    frozen = "its weight requires no gradient, so that TrAct is idle" if record.frozen else ""
     if record.lambda_ is not None:
-        if record.node in calls.on_input or frozen:
-            return frozen
-        return "named by the user: it does not consume the model's input"
+        return "; ".join(_notes(record, calls))
     if calls.taken:
         return "TrAct was put on another layer"
     if len({r.name for r in calls.candidates}) > 1 or calls.refusals:
         return "TrAct is on no layer; of several on the input one has to be named: layers=[…]"
     return "TrAct is on no layer; the pass would take this one"
+
+
+def _notes(record: InputLayer, calls: LayerCalls) -> Iterator[str]:
+    """Say what is unusual about a call with TrAct."""
+    if record.frozen:
+        yield "its weight requires no gradient, so that TrAct is idle"
+    elif record.node not in calls.on_input:
+        yield "named by the user: it does not consume the model's input"
+    if mode := calls.padding_modes.get(record.node):
+        yield f"its input is shown as it is multiplied, after its {mode} padding"
 
 
 def _dtype_name(dtype: object) -> str:

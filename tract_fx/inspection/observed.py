@@ -152,6 +152,19 @@ class ObservedCall:
         return total / max(1, self.row_count)
 
     @cached_property
+    def condition_bound(self) -> float:
+        """What the condition of XᵀX/R + λI is at most: (trace(XᵀX/R) + λ) / λ, of any group."""
+        lambda_ = self.record.lambda_
+        if lambda_ is None or not self.x.isfinite().all():
+            return math.inf
+        if self.row_count == 0:
+            return 1.0
+        # Of the form that `precondition` needs as well.
+        in_row_space = self.row_count < self.columns
+        values = self._row_space[1] if in_row_space else self.gram.diagonal(dim1=-2, dim2=-1)
+        return (float(values.flatten(1).sum(dim=-1).amax()) + lambda_) / lambda_
+
+    @cached_property
     def own_gradient(self) -> Tensor | None:
         """gW computed in float64 from the output's gradient, dzᵀX, in the weight's shape."""
         if self.output_gradient is None:

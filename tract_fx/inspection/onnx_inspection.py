@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import onnx
@@ -180,8 +180,9 @@ def _open_sizes(subject: OnnxSubject, batch: OnnxBatch) -> dict[str, int]:
 
 def _verification(graphs: _Graphs, run: OnnxRuns | None) -> Verification:
     if run is not None:
-        return verify_runs(run, graphs.problems)
+        return replace(verify_runs(run, graphs.problems), lost=graphs.problems)
     graph = graphs.subject.model.graph
+    lost = graphs.problems
     reason = "every gradient in this training graph is the plain one"
     if not graphs.subject.is_training:
         reason = "this is a forward graph, which has no gradients"
@@ -190,7 +191,9 @@ def _verification(graphs: _Graphs, run: OnnxRuns | None) -> Verification:
             f"constants named {PREFIX}… are there, and no node says that the pass has made it. A "
             "tool that has written the file anew has dropped the nodes' metadata, or the nodes"
         )
-    return Verification((), (), (f"No TrAct: {reason}", *graphs.problems), "Nothing was run.")
+        lost = (reason, *lost)
+    problems = (f"No TrAct: {reason}", *graphs.problems)
+    return Verification((), (), problems, "Nothing was run.", lost)
 
 
 def _notes(graphs: _Graphs, run: OnnxRuns | None) -> tuple[str, ...]:

@@ -222,18 +222,32 @@ class Verification:
         others: Outputs and every other gradient, against the plain model.
         problems: Ways in which the transform is missing altogether, empty where there is none.
         note: On what it was measured, and with which loss.
+        lost: Which of the problems, or what names of theirs, say that TrAct is gone or bypassed
+            where it should be. The other problems only say that there was nothing to compare.
+        inconclusive: Whether a comparison beyond its tolerance says nothing here, because the plain
+            model differs from itself, say.
     """
 
     weights: tuple[WeightCheck, ...]
     others: tuple[Check, ...]
     problems: tuple[str, ...]
     note: str
+    lost: tuple[str, ...] = ()
+    inconclusive: bool = False
 
     @property
     def passed(self) -> bool:
-        """The verdict: TrAct is there, and every comparison is within its tolerance."""
+        """Whether TrAct is there, and every comparison is within its tolerance."""
+        return self.verdict == "right"
+
+    @property
+    def verdict(self) -> Literal["right", "wrong", "open"]:
+        """Whether the gradient is TrAct's; open where too little was compared to tell."""
         checks = [*(w.operator for w in self.weights), *self.others]
-        return bool(self.weights) and not self.problems and all(c.passed for c in checks)
+        passed = all(check.passed for check in checks)
+        if self.lost or not (passed or self.inconclusive):
+            return "wrong"
+        return "right" if passed and self.weights and not self.problems else "open"
 
 
 @dataclass(frozen=True)

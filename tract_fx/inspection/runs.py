@@ -6,30 +6,25 @@ TrAct in the rewritten one. Both start from the same buffers and random state, w
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from tract_fx import torch_private
-from tract_fx.errors import UnsupportedTrainingError
+from tract_fx.errors import TractError, UnsupportedModelError, UnsupportedTrainingError
+from tract_fx.inspection.batch import Batch, dtype_name, has_gradient, tensors_in
 from tract_fx.inspection.observed import ObservedCall
 from tract_fx.inspection.taps import TappedCall, Taps, no_such_call, tap
 from tract_fx.inspection.undisturbed import undisturbed
 from tract_fx.passes.records import InputLayer
 
-__all__ = ["Chain", "Loss", "Run", "Runs", "observe", "observe_forward"]
+__all__ = ["Loss", "Run", "Runs", "Terms", "observe", "observe_forward"]
 
 Loss = Callable[[Any], Tensor]
 """The loss as a function of a model's output."""
-
-Chain = Callable[[Tensor], Mapping[str, Tensor]]
-"""From a gradient of the weight that a call multiplies with to the gradients of the parameters that
-the weight is computed from, by name, in float64. Linear; computed in the weight's dtype."""
 
 _SEED = 0
 
@@ -42,11 +37,30 @@ class Run:
         outputs: Floating outputs by name: `"output"`, or `"output[0]"`, `"output['logits']"`.
         gradients: Of the parameters that require one, by name; None where none reaches one.
         input_gradients: Of the batch's floating tensors, by the arguments' names, likewise.
+        loss: The loss.
     """
 
     outputs: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor | None]
     input_gradients: Mapping[str, Tensor | None]
+    loss: float
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What one call gives to the gradients of the parameters that its weight is computed from.
+
+    By the parameters' names, in float64.
+
+    Attributes:
+        plain: With gW as it is.
+        tract: With gW preconditioned.
+        own: With gW computed in float64 and preconditioned; None where gW has other terms.
+    """
+
+    plain: Mapping[str, Tensor]
+    tract: Mapping[str, Tensor]
+    own: Mapping[str, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -55,19 +69,23 @@ class Runs:
 
     Attributes:
         calls: The calls of the records, in the plain model: what they read, and what came back.
-        chains: For each of `calls` the way from its gW to the parameters.
+        terms: What each of `calls` gives to parameters' gradients; None without TrAct or gradient.
         rewritten: The model with TrAct.
         plain: The model without.
         autocast: Autocast's dtype, None where it was off.
         note: On what was run, and with which loss.
+        unrun_hooks: Parameters with hooks that run once `.grad` is written, as it is not here.
+        plain_again: Runs the plain model once more, from where the others started.
     """
 
     calls: tuple[ObservedCall, ...]
-    chains: tuple[Chain, ...]
+    terms: tuple[Terms | None, ...]
     rewritten: Run
     plain: Run
     autocast: torch.dtype | None
     note: str
+    unrun_hooks: tuple[str, ...]
+    plain_again: Callable[[], Run]
 
 
 def observe(
@@ -95,30 +113,76 @@ def observe(
         What both gave.
 
     Raises:
+        TractError: One of those that follow.
         UnsupportedTrainingError: The loss is no number, or there is nothing to make one of.
-        UnsupportedModelError: The plain model does not make one of the calls.
+        UnsupportedModelError: The plain model does not make one of the calls, or uses reentrant
+            checkpointing.
         UnsupportedLayerError: A call multiplies with several weights.
     """  # noqa: DOC502 (some are raised by what it calls)
+    try:
+        return _observe(rewritten, plain, records, (args, kwargs), loss)
+    except TractError:
+        raise
+    except Exception as error:
+        if not any(has_gradient(tensor) for _, tensor in tensors_in((args, kwargs), "")):
+            raise
+        # On a batch that gathers no gradients, as in training, the model may do what it else can't.
+        runs = _observe(rewritten, plain, records, (args, kwargs), loss, of_the_batch=False)
+        message = (str(error).strip() or "no message").splitlines()[0].rstrip(".")
+        left_out = (
+            "The gradients of the batch itself are not compared, for with them the model fails "
+            f"({type(error).__name__}: {message})"
+        )
+        return replace(runs, note=f"{runs.note}. {left_out}")
+
+
+def _observe(
+    rewritten: nn.Module,
+    plain: nn.Module,
+    records: Sequence[InputLayer],
+    arguments: tuple[tuple[Any, ...], Mapping[str, Any]],
+    loss: Loss | None,
+    *,
+    of_the_batch: bool = True,
+) -> Runs:
+    """Run both models, with the gradients of the batch or without."""
     guarded = [loss] if isinstance(loss, nn.Module) else []
+
+    def batch_for(model: nn.Module) -> Batch:
+        return Batch(model, *arguments, with_gradients=of_the_batch)
+
     with undisturbed(rewritten, *guarded):
-        first, _, _ = _run(rewritten, _Batch(rewritten, args, kwargs), loss, None)
+        first, _, _ = _run(rewritten, batch_for(rewritten), loss, None)
     tapped, taps = tap(plain, records)
-    batch = _Batch(plain, args, kwargs)
+    batch = batch_for(plain)
     with undisturbed(plain, tapped, *guarded):
         second, own, loss_name = _run(tapped, batch, loss, taps)
+        calls = _in_order(plain, records, taps)
+        observed = tuple(call.observed(own[id(call)]) for call in calls)
+        # Here, for what the weight is computed from is put back behind.
         parameters = _trained(tapped)
-    calls = _in_order(records, taps)
+        pairs = zip(calls, observed, strict=True)
+        terms = tuple(_terms(call.weight, seen, parameters) for call, seen in pairs)
+
+    def plain_again() -> Run:
+        with undisturbed(plain, tapped, *guarded):
+            return _run(tapped, batch_for(plain), loss, None)[0]
+
     mode = "training" if rewritten.training else "evaluation"
     cast = batch.autocast
     return Runs(
-        calls=tuple(call.observed(own[id(call)]) for call in calls),
-        chains=tuple(_chain(call.weight, parameters) for call in calls),
+        calls=observed,
+        terms=terms,
         rewritten=first,
         plain=second,
         autocast=cast,
         note=f"Measured on {batch}, in {mode} mode"
-        + (f", under autocast to {_dtype_name(cast)}" if cast is not None else "")
+        + (f", under autocast to {dtype_name(cast)}" if cast is not None else "")
         + f". Loss: {loss_name}",
+        unrun_hooks=tuple(
+            n for n, p in _trained(rewritten).items() if torch_private.post_accumulate_hooks(p)
+        ),
+        plain_again=plain_again,
     )
 
 
@@ -144,14 +208,14 @@ def observe_forward(
         UnsupportedLayerError: A call multiplies with several weights.
     """  # noqa: DOC502 (raised by what it calls)
     tapped, taps = tap(model, records)
-    batch = _Batch(model, args, kwargs)
+    batch = Batch(model, args, kwargs)
     with undisturbed(model, tapped), torch.no_grad(), taps.listening():
         tapped(*batch.args, **batch.kwargs)
-    return tuple(call.observed(None) for call in _in_order(records, taps))
+    return tuple(call.observed(None) for call in _in_order(model, records, taps))
 
 
 def _run(
-    model: nn.Module, batch: _Batch, loss: Loss | None, taps: Taps | None
+    model: nn.Module, batch: Batch, loss: Loss | None, taps: Taps | None
 ) -> tuple[Run, dict[int, Tensor | None], str]:
     """Run forward and backward; also the gradients of the tapped calls' own weights, by id."""
     if taps is None:
@@ -159,7 +223,7 @@ def _run(
     else:
         with taps.listening():
             output = model(*batch.args, **batch.kwargs)
-    outputs = {name: value for name, value in _tensors(output, "output") if _is_floating(value)}
+    outputs = {name: value for name, value in tensors_in(output, "output") if has_gradient(value)}
     value, loss_name = _loss(output, outputs, loss)
     # After the loss, which may do backward passes of its own, and which the hooks have seen.
     calls = [] if taps is None else taps.calls
@@ -170,41 +234,57 @@ def _run(
     wanted = [*parameters.values(), *batch.leaves.values(), *weights]
     gradients: Sequence[Tensor | None] = [None] * len(wanted)
     if value.requires_grad and wanted:
-        with torch_private.without_autocast(value.device):
-            gradients = torch.autograd.grad(
-                value, wanted, allow_unused=True, retain_graph=taps is not None
-            )
+        gradients = _gradients(value, wanted, retain_graph=taps is not None)
     found = iter([None if g is None else g.detach() for g in gradients])
     run = Run(
-        {name: tensor.detach() for name, tensor in outputs.items()},
+        # Copies: an output may be a buffer, which is put back.
+        {name: tensor.detach().clone() for name, tensor in outputs.items()},
         dict(zip(parameters, found, strict=False)),
         dict(zip(batch.leaves, found, strict=False)),
+        float(value.detach()),
     )
     own = {id(call): next(found) if call.weight.requires_grad else None for call in calls}
     return run, own, loss_name
+
+
+def _gradients(
+    value: Tensor, wanted: Sequence[Tensor], *, retain_graph: bool
+) -> Sequence[Tensor | None]:
+    try:
+        with torch_private.without_autocast(value.device):
+            return torch.autograd.grad(value, wanted, allow_unused=True, retain_graph=retain_graph)
+    except RuntimeError as error:
+        if "use_reentrant=True" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            "torch.utils.checkpoint.checkpoint(…, use_reentrant=True) in the model",
+            "it works with .backward() alone, which would write to the parameters' .grad",
+            "Give it use_reentrant=False, which computes the same gradients (transformers: "
+            "gradient_checkpointing_kwargs={'use_reentrant': False})",
+        ) from error
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _in_order(records: Sequence[InputLayer], taps: Taps) -> list[TappedCall]:
+def _in_order(model: nn.Module, records: Sequence[InputLayer], taps: Taps) -> list[TappedCall]:
     """Sort the tapped calls as the records are; all of these have to be there."""
     by_record: dict[int, list[TappedCall]] = {id(record): [] for record in records}
     for call in taps.calls:
         by_record[id(call.record)].append(call)
     for record in records:
         if not by_record[id(record)]:
-            raise no_such_call(record, "on this batch it never makes it")
+            raise no_such_call(model, record, "on this batch it never makes it")
     return [call for record in records for call in by_record[id(record)]]
 
 
-def _chain(weight: Tensor, parameters: Mapping[str, Tensor]) -> Chain:
-    """Keep the graph from the parameters to an effective weight, and nothing behind it."""
+def _terms(weight: Tensor, call: ObservedCall, parameters: Mapping[str, Tensor]) -> Terms | None:
+    """Lead a call's gW, plain and preconditioned, on to the parameters."""
+    if call.incoming is None or call.record.lambda_ is None:
+        return None
 
-    def chain(gradient: Tensor) -> dict[str, Tensor]:
-        if not weight.requires_grad:
-            return {}
+    def lead(gradient: Tensor) -> dict[str, Tensor]:
         with torch_private.without_autocast(weight.device):
             parts = torch.autograd.grad(
                 weight,
@@ -216,14 +296,19 @@ def _chain(weight: Tensor, parameters: Mapping[str, Tensor]) -> Chain:
         named = zip(parameters, parts, strict=True)
         return {name: part.double() for name, part in named if part is not None}
 
-    return chain
+    own = call.own_gradient if call.first_order else None
+    return Terms(
+        plain=lead(call.incoming),
+        tract=lead(call.precondition(call.incoming)),
+        own=None if own is None else lead(call.precondition(own)),
+    )
 
 
 def _loss(output: Any, outputs: Mapping[str, Tensor], loss: Loss | None) -> tuple[Tensor, str]:
     """Compute the loss, and say which it is."""
     if loss is not None:
         value = loss(output)
-        if not isinstance(value, Tensor) or value.numel() != 1 or not _is_floating(value):
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
             shape = tuple(value.shape) if isinstance(value, Tensor) else None
             raise UnsupportedTrainingError(
                 f"a loss that is {type(value).__name__}" + (f" {shape}" if shape else ""),
@@ -233,7 +318,7 @@ def _loss(output: Any, outputs: Mapping[str, Tensor], loss: Loss | None) -> tupl
         name = type(loss).__name__ if isinstance(loss, nn.Module) else None
         return value, f"the given one ({name or getattr(loss, '__name__', type(loss).__name__)})"
     for name, tensor in outputs.items():
-        if tensor.dim() == 0 and tensor.requires_grad:
+        if tensor.dim() == 0 and tensor.requires_grad and not tensor.is_complex():
             return tensor, f"the model's own ({name})"
     terms = [_random_product(tensor) for tensor in outputs.values()]
     if not terms:
@@ -249,73 +334,9 @@ def _loss(output: Any, outputs: Mapping[str, Tensor], loss: Loss | None) -> tupl
 
 def _random_product(tensor: Tensor) -> Tensor:
     """⟨output, c⟩ / √size, for fixed standard normal numbers c: of size one."""
-    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    wide = real.to(torch.promote_types(real.dtype, torch.float32))
     generator = torch.Generator().manual_seed(_SEED)
-    c = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    c = torch.randn(wide.shape, generator=generator, dtype=torch.float64)
     product: Tensor = (wide * c.to(wide)).sum().double() / max(tensor.numel(), 1) ** 0.5
     return product
-
-
-class _Batch:
-    """A batch whose floating tensors gather gradients, apart from the user's.
-
-    Attributes:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        leaves: The tensors whose gradients are wanted, by the arguments' names.
-        autocast: Autocast's dtype on the batch's device, None where it is off.
-    """
-
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.leaves: dict[str, Tensor] = {}
-        self.autocast: torch.dtype | None = None
-        self._words: list[str] = []
-        copies: dict[int, Tensor] = {}
-        with torch.inference_mode(False), torch.enable_grad():
-            for argument, value in _by_name(model, args, kwargs).items():
-                for name, tensor in _tensors(value, argument):
-                    if id(tensor) not in copies:
-                        copies[id(tensor)] = self._copy(name, tensor)
-
-        def copied(value: Any) -> Any:
-            return copies.get(id(value), value) if isinstance(value, Tensor) else value
-
-        self.args, self.kwargs = pytree.tree_map(copied, (tuple(args), dict(kwargs)))
-
-    def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        self._words.append(f"{_dtype_name(tensor.dtype)} {tuple(tensor.shape)}")
-        if not _is_floating(tensor):
-            return tensor.clone()
-        self.autocast = self.autocast or torch_private.autocast_dtype(tensor)
-        leaf = self.leaves[name] = tensor.detach().clone().requires_grad_()
-        return leaf.clone()  # no leaf: the model may write to it
-
-    def __str__(self) -> str:
-        return ", ".join(self._words) or "no tensor"
-
-
-def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the arguments of a call by their names."""
-    try:
-        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-    except (TypeError, ValueError):  # the model will say itself what it does not take
-        return {**{f"args[{i}]": value for i, value in enumerate(args)}, **kwargs}
-
-
-def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Go through the tensors in a nested value, with what leads to each."""
-    for path, leaf in pytree.tree_flatten_with_path(value)[0]:
-        at = name + pytree.keystr(path)
-        if isinstance(leaf, Tensor):
-            yield at, leaf
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            for field in fields(leaf):
-                yield from _tensors(getattr(leaf, field.name), f"{at}.{field.name}")
-
-
-def _is_floating(tensor: Tensor) -> bool:
-    return tensor.is_floating_point()
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

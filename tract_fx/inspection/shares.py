@@ -32,6 +32,9 @@ class Looks:
         minimum: Smallest entry of the batch; NaN where there is none or one is NaN.
         maximum: Largest entry of the batch; NaN as above.
         entries: How many entries an image has.
+        channel_means: Mean of each channel over the batch, in float64. A linear layer's input
+            counts as one channel.
+        channel_stds: Standard deviation of each channel over the batch, in float64.
     """
 
     brightness: Tensor
@@ -39,6 +42,8 @@ class Looks:
     minimum: float
     maximum: float
     entries: int
+    channel_means: Tensor
+    channel_stds: Tensor
 
     @property
     def mean(self) -> float:
@@ -64,14 +69,30 @@ def looks(call: ObservedCall) -> Looks:
     images = call.images.flatten(1)
     if not images.numel():
         none = images.new_full((len(images),), math.nan, dtype=torch.float64)
-        return Looks(none, none, math.nan, math.nan, images.shape[1])
+        nan = none.new_full((1,), math.nan)
+        return Looks(none, none, math.nan, math.nan, images.shape[1], nan, nan)
+    channels = 1 if call.is_linear else call.images.shape[1]
     brightness, contrast = [], []
+    means, variances = [], []
     for piece in images.split(max(1, _ENTRIES // images.shape[1])):
         wide = piece.double()
         brightness.append(wide.mean(1))
         contrast.append(wide.std(1, correction=0))
+        variance, mean = torch.var_mean(wide.unflatten(1, (channels, -1)), 2, correction=0)
+        means.append(mean)
+        variances.append(variance)
     low, high = (float(end) for end in torch.aminmax(images))
-    return Looks(torch.cat(brightness), torch.cat(contrast), low, high, images.shape[1])
+    within, each = torch.cat(variances), torch.cat(means)
+    between = each.var(0, correction=0)
+    return Looks(
+        torch.cat(brightness),
+        torch.cat(contrast),
+        low,
+        high,
+        images.shape[1],
+        each.mean(0),
+        (within.mean(0) + between).sqrt(),
+    )
 
 
 def image_shares(call: ObservedCall, found: Spectrum, seen: Looks) -> tuple[ImageShare, ...]:

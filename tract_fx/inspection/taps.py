@@ -16,6 +16,7 @@ from tract_fx import torch_private
 from tract_fx.errors import UnsupportedLayerError, UnsupportedModelError
 from tract_fx.inspection.observed import ObservedCall
 from tract_fx.modules import copy_tree
+from tract_fx.passes.fx_graph.calls import match_function, match_module
 from tract_fx.passes.records import InputLayer
 
 __all__ = ["TappedCall", "Taps", "no_such_call", "tap"]
@@ -239,7 +240,7 @@ def _tap_nodes(gm: fx.GraphModule, taps: Taps, records: Sequence[InputLayer]) ->
     for number, record in enumerate(records):
         node = nodes.get(record.node)
         if node is None or node.op not in ("call_function", "call_module"):
-            raise no_such_call(record, "no node of that name in its graph calls a layer")
+            raise no_such_call(gm, record, "no node of that name in its graph calls a layer")
         is_function = callable(node.target)
         call = node.target if is_function else gm.get_submodule(str(node.target))
         name = f"tract_tap_{number}"
@@ -254,22 +255,51 @@ def _tap_modules(model: nn.Module, taps: Taps, records: Sequence[InputLayer]) ->
         try:
             module = model.get_submodule(record.module or record.name)
         except AttributeError:
-            raise no_such_call(record, "it has no module of that name") from None
+            raise no_such_call(model, record, "it has no module of that name") from None
+        if record.module is None and _layer_calls(module) > 1:
+            raise no_such_call(model, record, "what has its name makes other calls too")
         by_module.setdefault(module, []).append(record)
     for module, calls in by_module.items():
         vars(module)["forward"] = taps.around(module.forward, calls)
 
 
-def no_such_call(record: InputLayer, reason: str) -> UnsupportedModelError:
-    """Make the error that says that the plain model does not make a call.
+def _layer_calls(module: nn.Module) -> int:
+    """How many calls of layers a graph has; 1 for a module that has none."""
+    if not isinstance(module, fx.GraphModule):
+        return 1
+    calls = 0
+    for node in module.graph.nodes:
+        called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        layer = called is not None and match_module(node, called) is not None
+        calls += layer or match_function(node) is not None
+    return calls
+
+
+def no_such_call(model: nn.Module, record: InputLayer, reason: str) -> UnsupportedModelError:
+    """Make the error that says that the plain model does not make a call, or not as a module's.
 
     Args:
+        model: The plain model.
         record: The call.
         reason: What is missing.
 
     Returns:
         The error.
     """
+    if isinstance(model, fx.GraphModule):
+        graphs = []
+    else:
+        graphs = [n for n, m in model.named_modules() if n and isinstance(m, fx.GraphModule)]
+    holding = [n for n in graphs if any(w.startswith(f"{n}.") for w in record.weight)]
+    if holding:
+        path = max(holding, key=len)
+        return UnsupportedModelError(
+            f"the call {record} in the eager model {type(model).__name__}",
+            f"it is a function call in the graph module {path!r}, and an eager model's calls are "
+            "looked at by their modules",
+            "Inspect that graph module itself, on what it reads: "
+            f"inspect_graph(model.get_submodule({path!r}), …)",
+        )
     return UnsupportedModelError(
         f"the plain model and the call {record}",
         reason,

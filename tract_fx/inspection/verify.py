@@ -11,21 +11,33 @@ plain model, and preconditioned in float64 by `ObservedCall`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
-from tract_fx.inspection.observed import ObservedCall
+from tract_fx.inspection.comparison import (
+    NEGLIGIBLE,
+    OTHER_TOLERANCE,
+    coarser,
+    coarsest,
+    compare_runs,
+    distance,
+)
+from tract_fx.inspection.marks import lost_marks
 from tract_fx.inspection.records import Check, Verification, WeightCheck
-from tract_fx.inspection.runs import Chain, Runs
-from tract_fx.modules import TractLayer
-from tract_fx.passes.fx_graph import PROVENANCE
-from tract_fx.passes.fx_graph.calls import is_precondition_grad, match_function
+from tract_fx.inspection.runs import Runs
 from tract_fx.passes.records import InputLayer
 
-__all__ = ["lost_marks", "verify"]
+__all__ = [
+    "DISTINCT",
+    "NEGLIGIBLE",
+    "OPERATOR_TOLERANCE",
+    "OTHER_TOLERANCE",
+    "lost_marks",
+    "verify",
+]
 
 OPERATOR_TOLERANCE = {
     torch.float64: 1e-8,
@@ -35,30 +47,15 @@ OPERATOR_TOLERANCE = {
 }
 """Largest error of the preconditioner, by the dtype of the weight's gradient. The library's float32
 is good to 2e-5 on standardised photographs; past an a-priori bound of 1e-3 it goes over to float64
-on the CPU. float64 keeps 1e-8 up to a condition of 1e8. A half-precision gradient is rounded by up
-to 4e-3 when it is handed on."""
+on the CPU. In float64 it is the rounding times the bound of the condition where that is more, up to
+1e-3. A half-precision gradient is rounded by up to 4e-3 when it is handed on."""
+
+_WORST = 1e-3
+"""What the tolerance in float64 stays below."""
 
 DISTINCT = 0.1
 """Where the plain gradient itself is near TrAct's, the tolerance is this share of the distance: a
 comparison that the plain gradient would pass says nothing."""
-
-OTHER_TOLERANCE = {
-    torch.float64: 1e-8,
-    torch.float32: 1e-3,
-    torch.float16: 5e-2,
-    torch.bfloat16: 5e-2,
-}
-"""Largest error of outputs and other gradients. On the CPU both models run the same kernels in the
-same order and agree to the last bit; atomic sums on CUDA differ by rounding."""
-
-NEGLIGIBLE = {
-    torch.float64: 1e-12,
-    torch.float32: 1e-5,
-    torch.float16: 1e-2,
-    torch.bfloat16: 1e-2,
-}
-"""Share of the largest gradient below which another is rounding (of the bias before a BatchNorm,
-say), and its error is relative to that share."""
 
 _UNITS = 4.0
 """Units of rounding, relative to the norm, by which two ways to compute one gradient may differ."""
@@ -76,78 +73,160 @@ class _Terms:
     nodes: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     dtype: torch.dtype = torch.float64
+    condition: float = 1.0
     plain: list[Tensor] = field(default_factory=list)
     tract: list[Tensor] = field(default_factory=list)
     own: list[Tensor | None] = field(default_factory=list)
 
 
-def lost_marks(model: nn.Module, records: Sequence[InputLayer]) -> tuple[str, ...]:
-    """Find traces of TrAct on calls that do not have it any more.
-
-    Args:
-        model: A model that may have been rewritten, and changed since.
-        records: The calls with TrAct that locating finds in it.
-
-    Returns:
-        Names of nodes that carry the pass's mark or call a TrAct layer, or for an eager model of
-        modules that are TrAct layers, without being among the records.
-    """
-    if not isinstance(model, fx.GraphModule):
-        found = {model.get_submodule(r.module) for r in records if r.module is not None}
-        layers = [(n, m) for n, m in model.named_modules() if isinstance(m, TractLayer)]
-        return tuple(name for name, module in layers if module not in found)
-    treated = {record.node for record in records}
-    called = [call for node in model.graph.nodes for call in _marked_calls(model, node)]
-    return tuple(dict.fromkeys(name for name in called if name not in treated))
-
-
-def _marked_calls(gm: fx.GraphModule, node: fx.Node) -> list[str]:
-    """Tell the calls that a node marks: itself, or those whose weight it is."""
-    # Exporting a rewritten graph spreads a module's mark over all that its call is traced to.
-    marked = PROVENANCE in (node.meta.get("custom") or {})
-    if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
-        tract_layer = isinstance(module, TractLayer) and node.kwargs.get("tract", True)
-        return [node.name] if marked or tract_layer else []
-    if not marked or match_function(node) is not None:
-        return [node.name] if marked else []
-    calls = [call for call in map(match_function, node.users) if call is not None]
-    names = [call.node.name for call in calls if node in (call.weight, call.precondition)]
-    return names or ([node.name] if is_precondition_grad(node) else [])
-
-
-def verify(runs: Runs, expected: Sequence[InputLayer], lost: Sequence[str] = ()) -> Verification:
+def verify(
+    runs: Runs,
+    expected: Sequence[InputLayer],
+    lost: Sequence[str] = (),
+    untreated: Sequence[InputLayer] = (),
+) -> Verification:
     """Compare what the rewritten model gave with float64 and with the plain model.
 
     Args:
         runs: Both models' runs on a batch.
         expected: The calls that should have TrAct.
         lost: What `lost_marks` found.
+        untreated: Calls that consume the model's input and do not have TrAct: beside one that has,
+            they are noted.
 
     Returns:
         The verdict and what it rests on.
     """
     terms = _gather(runs)
-    weights, problems, notes = [], _missing(runs, expected, lost), [runs.note]
+    weights, wrong = [], []
     for name, of_parameter in terms.items():
         check, problem = _check_weight(name, of_parameter, runs)
         if check is not None:
             weights.append(check)
-        problems += [] if problem is None else [problem]
+        wrong += [] if problem is None else [problem]
+    names = {check.parameter for check in weights}
+    compared = compare_runs(runs.rewritten, runs.plain, runs.autocast, names)
+    differing, says_nothing = _differing(runs, weights, compared, wrong)
+    absent = [
+        *_missing(runs, expected, lost),
+        *_without_gradient(runs, weights),
+        *_hooked(runs, weights),
+    ]
+    notes = [runs.note, *_remarks(runs, untreated), *_not_finite(runs)]
+    others = (*compared[0], *compared[1])
+    return Verification(
+        weights=tuple(weights),
+        others=others,
+        problems=(*differing, *absent),
+        note=". ".join(notes) + ".",
+        lost=tuple(lost),
+        inconclusive=says_nothing and not absent,
+    )
+
+
+def _treated(runs: Runs) -> dict[str, InputLayer]:
+    """The layers with TrAct, by name."""
+    return {call.record.name: call.record for call in runs.calls if _has_tract(call.record)}
+
+
+def _differing(
+    runs: Runs,
+    weights: Sequence[WeightCheck],
+    compared: tuple[Sequence[Check], Sequence[Check]],
+    wrong: Sequence[str],
+) -> tuple[Sequence[str], bool]:
+    # The problems, and whether they say that the comparison shows nothing.
+    # What `wrong` says of weights holds for a model that repeats itself, and for a loss that TrAct
+    # leaves as it is.
+    outputs, gradients = compared
+    if _all_passed([*(w.operator for w in weights), *outputs, *gradients]):
+        return wrong, False
+    repeated = compare_runs(runs.plain_again(), runs.plain, runs.autocast)
+    # An error that is not a number tells nothing, but that the batch or the model is not finite.
+    again = [c.name for checks in repeated for c in checks if not (c.passed or math.isnan(c.error))]
+    if again:
+        problem = (
+            "The model does not repeat itself: run again from the same state, the plain model "
+            f"differs from itself ({_first(again)}). It has random numbers or state "
+            "of its own, in a closure or in an object that is no module, say, and nothing can be "
+            "compared. Make it repeat itself (a fixed seed, evaluation mode) to verify it."
+        )
+        return [problem], True
+    if not _all_passed(outputs):
+        return wrong, False
+    with_tract, without = runs.rewritten.loss, runs.plain.loss
+    tolerance = OTHER_TOLERANCE[coarsest(runs.autocast, *runs.plain.outputs.values())]
+    if abs(with_tract - without) > tolerance * abs(without):
+        problem = (
+            f"The loss is {with_tract:.6g} with TrAct and {without:.6g} without, for equal "
+            "outputs: it uses a gradient that TrAct changes (create_graph=True with the gradient "
+            "of a weight under TrAct, say). The gradients then differ as they should, and the "
+            "comparison shows nothing. Verify with a loss without that term."
+        )
+        return [problem], True
+    second_order = not all(call.first_order for call in runs.calls)
+    if second_order and not _all_passed(gradients):
+        problem = (
+            "The loss differentiates a gradient (create_graph=True). If that is the gradient of a "
+            "weight under TrAct, other gradients differ as they should, and the comparison shows "
+            "nothing: verify with a loss without that term. Else they are wrong."
+        )
+        return [*wrong, problem], False
+    return wrong, False
+
+
+def _all_passed(checks: Sequence[Check]) -> bool:
+    return all(check.passed for check in checks)
+
+
+def _without_gradient(runs: Runs, weights: Sequence[WeightCheck]) -> Iterator[str]:
     checked = {node for check in weights for node in check.nodes}
-    treated = {call.record.name: call.record for call in runs.calls if _has_tract(call.record)}
-    for layer in treated.values():
+    for layer in _treated(runs).values():
         nodes = {c.record.node for c in runs.calls if c.record.name == layer.name}
-        if layer.frozen:
-            notes.append(f"{layer.name} is frozen: it has no gradient to verify")
-        elif checked.isdisjoint(nodes):
-            problems.append(
+        if not layer.frozen and checked.isdisjoint(nodes):
+            yield (
                 f"{layer}: no gradient reaches its weight on this batch, and there is nothing to "
                 "compare. Give a loss that depends on it, or a batch on which it does."
             )
-    others = tuple(_others(runs, {check.parameter for check in weights}))
-    notes += _not_finite(runs)
-    return Verification(tuple(weights), others, tuple(problems), ". ".join(notes) + ".")
+
+
+def _hooked(runs: Runs, weights: Sequence[WeightCheck]) -> Iterator[str]:
+    for check in weights:
+        if check.parameter in runs.unrun_hooks:
+            yield (
+                f"{check.parameter}: a hook of register_post_accumulate_grad_hook is on it, which "
+                "only .backward() runs, and which may change the gradient or step an optimizer. It "
+                "was not run and is not verified. Inspect before the hook is put on."
+            )
+
+
+def _remarks(runs: Runs, untreated: Sequence[InputLayer]) -> Iterator[str]:
+    """What is right, or may be meant, and has to be known."""
+    treated = _treated(runs)
+    for layer in treated.values():
+        if layer.frozen:
+            yield f"{layer.name} is frozen: it has no gradient to verify"
+    nodes = {call.record.node for call in runs.calls if _has_tract(call.record)}
+    missing = [r for r in untreated if not r.frozen and r.node not in nodes]
+    if treated and missing:
+        again = [
+            f"{r.name} in its call {r.node!r}" if r.name in treated else r.name for r in missing
+        ]
+        layers = list(dict.fromkeys([*treated, *(r.name for r in missing)]))
+        yield (
+            f"Without TrAct, the input is also read by {', '.join(dict.fromkeys(again))}: if that "
+            f"is not meant, apply the pass with layers={layers}"
+        )
+    if runs.unrun_hooks:
+        yield (
+            "Hooks of register_post_accumulate_grad_hook, which only .backward() runs, were not "
+            f"run: they are on {_first(runs.unrun_hooks)}"
+        )
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _has_tract(record: InputLayer) -> bool:
@@ -157,32 +236,19 @@ def _has_tract(record: InputLayer) -> bool:
 def _gather(runs: Runs) -> dict[str, _Terms]:
     """Sort what the calls with TrAct give by parameter."""
     result: dict[str, _Terms] = {}
-    for call, chain in zip(runs.calls, runs.chains, strict=True):
-        if call.incoming is None or not _has_tract(call.record):
+    for call, of_call in zip(runs.calls, runs.terms, strict=True):
+        if call.incoming is None or of_call is None:
             continue
-        plain = chain(call.incoming)
-        tract = chain(call.precondition(call.incoming))
-        own = _own(call, chain)
-        for name, part in plain.items():
+        for name, part in of_call.plain.items():
             terms = result.setdefault(name, _Terms())
             terms.nodes.append(call.record.node)
             terms.names.append(call.record.name)
-            terms.dtype = _coarser(terms.dtype, call.incoming.dtype)
+            terms.dtype = coarser(terms.dtype, call.incoming.dtype)
+            terms.condition = max(terms.condition, call.condition_bound)
             terms.plain.append(part)
-            terms.tract.append(tract[name])
-            terms.own.append(None if own is None else own[name])
+            terms.tract.append(of_call.tract[name])
+            terms.own.append(None if of_call.own is None else of_call.own[name])
     return result
-
-
-def _own(call: ObservedCall, chain: Chain) -> Mapping[str, Tensor] | None:
-    """What the call gives with gW in float64 as well; None where gW has other terms."""
-    if not call.first_order or call.own_gradient is None:
-        return None
-    return chain(call.precondition(call.own_gradient))
-
-
-def _coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:
-    return max(one, other, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _check_weight(name: str, terms: _Terms, runs: Runs) -> tuple[WeightCheck | None, str | None]:
@@ -190,27 +256,34 @@ def _check_weight(name: str, terms: _Terms, runs: Runs) -> tuple[WeightCheck | N
     plain, found = runs.plain.gradients[name], runs.rewritten.gradients.get(name)
     if plain is None or not plain.any():
         return None, None
-    dtype = _coarser(terms.dtype, plain.dtype)
+    dtype = coarser(terms.dtype, plain.dtype)
     rest = _rest(plain.double(), terms.plain, dtype)
     wanted = rest + sum(terms.tract)
-    distance = _distance(plain, wanted)
-    error = math.inf if found is None else _distance(found, wanted)
-    tolerance = min(OPERATOR_TOLERANCE[dtype], DISTINCT * distance)
+    plain_distance = distance(plain, wanted)
+    error = math.inf if found is None else distance(found, wanted)
+    tolerance = min(_tolerance(dtype, terms.condition), DISTINCT * plain_distance)
     end_to_end = floor = None
     own = [part for part in terms.own if part is not None]
     if len(own) == len(terms.own):
         exact = rest + sum(own)
-        end_to_end = math.inf if found is None else _distance(found, exact)
-        floor = _distance(wanted, exact)
+        end_to_end = math.inf if found is None else distance(found, exact)
+        floor = distance(wanted, exact)
     check = WeightCheck(
         parameter=name,
         nodes=tuple(dict.fromkeys(terms.nodes)),
         operator=Check(f"gradient of {name}", error, tolerance),
         end_to_end=end_to_end,
         floor=floor,
-        plain=distance,
+        plain=plain_distance,
     )
     return check, _problem(check, found, plain, dtype, terms)
+
+
+def _tolerance(dtype: torch.dtype, condition: float) -> float:
+    usual = OPERATOR_TOLERANCE[dtype]
+    if dtype != torch.float64 or not math.isfinite(condition):
+        return usual
+    return max(usual, min(condition * torch.finfo(dtype).eps, _WORST))
 
 
 def _rest(plain: Tensor, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -240,7 +313,7 @@ def _problem(
             f"{check.plain:.1e} of TrAct's, so that the comparison can't tell them apart in "
             f"{str(dtype).removeprefix('torch.')}. Verify on another batch, or in float64."
         )
-    if _distance(found, plain) <= _UNITS * rounding:
+    if distance(found, plain) <= _UNITS * rounding:
         return (
             f"{check.parameter} of {layers}: its gradient is the plain one, TrAct's backward does "
             f"not run. {_LOST}."
@@ -257,72 +330,15 @@ def _missing(runs: Runs, expected: Sequence[InputLayer], lost: Sequence[str]) ->
         if record.node not in treated
     ]
     problems += [
-        f"{name}: the pass has marked it, but TrAct is not on it any more: its layer was replaced, "
-        f"or given another forward method. {_LOST}."
+        f"{name}: the pass has marked it, and in this run it has no TrAct. Its layer was replaced, "
+        "or given another forward method; or TrAct's node was taken out of the graph; or the model "
+        "calls the layer under torch.no_grad(), does not call it, or calls another in its place "
+        f"that it holds in a closure. {_LOST}."
         for name in lost
     ]
     if not treated and not problems:
         problems.append(f"No call has TrAct: every gradient is the plain one. {_LOST}.")
     return problems
-
-
-def _others(runs: Runs, weights: set[str]) -> Iterator[Check]:
-    """Compare outputs and all gradients that TrAct must not change with the plain model's."""
-    for name in dict.fromkeys([*runs.plain.outputs, *runs.rewritten.outputs]):
-        one, other = runs.rewritten.outputs.get(name), runs.plain.outputs.get(name)
-        tolerance = OTHER_TOLERANCE[_dtype(runs, one, other)]
-        yield Check(name, _error(one, other, 0.0), tolerance)
-    gradients = runs.rewritten.gradients, runs.plain.gradients
-    inputs = runs.rewritten.input_gradients, runs.plain.input_gradients
-    norms = [_norm(g) for of in (gradients[1], inputs[1]) for g in of.values() if g is not None]
-    largest = max((norm for norm in norms if math.isfinite(norm)), default=0.0)
-    for words, (found, wanted) in (("", gradients), ("the input ", inputs)):
-        for name in dict.fromkeys([*wanted, *found]):
-            one, other = found.get(name), wanted.get(name)
-            if name in weights and not words:
-                continue
-            if one is None and other is None:
-                continue
-            dtype = _dtype(runs, one, other)
-            error = _error(one, other, NEGLIGIBLE[dtype] * largest)
-            yield Check(f"gradient of {words}{name}", error, OTHER_TOLERANCE[dtype])
-
-
-def _dtype(runs: Runs, *tensors: Tensor | None) -> torch.dtype:
-    """The coarsest dtype that took part."""
-    dtype = runs.autocast or torch.float64
-    for tensor in tensors:
-        dtype = dtype if tensor is None else _coarser(dtype, tensor.dtype)
-    return dtype
-
-
-def _error(found: Tensor | None, wanted: Tensor | None, negligible: float) -> float:
-    """Distance relative to the reference, or to `negligible` where that is larger."""
-    if found is None or wanted is None:
-        present = found if found is not None else wanted
-        assert present is not None
-        found = torch.zeros_like(present) if found is None else found
-        wanted = torch.zeros_like(present) if wanted is None else wanted
-    if found.shape != wanted.shape:
-        return math.inf
-    return _distance(found, wanted, negligible)
-
-
-def _distance(found: Tensor, wanted: Tensor, negligible: float = 0.0) -> float:
-    """‖found - wanted‖ / ‖wanted‖ in float64; entries that are equal count as such if infinite."""
-    one, other = found.double(), wanted.double()
-    difference = torch.where(one == other, 0.0, one - other)
-    distance = float(torch.linalg.vector_norm(difference))
-    scale = max(_norm(other), negligible)
-    if scale == 0.0:
-        return 0.0 if distance == 0.0 else math.inf
-    return distance / scale
-
-
-def _norm(tensor: Tensor) -> float:
-    """Norm of the finite entries."""
-    values = tensor.double()
-    return float(torch.linalg.vector_norm(torch.where(values.isfinite(), values, 0.0)))
 
 
 def _not_finite(runs: Runs) -> Iterator[str]:
@@ -335,5 +351,4 @@ def _not_finite(runs: Runs) -> Iterator[str]:
         }
         names = [n for n, v in values.items() if v is not None and not v.isfinite().all()]
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            yield f"Not finite in the model {model}: {', '.join(names[:3])}{more}"
+            yield f"Not finite in the model {model}: {_first(names)}"

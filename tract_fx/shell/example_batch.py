@@ -24,7 +24,7 @@ def read_example_batch(path: Path) -> tuple[torch.Tensor, ...] | dict[str, torch
         The arrays by name, or in order where `numpy.savez` was given no names.
 
     Raises:
-        InvalidBatchError: The file can't be read, or holds what is no tensor.
+        InvalidBatchError: The file can't be read, holds what is no tensor, or leaves out a place.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -40,5 +40,12 @@ def read_example_batch(path: Path) -> tuple[torch.Tensor, ...] | dict[str, torch
             f"the batch in {str(path)!r}", "it holds no array", "Write one array per input"
         )
     if all(re.fullmatch(r"arr_\d+", name) for name in arrays):
-        return tuple(arrays[f"arr_{index}"] for index in range(len(arrays)))
+        places = [f"arr_{index}" for index in range(len(arrays))]
+        if set(places) != set(arrays):
+            raise InvalidBatchError(
+                f"the batch in {str(path)!r}, with the arrays {', '.join(arrays)}",
+                f"{len(arrays)} arrays in order are called {', '.join(places)}",
+                "Write it with numpy.savez(path, images), or numpy.savez(path, name=images)",
+            )
+        return tuple(arrays[place] for place in places)
     return arrays

@@ -16,14 +16,31 @@ from typer.core import TyperCommand
 from tract_fx.errors import MissingRuntimeError, UnsupportedFormatError, UnsupportedModelError
 from tract_fx.shell.arguments import InputShapes, Lambda, Layers, example_inputs, layer_choice
 from tract_fx.shell.example_batch import read_example_batch
-from tract_fx.shell.reporting import Debug, messages, output, reporting, status, wrong_usage
-from tract_fx.shell.targets import TARGET_HELP, Target, put_tract, read_target
+from tract_fx.shell.reporting import (
+    Debug,
+    messages,
+    output,
+    printing,
+    reporting,
+    status,
+    users_code,
+    wrong_usage,
+)
+from tract_fx.shell.targets import (
+    DIRECTORY_HELP,
+    TARGET_HELP,
+    Target,
+    graph_in,
+    is_factory,
+    put_tract,
+    read_target,
+)
 
 __all__ = ["EXIT_CODES", "InspectCommand", "inspect"]
 
 EXIT_CODES = (
     "Exit codes: 0, done. 1, not possible, for a reason given in one line on the standard error. "
-    "2, wrong usage. 3, verified, and the gradient is not TrAct's."
+    "2, wrong usage. 3, not verified as right: the gradient is wrong, or there was none to compare."
 )
 NOT_VERIFIED = 3
 
@@ -50,9 +67,7 @@ class InspectCommand(TyperCommand):
 def inspect(
     target: Annotated[
         str,
-        typer.Argument(
-            metavar="TARGET", help=f"{TARGET_HELP} Or a directory that tract-fx export wrote."
-        ),
+        typer.Argument(metavar="TARGET", help=f"{TARGET_HELP} {DIRECTORY_HELP}"),
     ],
     backward: Annotated[
         Literal["short", "expanded"] | None,
@@ -116,7 +131,7 @@ def inspect(
     Examples:
       tract-fx inspect nets.resnet:resnet18 --input-shape 8,3,224,224 --verify --backward
       tract-fx inspect artifacts/training_model.onnx --verify
-      tract-fx inspect model.pt2 --as-is --html report.html
+      tract-fx inspect model.pt2 --data batch.npz --html report.html
     """  # noqa: D301, DOC501 (the text of --help: click keeps the lines behind a \b)
     if data is not None and input_shape:
         wrong_usage("--data has the batch: without --input-shape")
@@ -124,6 +139,8 @@ def inspect(
         wrong_usage("--as-is leaves the model alone: without --lambda and --layer")
     files = [file for file in (html, json, picture) if file is not None]
     _check_suffixes(html, json, picture)
+    if netron:
+        _check_netron(target)
     everything = bool(files) and not (backward or verify or statistics)
     chosen = layer_choice(layer, lambda_)
     inputs = example_inputs(input_shape, seed) if data is None else read_example_batch(data)
@@ -135,24 +152,28 @@ def inspect(
     }
     from tract_fx import inspect_graph
 
-    with status(f"Inspecting {target}"):
+    with status(f"Inspecting {target}"), users_code():
         model, inputs = _model(target, inputs, seed, lambda_, chosen, as_is)
         inspection = inspect_graph(model, inputs, **options)
         for file in files:
             if file != Path("-"):
                 inspection.save(file)
-    if json == Path("-"):
-        import json as json_format
+    with printing():
+        if json == Path("-"):
+            import json as json_format
 
-        typer.echo(json_format.dumps(inspection.to_dict(), indent=2))
-    else:
-        inspection.print(output())
+            typer.echo(json_format.dumps(inspection.to_dict(), indent=2))
+        else:
+            inspection.print(output())
     for file in files:
         if file != Path("-"):
             messages().print(f"Written: {file}", markup=False, soft_wrap=True)
     if netron:
-        _open_in_netron(model)
-    if inspection.verification is not None and not inspection.verification.passed:
+        _open_in_netron(Path(target))
+    checked = inspection.verification
+    # A report on a model without TrAct says what the pass would take; no gradient was asked about.
+    asked = verify or any(layer.taken for layer in inspection.layers)
+    if checked is not None and (checked.verdict == "wrong" or (asked and not checked.passed)):
         raise typer.Exit(NOT_VERIFIED)
 
 
@@ -163,6 +184,8 @@ def _check_suffixes(html: Path | None, json: Path | None, picture: Path | None) 
         ("--json", json, {".json"}),
         ("--picture", picture, {".svg", ".dot"}),
     ):
+        if file == Path("-") and option != "--json":
+            wrong_usage(f"{option} -: only --json goes to the standard output. Give a file")
         if file is not None and file != Path("-") and file.suffix not in suffixes:
             raise UnsupportedFormatError(
                 f"{option} {file}", "the suffix says the kind", f"End it in {' or '.join(suffixes)}"
@@ -194,13 +217,18 @@ def _model(
     return model, target.inputs
 
 
-def _open_in_netron(model: nn.Module | ExportedProgram | Path) -> None:
-    """Start Netron on an ONNX file, in a process of its own that goes on."""
-    if not isinstance(model, Path):
+def _check_netron(target: str) -> None:
+    """Refuse what Netron can't open, before the work."""
+    path = Path(target)
+    if is_factory(target) or not (path.is_dir() or path.suffix == ".onnx"):
         wrong_usage("--netron: Netron shows ONNX files")
     if importlib.util.find_spec("netron") is None:
         raise MissingRuntimeError(
             "--netron", "the package netron is not installed", "pip install netron"
         )
-    file = model / "training_model.onnx" if model.is_dir() else model
+
+
+def _open_in_netron(path: Path) -> None:
+    """Start Netron on an ONNX file, in a process of its own that goes on."""
+    file = graph_in(path) if path.is_dir() else path
     subprocess.Popen([sys.executable, "-m", "netron", "--browse", str(file)])

@@ -9,16 +9,25 @@ import typer
 
 from tract_fx.passes.choose import choose
 from tract_fx.shell.arguments import InputShapes, example_inputs
-from tract_fx.shell.reporting import Debug, output, reporting, status
+from tract_fx.shell.reporting import Debug, output, printing, reporting, status, users_code
 from tract_fx.shell.tables import findings_tables
-from tract_fx.shell.targets import TARGET_HELP, find_layers, read_target
+from tract_fx.shell.targets import (
+    DIRECTORY_HELP,
+    TARGET_HELP,
+    Target,
+    find_layers,
+    graph_in,
+    read_target,
+)
 
 __all__ = ["locate"]
 
 
 @reporting
 def locate(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help=TARGET_HELP)],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help=f"{TARGET_HELP} {DIRECTORY_HELP}")
+    ],
     input_shape: InputShapes = None,
     trainable: Annotated[
         list[str] | None,
@@ -40,14 +49,19 @@ def locate(
       tract-fx locate nets.vit:vit_small --input-shape 8,3,224,224
     """  # noqa: D301 (click keeps the lines of a paragraph that begins with \b)
     inputs = example_inputs(input_shape, seed=0)
-    with status(f"Locating the input layer of {target}"):
-        read = read_target(target, inputs, seed=0)
+    path = Path(target)
+    with status(f"Locating the input layer of {target}"), users_code():
+        if path.is_dir():
+            read = Target(graph_in(path), inputs)
+        else:
+            read = read_target(target, inputs, seed=0)
         if isinstance(read.model, Path):
             from tract_fx.passes import find_onnx_input_layers
 
             findings = find_onnx_input_layers(read.model, trainable=trainable or None)
         else:
             findings = find_layers(read)
-    for table in findings_tables(findings):
-        output().print(table)
+    with printing():
+        for table in findings_tables(findings):
+            output().print(table)
     choose(findings, findings.layers, 0.1, None)  # the error that the pass would end with

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Annotated, Any, NoReturn, TextIO, TypeVar
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tract_fx.errors import TractError, TractWarning
+from tract_fx.errors import (
+    ArtifactsWriteError,
+    TractError,
+    TractWarning,
+    UnsupportedModelError,
+)
 
 __all__ = [
     "Debug",
     "Overwrite",
     "messages",
     "output",
+    "printing",
     "reporting",
     "status",
+    "users_code",
     "wrong_usage",
 ]
 
@@ -79,7 +87,7 @@ def reporting(command: Command) -> Command:
             command(*args, **options)
             return
         try:
-            with _quiet():
+            with _quiet(), redirect_stderr(_WithoutTorch(sys.stderr)):
                 command(*args, **options)
         except TractError as error:
             _print_line("error", str(error), "red")
@@ -91,6 +99,72 @@ def reporting(command: Command) -> Command:
 def _print_line(kind: str, message: str, colour: str) -> None:
     line = escape(" ".join(message.split()))
     messages().print(f"[{colour}]{kind}:[/] {line}", soft_wrap=True)
+
+
+class _WithoutTorch:
+    """The standard error without what PyTorch prints, such as the graph at which it fails."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, unless the line of code that does is PyTorch's own.
+
+        Args:
+            text: What to write.
+
+        Returns:
+            How many characters were dealt with.
+        """
+        writer = str(sys._getframe(1).f_globals.get("__name__"))
+        return len(text) if writer.startswith("torch.") else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def users_code() -> Iterator[None]:
+    """Keep what the user's model prints out of a command's results, and the command going.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UnsupportedModelError: The model ends the process.
+    """
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except SystemExit as error:
+        raise UnsupportedModelError(
+            f"the model's own code (SystemExit: {error})",
+            "it ends the process",
+            "Take sys.exit out of it; --debug shows where it is",
+        ) from error
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Say in one line where the standard output takes no more.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ArtifactsWriteError: It takes no more.
+        BrokenPipeError: Nobody reads it any more, which ends a command without a word.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ArtifactsWriteError(
+            "the standard output",
+            f"the system does not take what is printed ({error.strerror or error})",
+            "Print to a place with room, or write a file with --html or --json",
+        ) from error
 
 
 @contextmanager

@@ -20,12 +20,23 @@ from tract_fx.passes.fx_graph import find_input_layers, locate, tract_pass
 from tract_fx.passes.records import Findings
 from tract_fx.program import arguments, capture
 
-__all__ = ["TARGET_HELP", "Target", "find_layers", "is_factory", "put_tract", "read_target"]
+__all__ = [
+    "DIRECTORY_HELP",
+    "TARGET_HELP",
+    "Target",
+    "find_layers",
+    "graph_in",
+    "is_factory",
+    "put_tract",
+    "read_target",
+]
 
 TARGET_HELP = (
     "An .onnx model, a .pt2 exported program, or package.module:factory, a function without "
     "arguments that returns a torch.nn.Module."
 )
+
+DIRECTORY_HELP = "Or a directory that tract-fx export wrote."
 
 _KINDS = "an .onnx file, a .pt2 exported program, or package.module:factory"
 
@@ -92,6 +103,28 @@ def read_target(text: str, inputs: Any, seed: int) -> Target:
     return Target(path, inputs)
 
 
+def graph_in(directory: Path) -> Path:
+    """Find the training graph in a directory of `tract-fx export`.
+
+    Args:
+        directory: A directory.
+
+    Returns:
+        The graph's file.
+
+    Raises:
+        UnsupportedModelError: There is none.
+    """
+    file = directory / "training_model.onnx"
+    if not file.is_file():
+        raise UnsupportedModelError(
+            f"the directory {str(directory)!r}",
+            "there is no training_model.onnx in it",
+            "Give a directory that tract-fx export wrote, or a model's file",
+        )
+    return file
+
+
 def _as_keywords(
     program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -114,7 +147,7 @@ def _made_by(text: str) -> nn.Module:
         for name in factory_name.split("."):
             factory = getattr(factory, name)
         model = factory if isinstance(factory, nn.Module) else factory()
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise UnsupportedModelError(
             f"{text} ({type(error).__name__}: {error})".rstrip("."),
             "a module is imported and its factory called without arguments",

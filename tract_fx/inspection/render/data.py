@@ -15,7 +15,7 @@ SCHEMA = "tract_fx.inspection/1"
 """Name and version of the form. A field that goes, or changes its meaning, needs another number."""
 
 # What the records compute from their fields and a reader of the file would have to compute again.
-_COMPUTED = ("taken", "passed", "hidden")
+_COMPUTED = ("taken", "passed", "verdict", "hidden")
 
 
 def to_data(inspection: Inspection) -> dict[str, Any]:
@@ -26,8 +26,8 @@ def to_data(inspection: Inspection) -> dict[str, Any]:
 
     Returns:
         `{"schema": …, field: value, …}` with the records' field names (`lambda_` is `"lambda"`).
-        Records are dictionaries, with their verdicts `taken` and `passed`; tuples are lists;
-        numbers that are not finite are the strings `"nan"`, `"inf"` and `"-inf"`.
+        Records are dictionaries, with their verdicts `taken`, `passed` and `verdict`; tuples are
+        lists; numbers that are not finite are the strings `"nan"`, `"inf"` and `"-inf"`.
     """
     return {"schema": SCHEMA, **_plain(inspection)}
 

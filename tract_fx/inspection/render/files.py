@@ -9,12 +9,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tract_fx.errors import UnsupportedFormatError
+from tract_fx import extras
+from tract_fx.errors import ArtifactsWriteError, UnsupportedFormatError
 from tract_fx.inspection.inspection import Inspection
 from tract_fx.inspection.records import GraphView
 from tract_fx.inspection.render.data import to_data
-from tract_fx.inspection.render.html import page_html
-from tract_fx.inspection.render.pictures import dot_source, picture_file
 
 __all__ = ["save"]
 
@@ -31,8 +30,8 @@ def save(inspection: Inspection, path: Path) -> Path:
 
     Raises:
         UnsupportedFormatError: The suffix is none of `.html`, `.svg`, `.dot` and `.json`.
-        MissingRuntimeError: A picture is wanted, and Graphviz is not installed.
-        OSError: The file can't be written.
+        MissingRuntimeError: A package that this kind of file needs is not installed, or Graphviz.
+        ArtifactsWriteError: The file can't be written.
     """  # noqa: DOC502 (some are raised by what it calls)
     write = _WRITERS.get(path.suffix.lower())
     if write is None:
@@ -41,20 +40,36 @@ def save(inspection: Inspection, path: Path) -> Path:
             f"an inspection is not written as {path.suffix or 'a file without a suffix'}",
             f"Give the file one of the suffixes {', '.join(_WRITERS)}",
         )
-    _replace(path, write(inspection))
+    text = write(inspection)
+    try:
+        _replace(path, text)
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        raise ArtifactsWriteError(
+            f"the file {str(path)!r}",
+            f"it can't be written ({getattr(error, 'strerror', None) or error})",
+            "Choose another place",
+        ) from error
     return path
 
 
+# Each kind of file imports what it needs itself: no other kind's packages have to be there.
+
+
 def _page(inspection: Inspection) -> str:
-    return page_html(inspection)
+    text: str = extras.load("tract_fx.inspection.render.html", "page_html")(inspection)
+    return text
 
 
 def _picture(inspection: Inspection) -> str:
-    return picture_file(_view(inspection))
+    draw = extras.load("tract_fx.inspection.render.pictures", "picture_file")
+    text: str = draw(_view(inspection))
+    return text
 
 
 def _dot(inspection: Inspection) -> str:
-    return dot_source(_view(inspection))
+    describe = extras.load("tract_fx.inspection.render.pictures", "dot_source")
+    text: str = describe(_view(inspection))
+    return text
 
 
 def _json(inspection: Inspection) -> str:
@@ -80,7 +95,7 @@ def _view(inspection: Inspection) -> GraphView:
 def _replace(path: Path, text: str) -> None:
     """Write beside the place, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
     try:
         # A name may hold half a surrogate pair, which UTF-8 has no form for.
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))

@@ -17,7 +17,7 @@ from tract_fx.errors import MissingRuntimeError
 from tract_fx.inspection.inspection import Inspection
 from tract_fx.inspection.records import ForwardDiff, GraphView, LayerStatistics, WeightCheck
 from tract_fx.inspection.render import words
-from tract_fx.inspection.render.pictures import GRAPHVIZ_MISSING, LEGEND, svg
+from tract_fx.inspection.render.pictures import LEGEND, svg
 from tract_fx.inspection.render.plots import share_plot, spectrum_plot
 from tract_fx.inspection.render.text import aligned, graph_lines
 
@@ -153,7 +153,7 @@ def _picture(view: GraphView) -> _Picture:
         try:
             drawing = _sized(svg(view))
         except MissingRuntimeError as error:
-            missing = f"No picture: {error.found}. {GRAPHVIZ_MISSING}."
+            missing = f"No picture: {error}"
     lines = graph_lines(view)
     styles = ["heading" if line.heading else "tract" if line.tract else "" for line in lines]
     texts = [_Line(text, style) for text, style in zip(aligned(lines), styles, strict=True)]

@@ -12,9 +12,9 @@ from tract_fx.errors import MissingRuntimeError
 from tract_fx.inspection.records import GraphView, ViewNode
 from tract_fx.inspection.render.words import place, plural, printable, shorten
 
-__all__ = ["GRAPHVIZ_MISSING", "LEGEND", "dot_source", "picture_file", "svg"]
+__all__ = ["LEGEND", "dot_source", "picture_file", "svg"]
 
-GRAPHVIZ_MISSING = (
+_GRAPHVIZ_MISSING = (
     "Install Graphviz: apt-get install graphviz, brew install graphviz, or "
     "conda install -c conda-forge graphviz"
 )
@@ -231,7 +231,7 @@ def svg(view: GraphView) -> str:
         Nodes have their kind as class; a title tells their full names, shapes and source lines.
 
     Raises:
-        MissingRuntimeError: Graphviz is not installed.
+        MissingRuntimeError: Graphviz is not installed, or fails.
     """  # noqa: DOC502 (raised by what it calls)
     root = _draw(view, legend=False)
     for element in root.iter():
@@ -249,7 +249,7 @@ def picture_file(view: GraphView) -> str:
         An SVG document.
 
     Raises:
-        MissingRuntimeError: Graphviz is not installed.
+        MissingRuntimeError: Graphviz is not installed, or fails.
     """  # noqa: DOC502 (raised by what it calls)
     text = ElementTree.tostring(_draw(view, legend=True), encoding="unicode")
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
@@ -263,14 +263,15 @@ def _draw(view: GraphView, *, legend: bool) -> ElementTree.Element:
         raise MissingRuntimeError(
             "the program dot of Graphviz, which lays pictures out, is not on the PATH",
             "the Python package graphviz only calls it",
-            GRAPHVIZ_MISSING,
+            _GRAPHVIZ_MISSING,
         ) from error
-    except (graphviz.CalledProcessError, BrokenPipeError) as error:
+    except (graphviz.CalledProcessError, OSError, UnicodeError) as error:
         said = str(getattr(error, "stderr", "") or error).strip()
-        raise MissingRuntimeError(
-            "the program dot of Graphviz can't draw SVG", said, GRAPHVIZ_MISSING
-        ) from error
-    root = ElementTree.fromstring(drawn)
+        raise _failed(said) from error
+    try:
+        root = ElementTree.fromstring(drawn)
+    except ElementTree.ParseError as error:
+        raise _failed(f"what it gives is not SVG ({error})") from error
     titles = {f"n{i}": _title(node) for i, node in enumerate(view.nodes)}
     for group in root.iter(f"{{{_SVG}}}g"):
         title = group.find(f"{{{_SVG}}}title")
@@ -282,6 +283,14 @@ def _draw(view: GraphView, *, legend: bool) -> ElementTree.Element:
     root.set("role", "img")
     root.set("aria-label", _summary(view))
     return root
+
+
+def _failed(said: str) -> MissingRuntimeError:
+    return MissingRuntimeError(
+        "the program dot of Graphviz is there and fails",
+        f"it says: {said.rstrip('.')}",
+        "See what `dot -Tsvg` says to a small graph; the kind .dot is written without it",
+    )
 
 
 def _title(node: ViewNode) -> str:

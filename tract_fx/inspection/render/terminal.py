@@ -221,7 +221,9 @@ def _cells(line: GraphLine) -> Sequence[RenderableType]:
 def _verification(verification: Verification | None) -> list[RenderableType]:
     if verification is None:
         return []
-    body = _items(map(sentence, verification.problems), mark="✘", style="red")
+    wrong = verification.verdict == "wrong"
+    mark, style = ("✘", "red") if wrong else ("○", "yellow")
+    body = _items(map(sentence, verification.problems), mark=mark, style=style)
     if verification.weights:
         table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
         table.add_column("", width=1)

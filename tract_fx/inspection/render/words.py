@@ -70,7 +70,7 @@ def verdict(inspection: Inspection) -> Verdict:
     """
     verification = inspection.verification
     if verification is not None:
-        return _verified(verification)
+        return _verified(inspection, verification)
     if any(layer.taken for layer in inspection.layers):
         reason = "No gradient was compared with the float64 definition: that takes a batch and "
         return Verdict("open", "Not verified", (f"{reason}verify=True",))
@@ -81,7 +81,7 @@ def verdict(inspection: Inspection) -> Verdict:
     return Verdict("open", "TrAct is on no layer", (reason,))
 
 
-def _verified(verification: Verification) -> Verdict:
+def _verified(inspection: Inspection, verification: Verification) -> Verdict:
     good = [w for w in verification.weights if w.operator.passed]
     bad = [w for w in verification.weights if not w.operator.passed]
     failed = [check for check in worst(verification.others) if not check.passed]
@@ -102,13 +102,29 @@ def _verified(verification: Verification) -> Verdict:
         things = plural(count, "output or other gradient", "outputs and other gradients")
         off = f"at most {number(top.error)} off" if top.error else "exactly"
         reasons.append(f"{things} as in the plain model, {off}")
-    if verification.passed:
-        return Verdict("right", "TrAct's gradient is right", tuple(reasons))
-    if bad or verification.problems:
-        return Verdict("wrong", "TrAct's gradient is wrong", tuple(reasons))
-    if failed:
-        return Verdict("wrong", "More than TrAct's gradient changed", tuple(reasons))
-    return Verdict("wrong", "No gradient with TrAct was found to verify", tuple(reasons))
+    if verification.verdict == "right":
+        headline = "TrAct's gradient is right"
+    elif verification.verdict == "open":
+        headline = f"Not verified: {_nothing_compared(inspection, verification)}"
+    elif bad or verification.lost:
+        headline = "TrAct's gradient is wrong"
+    else:
+        headline = "More than TrAct's gradient changed"
+    return Verdict(verification.verdict, headline, tuple(reasons))
+
+
+def _nothing_compared(inspection: Inspection, verification: Verification) -> str:
+    """Say why a comparison is missing; the problems say it at length."""
+    taken = [layer for layer in inspection.layers if layer.taken]
+    if not taken:
+        return "TrAct is on no layer"
+    if verification.inconclusive:
+        return "the comparison says nothing here"
+    if verification.weights:
+        return "not every gradient with TrAct could be compared"
+    if all(layer.record.frozen for layer in taken):
+        return f"{', '.join(_names(taken))} is frozen and has no gradient"
+    return "there was no gradient with TrAct to compare"
 
 
 def _names(layers: Sequence[LayerReport]) -> list[str]:

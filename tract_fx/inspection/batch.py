@@ -1,0 +1,123 @@
+"""A batch as a model is run on it to look: copies of the user's tensors, which gather gradients."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tract_fx import torch_private
+
+__all__ = ["Batch", "dtype_name", "has_gradient", "tensors_in"]
+
+
+class Batch:
+    """A batch whose floating and complex tensors gather gradients, apart from the user's.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        leaves: The tensors whose gradients are wanted, by the arguments' names.
+        autocast: Autocast's dtype on the batch's device, None where it is off.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        with_gradients: bool = True,
+    ) -> None:
+        """Copy the tensors.
+
+        Args:
+            model: The model, whose arguments' names are taken.
+            args: Positional arguments of a call.
+            kwargs: Keyword arguments.
+            with_gradients: Whether `leaves` are wanted; else only what the user has made gather
+                gradients does so.
+        """
+        self.leaves: dict[str, Tensor] = {}
+        self.autocast: torch.dtype | None = None
+        self._words: list[str] = []
+        copies: dict[int, Tensor] = {}
+        with torch.inference_mode(False), torch.enable_grad():
+            for argument, value in _by_name(model, args, kwargs).items():
+                for name, tensor in tensors_in(value, argument):
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = self._copy(name, tensor, with_gradients)
+
+        def copied(value: Any) -> Any:
+            return copies.get(id(value), value) if isinstance(value, Tensor) else value
+
+        self.args, self.kwargs = pytree.tree_map(copied, (tuple(args), dict(kwargs)))
+
+    def _copy(self, name: str, tensor: Tensor, with_gradients: bool) -> Tensor:
+        self._words.append(f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}")
+        if not has_gradient(tensor):
+            return tensor.clone()
+        self.autocast = self.autocast or torch_private.autocast_dtype(tensor)
+        leaf = tensor.detach().clone().requires_grad_(with_gradients or tensor.requires_grad)
+        if leaf.requires_grad:
+            self.leaves[name] = leaf
+        return leaf.clone()  # no leaf: the model may write to it
+
+    def __str__(self) -> str:
+        return ", ".join(self._words) or "no tensor"
+
+
+def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the arguments of a call by their names."""
+    try:
+        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    except (TypeError, ValueError):  # the model will say itself what it does not take
+        return {**{f"args[{i}]": value for i, value in enumerate(args)}, **kwargs}
+
+
+def tensors_in(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Go through the tensors in a nested value, with what leads to each.
+
+    Args:
+        value: Tensors in containers and dataclasses.
+        name: What the value itself is called.
+
+    Yields:
+        `"name['key'][0].field"` and the tensor there.
+    """
+    for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+        at = name + pytree.keystr(path)
+        if isinstance(leaf, Tensor):
+            yield at, leaf
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in fields(leaf):
+                yield from tensors_in(getattr(leaf, field.name), f"{at}.{field.name}")
+
+
+def has_gradient(tensor: Tensor) -> bool:
+    """Tell the dtypes that have gradients.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        True for floating and complex numbers.
+    """
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a dtype.
+
+    Args:
+        dtype: The dtype.
+
+    Returns:
+        `"float32"`.
+    """
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,144 @@
+"""Comparing what two models gave on one batch: outputs and gradients, with their tolerances."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from tract_fx.inspection.records import Check
+from tract_fx.inspection.runs import Run
+
+__all__ = ["NEGLIGIBLE", "OTHER_TOLERANCE", "coarser", "coarsest", "compare_runs", "distance"]
+
+OTHER_TOLERANCE = {
+    torch.float64: 1e-8,
+    torch.float32: 1e-3,
+    torch.float16: 5e-2,
+    torch.bfloat16: 5e-2,
+}
+"""Largest error of outputs and other gradients. On the CPU both models run the same kernels in the
+same order and agree to the last bit; atomic sums on CUDA differ by rounding."""
+
+NEGLIGIBLE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 1e-2,
+}
+"""Share of the largest gradient below which another is rounding (of the bias before a BatchNorm,
+say), and its error is relative to that share."""
+
+
+def compare_runs(
+    run: Run, reference: Run, autocast: torch.dtype | None, without: Collection[str] = ()
+) -> tuple[list[Check], list[Check]]:
+    """Compare what should be equal.
+
+    Args:
+        run: What one model gave.
+        reference: What the other gave.
+        autocast: Autocast's dtype in both runs, None where it was off.
+        without: Parameters whose gradients are not to be compared.
+
+    Returns:
+        The comparisons of outputs, and those of gradients.
+    """
+    outputs = []
+    for name in dict.fromkeys([*reference.outputs, *run.outputs]):
+        one, other = run.outputs.get(name), reference.outputs.get(name)
+        tolerance = OTHER_TOLERANCE[coarsest(autocast, one, other)]
+        outputs.append(Check(name, _error(one, other, 0.0), tolerance))
+    return outputs, list(_compare_gradients(run, reference, autocast, without))
+
+
+def _compare_gradients(
+    run: Run, reference: Run, autocast: torch.dtype | None, without: Collection[str]
+) -> Iterator[Check]:
+    gradients = run.gradients, reference.gradients
+    inputs = run.input_gradients, reference.input_gradients
+    norms = [_norm(g) for of in (gradients[1], inputs[1]) for g in of.values() if g is not None]
+    largest = max((norm for norm in norms if math.isfinite(norm)), default=0.0)
+    for words, (found, wanted) in (("", gradients), ("the input ", inputs)):
+        for name in dict.fromkeys([*wanted, *found]):
+            one, other = found.get(name), wanted.get(name)
+            if name in without and not words:
+                continue
+            if one is None and other is None:
+                continue
+            dtype = coarsest(autocast, one, other)
+            error = _error(one, other, NEGLIGIBLE[dtype] * largest)
+            yield Check(f"gradient of {words}{name}", error, OTHER_TOLERANCE[dtype])
+
+
+def coarsest(autocast: torch.dtype | None, *tensors: Tensor | None) -> torch.dtype:
+    """Find the dtype that limits a comparison.
+
+    Args:
+        autocast: Autocast's dtype, None where it was off.
+        *tensors: What took part, None for what is missing.
+
+    Returns:
+        The coarsest of them, float64 where there is none.
+    """
+    dtype = autocast or torch.float64
+    for tensor in tensors:
+        dtype = dtype if tensor is None else coarser(dtype, tensor.dtype)
+    return dtype
+
+
+def coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """Choose the coarser of two dtypes.
+
+    Args:
+        one: A floating or complex dtype.
+        other: Another.
+
+    Returns:
+        The real dtype with the larger rounding unit.
+    """
+    return max(one.to_real(), other.to_real(), key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _error(found: Tensor | None, wanted: Tensor | None, negligible: float) -> float:
+    """Distance relative to the reference, or to `negligible` where that is larger."""
+    if found is None or wanted is None:
+        present = found if found is not None else wanted
+        assert present is not None
+        found = torch.zeros_like(present) if found is None else found
+        wanted = torch.zeros_like(present) if wanted is None else wanted
+    if found.shape != wanted.shape:
+        return math.inf
+    return distance(found, wanted, negligible)
+
+
+def distance(found: Tensor, wanted: Tensor, negligible: float = 0.0) -> float:
+    """Compute ‖found - wanted‖ / ‖wanted‖ in float64.
+
+    Args:
+        found: A tensor.
+        wanted: The reference.
+        negligible: A norm of the reference below which the distance is relative to it.
+
+    Returns:
+        The distance; entries that are equal count as such if infinite.
+    """
+    one, other = _wide(found), _wide(wanted)
+    difference = torch.where(one == other, 0.0, one - other)
+    absolute = float(torch.linalg.vector_norm(difference))
+    scale = max(_norm(other), negligible)
+    if scale == 0.0:
+        return 0.0 if absolute == 0.0 else math.inf
+    return absolute / scale
+
+
+def _norm(tensor: Tensor) -> float:
+    """Norm of the finite entries."""
+    values = _wide(tensor)
+    return float(torch.linalg.vector_norm(torch.where(values.isfinite(), values, 0.0)))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)

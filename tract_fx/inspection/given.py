@@ -1,0 +1,220 @@
+"""What a user gives to be inspected: whether it is of a kind that can be, and what fails in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from tract_fx.errors import TractError, UnsupportedFormatError, UnsupportedModelError
+
+__all__ = ["LossWatch", "check_arguments", "describe", "running"]
+
+_ONNX_PACKAGES = frozenset({"onnx", "onnx_ir", "onnxscript"})
+
+
+def check_arguments(model: object, example_inputs: object, loss: object, backward: object) -> None:
+    """Refuse what is of no kind that inspecting takes, before any work.
+
+    Args:
+        model: What is to be inspected.
+        example_inputs: The batch.
+        loss: The loss.
+        backward: The form of the backward pass.
+
+    Raises:
+        UnsupportedModelError: The model, the batch or the loss is of another kind.
+        UnsupportedFormatError: There is no such form.
+    """
+    if not isinstance(model, (nn.Module, ExportedProgram, str, PathLike)) and not _is_onnx(model):
+        raise UnsupportedModelError(
+            f"a model {_named(model)}",
+            "inspect_graph takes a torch.nn.Module, an ExportedProgram, an ONNX model or a path "
+            "of one",
+            "Give one of those" + ": call the class" * isinstance(model, type),
+        )
+    kinds = (Tensor, Mapping, tuple, list)
+    is_torch = isinstance(model, (nn.Module, ExportedProgram))
+    if is_torch and example_inputs is not None and not isinstance(example_inputs, kinds):
+        raise UnsupportedModelError(
+            f"example_inputs {_named(example_inputs)}",
+            "a batch is a tuple of positional arguments, a mapping of keyword arguments or one "
+            "tensor",
+            _as_a_batch(example_inputs),
+        )
+    if loss is not None and not callable(loss):
+        raise UnsupportedModelError(
+            f"loss {_named(loss)}",
+            "it is called with the model's output",
+            "Give a function of the output that returns a number",
+        )
+    if backward is not None and backward not in ("short", "expanded"):
+        raise UnsupportedFormatError(
+            f"backward={backward!r}",
+            "the backward pass is not shown in that form",
+            'Give "short", "expanded", or None to leave it out',
+        )
+
+
+def _is_onnx(model: object) -> bool:
+    packages = {kind.__module__.partition(".")[0] for kind in type(model).__mro__}
+    return not packages.isdisjoint(_ONNX_PACKAGES)
+
+
+def _named(value: object) -> str:
+    """Say what a value is, without its contents."""
+    if value is None:
+        return "that is None"
+    if isinstance(value, type):
+        return f"that is the class {value.__name__} itself"
+    shape = getattr(value, "shape", None)
+    sizes = f" and shape {tuple(shape)}" if isinstance(shape, tuple) else ""
+    return f"of class {type(value).__name__}{sizes}"
+
+
+def _as_a_batch(value: object) -> str:
+    if type(value).__module__.partition(".")[0] == "numpy":
+        return "Give torch.from_numpy(array)"
+    if isinstance(value, Iterator):
+        return "Give one batch of it: next(iterator)"
+    return "Give one of those"
+
+
+class LossWatch:
+    """Tells the failure of the user's loss from that of the model."""
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+        self.output = ""
+
+    def around(self, loss: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
+        """Wrap a loss.
+
+        Args:
+            loss: The user's loss, a module or another callable; None for none.
+
+        Returns:
+            One that does the same under the same name, and whose failure is kept.
+        """
+        if loss is None:
+            return None
+        if isinstance(loss, nn.Module):
+            kind = type(type(loss).__name__, (_WatchedLoss,), {})  # a module goes by its class
+            module: nn.Module = kind(loss, self)
+            return module
+
+        def call(output: Any) -> Any:
+            return self.call(loss, output)
+
+        call.__name__ = getattr(loss, "__name__", type(loss).__name__)
+        return call
+
+    def call(self, loss: Callable[[Any], Any], output: Any) -> Any:
+        """Call a loss.
+
+        Args:
+            loss: The loss.
+            output: The model's output.
+
+        Returns:
+            What the loss gives.
+        """
+        try:
+            return loss(output)
+        except Exception as error:  # whatever the user's code raises
+            self.failure, self.output = error, type(output).__name__
+            raise
+
+
+class _WatchedLoss(nn.Module):
+    """A loss that is a module: it stays one, so that its state is guarded like the model's."""
+
+    def __init__(self, loss: nn.Module, watch: LossWatch) -> None:
+        super().__init__()
+        self.loss = loss
+        self.watch = watch
+
+    def forward(self, output: Any) -> Any:
+        """Call the loss."""
+        return self.watch.call(self.loss, output)
+
+
+@contextmanager
+def running(model: nn.Module, watch: LossWatch) -> Iterator[None]:
+    """Say what failed where the user's model or loss can't be run on the user's batch.
+
+    Args:
+        model: The model.
+        watch: What is around the loss.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UnsupportedModelError: Something has failed.
+        TractError: The library itself has refused something; left as it is.
+    """
+    try:
+        yield
+    except TractError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        if error is watch.failure:
+            raise UnsupportedModelError(
+                f"the loss ({_message(error)})",
+                f"it fails on the model's output, of class {watch.output}",
+                "Give a function of that output which returns a number",
+            ) from error
+        reason, remedy = _of_the_model(error)
+        raise UnsupportedModelError(
+            f"{type(model).__name__} on the example inputs ({_message(error)})", reason, remedy
+        ) from error
+
+
+def _of_the_model(error: Exception) -> tuple[str, str]:
+    """Why a model fails, as far as its error tells, and what to do."""
+    text = str(error)
+    if text.startswith("Guard failed"):
+        return (
+            "the program was exported for inputs of that size, or of that kind",
+            "Give a batch like the one that it was exported with, or export it with dynamic_shapes",
+        )
+    arguments = ("positional argument", "keyword argument", "multiple values for argument")
+    if "input tree spec" in text or any(words in text for words in arguments):
+        return (
+            "they are not the arguments that the model takes",
+            "Give a tuple of its positional arguments, a mapping of its keyword arguments or a "
+            "tensor",
+        )
+    return (
+        "the model fails on them, in its forward or its backward pass",
+        "Give a batch that the model runs on, or correct the model",
+    )
+
+
+def _message(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def describe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Put a batch into words.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Returns:
+        Dtypes and shapes of its tensors.
+    """
+    tensors = [
+        f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+        for leaf in pytree.tree_leaves((args, kwargs))
+        if isinstance(leaf, torch.Tensor)
+    ]
+    return ", ".join(tensors)
