@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -35,7 +36,8 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
     raise UnsupportedModelError(
-        f"example_inputs of class {type(example_inputs).__name__}",
+        f"example_inputs={' '.join(reprlib.repr(example_inputs).split())}, of class "
+        f"{type(example_inputs).__name__}",
         "the model is exported on a batch to find the layer that consumes it",
         "Give a tuple of positional arguments, a mapping of keyword arguments or a tensor; or name "
         "the layer with layers=[…]",
