@@ -105,7 +105,7 @@ def test_expanded_into_stages(case: Inspected) -> None:
         assert len(found) >= case.calls, (stage, operation)
     steps = [n for n in view.nodes if n.stage]
     assert all(n.kind == "tract" and n.part == "backward" for n in steps)
-    assert ("block" in view.note) == ("Gram" in expected)
+    assert ("piece by piece" in view.note) == ("Gram" in expected)
 
 
 def test_what_a_reader_wants_to_see() -> None:

@@ -24,6 +24,7 @@ from tract_fx.preconditioner import (
     gram_matrix,
     patches,
     precondition_weight_gradient,
+    row_blocks,
     solve,
 )
 
@@ -150,6 +151,30 @@ def last_block_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gram_matrix, "patch_blocks", lambda *a: list(right(*a))[:-1] or right(*a))
 
 
+def borders_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of kernel rows at one distance, taken for the same wherever they start."""
+    right = row_blocks._Part._between
+    monkeypatch.setattr(row_blocks._Part, "_between", lambda *a: right(*a) * 0)
+
+
+def nearest_lag_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = row_blocks._Part.gram
+
+    def mutant(part: row_blocks._Part) -> Tensor:
+        assert isinstance(part.products, Tensor)
+        part.products[1:] = part.products[:1]
+        return right(part)
+
+    monkeypatch.setattr(row_blocks._Part, "gram", mutant)
+
+
+def rest_of_a_line_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output positions behind the last whole block are left out."""
+    monkeypatch.setattr(row_blocks, "block_width", lambda *_: 2)
+    right = row_blocks._Part.add
+    monkeypatch.setattr(row_blocks._Part, "add", lambda part, x: right(part, x * (part.start == 0)))
+
+
 def outside_always_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solve, "_SUMMATION_UNITS", float("inf"))
 
@@ -168,6 +193,9 @@ MUTANTS = [
     channels_last_in_a_row,
     one_gram_for_all_groups,
     last_block_dropped,
+    borders_ignored,
+    nearest_lag_alone,
+    rest_of_a_line_dropped,
 ]
 
 
@@ -180,6 +208,7 @@ def test_small_blocks_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks over images and bands of an image, which small test inputs would fit into one of."""
     for elements in (1, 64, 1000):
         monkeypatch.setitem(gram_matrix._BLOCK_ELEMENTS, "cpu", elements)
+        monkeypatch.setattr(row_blocks, "_PIECE", elements)
         assert wrong(list(GEOMETRIES), ["call_module"]) == []
 
 

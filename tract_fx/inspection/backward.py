@@ -15,9 +15,9 @@ from tract_fx.inspection.views import graph_view
 
 __all__ = ["backward"]
 
-_ONE_BLOCK = (
-    "Drawn with the Gram in one block; the library unfolds a large input's patches block by block "
-    "and adds the blocks up in float64"
+_BY_DEFINITION = (
+    "Drawn with the Gram as it is defined, from all patches at once; the library computes the same "
+    "Gram piece by piece (the layers' table says how) and adds the pieces up in float64"
 )
 
 
@@ -53,7 +53,7 @@ def backward(
         return Backward(short, None)
     steps, left = expand(joint, calls)
     stages = {stage_of(node) for node in steps.module.graph.nodes}
-    notes = [joint.note, _ONE_BLOCK if "Gram" in stages else ""]
+    notes = [joint.note, _BY_DEFINITION if "Gram" in stages else ""]
     if left:
         notes.append(
             f"{left} of TrAct's operations stay whole: what their calls read was not observed"

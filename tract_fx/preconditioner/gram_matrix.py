@@ -1,7 +1,9 @@
 """The Gram matrix of a layer's input patches, without holding all patches in memory.
 
-`gram` is the one entry. The patches are unfolded block by block, multiplied in the working dtype
-and added up in float64, so that neither memory nor rounding grows with the batch.
+`gram` is the one entry. Overlapping patches go by blocks of the input's rows (`row_blocks`) where
+that takes fewer products and copies than unfolding them; all else is unfolded block by block. In
+both, products are in the working dtype and their sums in float64, so that neither memory nor
+rounding grows with the batch.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 
 from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.patches import patch_blocks
+from tract_fx.preconditioner.row_blocks import product_cost, row_block_cost, row_block_gram
 
 __all__ = ["gram", "gram_algorithm"]
 
@@ -20,6 +23,13 @@ __all__ = ["gram", "gram_algorithm"]
 # that unfolds it and the product that reads it; on an accelerator it should fill the machine.
 _BLOCK_ELEMENTS = {"cpu": 1 << 19}
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
+
+# Columns of a tile: of the symmetric product, tiles below the diagonal are left out.
+_TILE = 128
+
+
+# Row blocks take more calls for the same work.
+_CALLS = 1.1
 
 
 def gram(
@@ -31,17 +41,40 @@ def gram(
         x: The layer's input, (N, C, *spatial), of any floating dtype, with R > 0 rows.
         geometry: How the layer reads it.
         dtype: Dtype of the products, float32 or float64. Blocks are added up in float64.
-        in_blocks: Whether the patches are unfolded block by block; else all of them at once.
+        in_blocks: Whether the work goes block by block; else all patches are unfolded at once, as
+            the definition says.
 
     Returns:
-        The Gram matrices, (groups, n, n), in `dtype`.
+        The Gram matrices, (groups, n, n), in `dtype`; exactly symmetric.
     """
-    elements = _block_elements(x.device) if in_blocks else sys.maxsize
+    if in_blocks and _goes_by_rows(x, geometry):
+        total = row_block_gram(x, geometry, dtype)
+    else:
+        elements = _block_elements(x.device) if in_blocks else sys.maxsize
+        total = _unfolded_gram(x, geometry, dtype, elements)
+    upper = (total / geometry.rows(x)).to(dtype).triu()
+    return upper + upper.triu(1).mT
+
+
+def _unfolded_gram(
+    x: torch.Tensor, geometry: PatchGeometry, dtype: torch.dtype, elements: int
+) -> torch.Tensor:
+    """XᵀX, right on and above the diagonal: (groups, n, n) in float64."""
     n = geometry.columns(x)
     total = x.new_zeros((geometry.groups, n, n), dtype=torch.float64)
+    tile = n if elements == sys.maxsize else _TILE
     for block in patch_blocks(x, geometry, dtype, elements):
-        total += block @ block.mT
-    return (total / geometry.rows(x)).to(dtype)
+        for start in range(0, n, tile):
+            rows = block[:, start : start + tile]
+            total[:, start : start + tile, start:] += rows @ block[:, start:].mT
+    return total
+
+
+def _goes_by_rows(x: torch.Tensor, geometry: PatchGeometry) -> bool:
+    """Compare products and copies per output position and group."""
+    if not geometry.kernel:
+        return False
+    return _CALLS * row_block_cost(x, geometry) < product_cost(geometry.columns(x))
 
 
 def gram_algorithm(x: torch.Tensor, geometry: PatchGeometry) -> str:
@@ -54,6 +87,8 @@ def gram_algorithm(x: torch.Tensor, geometry: PatchGeometry) -> str:
     Returns:
         A phrase, for reports.
     """
+    if _goes_by_rows(x, geometry):
+        return "blocks of the input's rows, patches not unfolded"
     entries = geometry.rows(x) * geometry.columns(x) * geometry.groups
     blocks = math.ceil(entries / _block_elements(x.device))
     return "patches unfolded whole" if blocks <= 1 else f"patches unfolded in {blocks} blocks"
