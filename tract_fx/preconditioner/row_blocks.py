@@ -221,7 +221,8 @@ def _padded(planes: torch.Tensor, rows: _Rows) -> torch.Tensor:
     images, groups, inner_height, inner_width, channels = planes.shape
     padded = planes.new_zeros((images, groups, height, width, channels))
     padded[:, :, top : top + inner_height, left : left + inner_width] = planes
-    return padded.unflatten(2, (stacks, step))
+    stacked: torch.Tensor = padded.unflatten(2, (stacks, step))
+    return stacked
 
 
 class _Part:
@@ -273,8 +274,8 @@ class _Part:
         stacks = blocks.unflatten(1, (-1, self.count))[:, first : first + lags]
         each = stacks.transpose(1, 2).unflatten(0, (-1, groups)).transpose(0, 1)
         matrix = each.reshape(groups, -1, lags * length)
-        product = (matrix.mT @ matrix).double()
-        return product.unflatten(1, (lags, length)).unflatten(3, (lags, length)).transpose(2, 3)
+        sums = (matrix.mT @ matrix).double().reshape(groups, lags, length, lags, length)
+        return sums.transpose(2, 3)
 
     def gram(self) -> torch.Tensor:
         """Put XᵀX together.
