@@ -274,8 +274,8 @@ class _Part:
         stacks = blocks.unflatten(1, (-1, self.count))[:, first : first + lags]
         each = stacks.transpose(1, 2).unflatten(0, (-1, groups)).transpose(0, 1)
         matrix = each.reshape(groups, -1, lags * length)
-        sums = (matrix.mT @ matrix).double().reshape(groups, lags, length, lags, length)
-        return sums.transpose(2, 3)
+        sums: torch.Tensor = (matrix.mT @ matrix).double()
+        return sums.reshape(groups, lags, length, lags, length).transpose(2, 3)
 
     def gram(self) -> torch.Tensor:
         """Put XᵀX together.
