@@ -143,7 +143,7 @@ def test_the_page_says_all_that_the_terminal_says() -> None:
         *("2.13e-7", "4.42e-7", "3.91e-7", "0.871", "401,408 rows × 147 columns", "λ = 0.1"),
         *("conv2d 3 → 64, 7×7, stride 2, padding 3", "x → sub → div → conv1", "resnet.py:41"),
         *("52 further calls", "A parameter is added to the input", "TrAct was put on another"),
-        *("+tract_conv1 = precondition_grad", "-conv1 = conv2d", "411 more"),  # nodes
+        *("+tract_conv1 = precondition_grad", "-conv1 = conv2d", "411 more"),
         *("0.823 → 3.14", "0.912 → 0.0713", "from -2.12 to 2.64", "torch 2.13.0"),
         *("61 of 61 outputs and other gradients within tolerance", "gradient of layer3.1.bn1.bias"),
     ):
