@@ -51,29 +51,30 @@ def reference(x: Tensor, geometry: PatchGeometry) -> Any:
     return oracle.gram(spec, functional.pad(x, pads))
 
 
-def computed(algorithm: str, x: Tensor, geometry: PatchGeometry) -> Tensor:
+def computed(algorithm: str, x: Tensor, geometry: PatchGeometry, elements: int) -> Tensor:
     if algorithm == "chosen":
         return gram(x, geometry, x.dtype)
     if algorithm == "row blocks":
-        return row_block_gram(x, geometry, x.dtype) / geometry.rows(x)
-    upper = gram_matrix._unfolded_gram(x, geometry, x.dtype, 500).triu() / geometry.rows(x)
+        return row_block_gram(x, geometry, x.dtype, elements) / geometry.rows(x)
+    total = gram_matrix._unfolded_gram(x, geometry, x.dtype, elements, 5)
+    upper = total.triu() / geometry.rows(x)
     return upper + upper.triu(1).mT
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(case=convolutions(), piece=st.sampled_from([1, 300, 1 << 18]))
+@given(case=convolutions(), elements=st.sampled_from([1, 300, 1 << 18]))
 def test_random_geometries(
-    algorithm: str, case: tuple[PatchGeometry, tuple[int, ...]], piece: int
+    algorithm: str, case: tuple[PatchGeometry, tuple[int, ...]], elements: int
 ) -> None:
     geometry, shape = case
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, dtype=torch.float64) + 0.5
     assume(geometry.rows(x))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_blocks, "_PIECE", piece)
+        patch.setitem(gram_matrix._BLOCK_ELEMENTS, "cpu", elements)
         patch.setattr(gram_matrix, "_TILE", 5)
-        found = computed(algorithm, x, geometry)
+        found = computed(algorithm, x, geometry, elements)
     assert oracle.relative_error(found, reference(x, geometry)) < FLOAT64
 
 
@@ -84,7 +85,7 @@ def test_every_width_of_a_block(width: int, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(row_blocks, "block_width", lambda *_: width)
     assert (
         oracle.relative_error(
-            row_block_gram(x, geometry, x.dtype) / geometry.rows(x), reference(x, geometry)
+            row_block_gram(x, geometry, x.dtype, 500) / geometry.rows(x), reference(x, geometry)
         )
         < FLOAT64
     )

@@ -196,7 +196,7 @@ def test_few_rows(images: Tensor) -> None:
     inspection = inspect_graph(model, images, backward="expanded")
     (layer,) = inspection.layers
     assert (layer.rows, layer.columns) == (8, 432)
-    assert layer.form.startswith("Cholesky of XXᵀ in the row space") and layer.gram == ""
+    assert layer.form == "Cholesky of XXᵀ in the row space, float64" and layer.gram == ""
     assert inspection.verification is not None and inspection.verification.passed
 
 

@@ -12,11 +12,9 @@ import onnx
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner, Result
 
-from test_shell import mlp
+from test_shell import done, mlp, refused, run
 from tract_fx import AdamW, export_training, tract_module
-from tract_fx.shell.app import app
 
 NETS = """
 import sys
@@ -79,25 +77,6 @@ class Two(nn.Module):
         return self.a(x) + self.b(x) + (x * self.scale).sum()
 """  # noqa: E501 (Python in a text)
 SHAPE = ("--input-shape", "4,3,8,8")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "160"}).invoke(app, [str(a) for a in arguments])
-
-
-def done(*arguments: object) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def refused(code: int, *arguments: object) -> str:
-    result = run(*arguments)
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    if code == 1:
-        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    return result.stderr
 
 
 @pytest.fixture

@@ -208,7 +208,6 @@ def test_small_blocks_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks over images and bands of an image, which small test inputs would fit into one of."""
     for elements in (1, 64, 1000):
         monkeypatch.setitem(gram_matrix._BLOCK_ELEMENTS, "cpu", elements)
-        monkeypatch.setattr(row_blocks, "_PIECE", elements)
         assert wrong(list(GEOMETRIES), ["call_module"]) == []
 
 

@@ -12,10 +12,10 @@ from tract_fx.inspection.observed import ObservedCall
 from tract_fx.inspection.records import LayerReport, SourceLine
 from tract_fx.inspection.sources import source_of
 from tract_fx.passes.fx_graph import locate
-from tract_fx.passes.records import InputLayer, Refusal
+from tract_fx.passes.records import Findings, InputLayer, Refusal
 from tract_fx.preconditioner import gram_algorithm, plan_solve
 
-__all__ = ["LayerCalls", "layer_reports", "read_layers"]
+__all__ = ["LayerCalls", "layer_reports", "read_layers", "sort_calls"]
 
 _FORMS = {
     "cholesky": "Cholesky of the Gram",
@@ -58,19 +58,41 @@ def read_layers(graph: fx.GraphModule, model: nn.Module) -> LayerCalls:
         Its calls of linear layers and convolutions.
     """
     located = locate(graph)
-    on_input = frozenset(record.node for record in located.findings.layers)
     records = [record for record, _ in located.eligible]
+    sources = {record.node: source_of(call.node) for record, call in located.eligible}
+    modes = {record.node: _padding_mode(record, model) for record in records}
+    return sort_calls(located.findings, records, sources, modes)
+
+
+def sort_calls(
+    findings: Findings,
+    records: Sequence[InputLayer],
+    sources: Mapping[str, SourceLine | None],
+    padding_modes: Mapping[str, str],
+) -> LayerCalls:
+    """Sort the calls that locating found, in whatever kind of graph.
+
+    Args:
+        findings: What meets the input.
+        records: All calls that could be treated.
+        sources: The user's line of each call, None where it is not known.
+        padding_modes: What the calls' modules pad with; empty for zeros.
+
+    Returns:
+        The calls.
+    """
+    on_input = frozenset(record.node for record in findings.layers)
     taken = tuple(r for r in records if r.lambda_ is not None)
     candidates = tuple(r for r in records if r.lambda_ is None and r.node in on_input)
-    sources = {call.node.name: source_of(call.node) for _, call in located.eligible}
+    modes = {r.node: padding_modes.get(r.node) for r in taken}
     return LayerCalls(
         taken=taken,
         candidates=candidates,
         others=len(records) - len(taken) - len(candidates),
-        refusals=located.findings.refusals,
+        refusals=findings.refusals,
         on_input=on_input,
         sources={name: source for name, source in sources.items() if source is not None},
-        padding_modes={r.node: mode for r in taken if (mode := _padding_mode(r, model))},
+        padding_modes={name: mode for name, mode in modes.items() if mode},
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from tract_fx.inspection.layers import LayerCalls, layer_reports
+from tract_fx.inspection.layers import LayerCalls, layer_reports, sort_calls
 from tract_fx.inspection.observed import ObservedCall
 from tract_fx.inspection.onnx_calls import TreatedCall
 from tract_fx.inspection.records import LayerReport
@@ -56,20 +56,9 @@ def onnx_calls(located: LocatedOnnx) -> LayerCalls:
     Returns:
         The calls.
     """
-    on_input = frozenset(record.node for record in located.findings.layers)
-    records = [record for record, _ in located.eligible]
-    taken = tuple(r for r in records if r.lambda_ is not None)
-    candidates = tuple(r for r in records if r.lambda_ is None and r.node in on_input)
     traces = {r.node: call.node.metadata_props.get(_TRACE, "") for r, call in located.eligible}
     sources = {name: source_in(trace) for name, trace in traces.items()}
-    return LayerCalls(
-        taken=taken,
-        candidates=candidates,
-        others=len(records) - len(taken) - len(candidates),
-        refusals=located.findings.refusals,
-        on_input=on_input,
-        sources={name: source for name, source in sources.items() if source is not None},
-    )
+    return sort_calls(located.findings, [record for record, _ in located.eligible], sources, {})
 
 
 def onnx_layer_reports(

@@ -19,8 +19,9 @@ from tract_fx.preconditioner.row_blocks import product_cost, row_block_cost, row
 
 __all__ = ["gram", "gram_algorithm"]
 
-# Entries of one block of patches. On a CPU a block should stay in a core's cache between the copy
-# that unfolds it and the product that reads it; on an accelerator it should fill the machine.
+# Entries of one block of patches, or of the rows' blocks at a time. On a CPU they should stay in a
+# core's cache between the copy that makes them and the product that reads them; on an accelerator
+# they should fill the machine.
 _BLOCK_ELEMENTS = {"cpu": 1 << 19}
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
 
@@ -47,22 +48,22 @@ def gram(
     Returns:
         The Gram matrices, (groups, n, n), in `dtype`; exactly symmetric.
     """
-    if in_blocks and _goes_by_rows(x, geometry):
-        total = row_block_gram(x, geometry, dtype)
+    if not in_blocks:
+        total = _unfolded_gram(x, geometry, dtype, sys.maxsize, sys.maxsize)
+    elif _goes_by_rows(x, geometry):
+        total = row_block_gram(x, geometry, dtype, _block_elements(x.device))
     else:
-        elements = _block_elements(x.device) if in_blocks else sys.maxsize
-        total = _unfolded_gram(x, geometry, dtype, elements)
+        total = _unfolded_gram(x, geometry, dtype, _block_elements(x.device), _TILE)
     upper = (total / geometry.rows(x)).to(dtype).triu()
     return upper + upper.triu(1).mT
 
 
 def _unfolded_gram(
-    x: torch.Tensor, geometry: PatchGeometry, dtype: torch.dtype, elements: int
+    x: torch.Tensor, geometry: PatchGeometry, dtype: torch.dtype, elements: int, tile: int
 ) -> torch.Tensor:
     """XᵀX, right on and above the diagonal: (groups, n, n) in float64."""
     n = geometry.columns(x)
     total = x.new_zeros((geometry.groups, n, n), dtype=torch.float64)
-    tile = n if elements == sys.maxsize else _TILE
     for block in patch_blocks(x, geometry, dtype, elements):
         for start in range(0, n, tile):
             rows = block[:, start : start + tile]

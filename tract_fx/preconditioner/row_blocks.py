@@ -29,13 +29,11 @@ from tract_fx.preconditioner.geometry import PatchGeometry
 
 __all__ = ["block_width", "product_cost", "row_block_cost", "row_block_gram"]
 
-# Numbers of one piece of the batch, in blocks: between copy and product they stay in the cache.
-_PIECE = 1 << 19
 _WIDEST = 32
-COPY = 40.0
+_COPY = 40.0
 """What copying a number costs, in products."""
 
-NARROW = 40.0
+_NARROW = 40.0
 """How many columns more a matrix would have in the time of its product at a wide one's pace."""
 
 _TERMS = 1 << 22
@@ -100,7 +98,7 @@ def product_cost(length: int) -> float:
     Returns:
         Its products, those that a narrow matrix loses to a wide one's pace, and its copy.
     """
-    return length * (length + NARROW + COPY)
+    return length * (length + _NARROW + _COPY)
 
 
 def row_block_cost(x: torch.Tensor, geometry: PatchGeometry) -> float:
@@ -151,16 +149,20 @@ def _cost(rows: _Rows, channels: int, width: int) -> float:
 
 def _block_cost(rows: _Rows, channels: int, width: int) -> float:
     length = channels * rows.stride[0] * rows.block_columns(width)
-    return length * (rows.lags * (length + NARROW) + COPY)
+    return length * (rows.lags * (length + _NARROW) + _COPY)
 
 
-def row_block_gram(x: torch.Tensor, geometry: PatchGeometry, dtype: torch.dtype) -> torch.Tensor:
+def row_block_gram(
+    x: torch.Tensor, geometry: PatchGeometry, dtype: torch.dtype, elements: int
+) -> torch.Tensor:
     """Compute XᵀX for every group.
 
     Args:
         x: The input, (N, C, *spatial), with rows.
         geometry: How the layer reads it; a convolution's.
         dtype: Dtype of the products. Each image's are added up in float64.
+        elements: How many numbers the blocks of the images that are treated at a time should have
+            at most. An image is not divided.
 
     Returns:
         (groups, n, n) in float64.
@@ -179,7 +181,7 @@ def row_block_gram(x: torch.Tensor, geometry: PatchGeometry, dtype: torch.dtype)
         * groups
         * sum(part.count * rows.block_columns(part.width) for part in parts)
     )
-    for piece in x.split(max(1, _PIECE // max(1, per_image))):
+    for piece in x.split(max(1, elements // max(1, per_image))):
         planes = _padded(_planes(piece.to(dtype), geometry), rows)
         for part in parts:
             part.add(planes)

@@ -77,13 +77,14 @@ def plan_solve(
     noise = _noise(grad_dtype, input_dtype, x.device, bool(geometry.kernel))
     x = geometry.batched(x if input_dtype is None else x.to(input_dtype))
     rows, columns = geometry.rows(x), geometry.columns(x)
+    if rows == 0:
+        return SolvePlan("no rows", rows, columns, dtype, noise)
+    if rows < columns:
+        return SolvePlan("row space", rows, columns, torch.float64, noise)
     single_on_cpu = x.device.type == "cpu" and dtype == torch.float32
     if single_on_cpu and _float32_is_too_coarse(x, lambda_, geometry):
         dtype = torch.float64
-    form: Literal["cholesky", "row space", "no rows"] = "no rows"
-    if rows:
-        form = "row space" if rows < columns else "cholesky"
-    return SolvePlan(form, rows, columns, dtype, noise)
+    return SolvePlan("cholesky", rows, columns, dtype, noise)
 
 
 def precondition_weight_gradient(
@@ -160,7 +161,7 @@ def precondition_by_plan(
         if plan.form == "no rows":
             result = matrix.to(plan.dtype) / lambda_
         elif plan.form == "row space":
-            result = _row_space_solve(matrix.double(), x, lambda_, geometry, plan.noise)
+            result = _row_space_solve(matrix.to(plan.dtype), x, lambda_, geometry, plan.noise)
         else:
             result = _gram_solve(matrix, x, lambda_, geometry, plan.dtype, traced)
         return result.to(grad.dtype).reshape(grad.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -91,8 +92,9 @@ def inspect(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a page that works offline.")
     ] = None,
-    json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the records, - for standard output.")
+    json_: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the records, - for standard output."),
     ] = None,
     picture: Annotated[
         Path | None,
@@ -137,11 +139,12 @@ def inspect(
         wrong_usage("--data has the batch: without --input-shape")
     if as_is and (layer or lambda_ is not None):
         wrong_usage("--as-is leaves the model alone: without --lambda and --layer")
-    files = [file for file in (html, json, picture) if file is not None]
-    _check_suffixes(html, json, picture)
+    _check_suffixes(html, json_, picture)
+    printed = json_ == Path("-")
+    files = [file for file in (html, None if printed else json_, picture) if file is not None]
     if netron:
         _check_netron(target)
-    everything = bool(files) and not (backward or verify or statistics)
+    everything = (printed or bool(files)) and not (backward or verify or statistics)
     chosen = layer_choice(layer, lambda_)
     inputs = example_inputs(input_shape, seed) if data is None else read_example_batch(data)
     options: dict[str, Any] = {
@@ -156,18 +159,14 @@ def inspect(
         model, inputs = _model(target, inputs, seed, lambda_, chosen, as_is)
         inspection = inspect_graph(model, inputs, **options)
         for file in files:
-            if file != Path("-"):
-                inspection.save(file)
+            inspection.save(file)
     with printing():
-        if json == Path("-"):
-            import json as json_format
-
-            typer.echo(json_format.dumps(inspection.to_dict(), indent=2))
+        if printed:
+            typer.echo(json.dumps(inspection.to_dict(), indent=2))
         else:
             inspection.print(output())
     for file in files:
-        if file != Path("-"):
-            messages().print(f"Written: {file}", markup=False, soft_wrap=True)
+        messages().print(f"Written: {file}", markup=False, soft_wrap=True)
     if netron:
         _open_in_netron(Path(target))
     checked = inspection.verification
@@ -177,11 +176,11 @@ def inspect(
         raise typer.Exit(NOT_VERIFIED)
 
 
-def _check_suffixes(html: Path | None, json: Path | None, picture: Path | None) -> None:
+def _check_suffixes(html: Path | None, json_: Path | None, picture: Path | None) -> None:
     """Refuse a file whose suffix means another kind, before the work."""
     for option, file, suffixes in (
         ("--html", html, {".html"}),
-        ("--json", json, {".json"}),
+        ("--json", json_, {".json"}),
         ("--picture", picture, {".svg", ".dot"}),
     ):
         if file == Path("-") and option != "--json":
