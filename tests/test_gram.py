@@ -14,8 +14,16 @@ from torch.nn import functional
 
 import oracle
 from photographs import photographs
-from tract_fx.preconditioner import PatchGeometry, gram, gram_algorithm, gram_matrix, row_blocks
-from tract_fx.preconditioner.row_blocks import row_block_gram
+from tract_fx.preconditioner import (
+    PatchGeometry,
+    gram,
+    gram_algorithm,
+    gram_matrix,
+    gram_work,
+    products,
+    row_blocks,
+)
+from tract_fx.preconditioner.row_blocks import Plan, row_block_gram
 
 FLOAT64 = 1e-12
 ALGORITHMS = ("row blocks", "unfolded", "chosen")
@@ -56,7 +64,7 @@ def computed(algorithm: str, x: Tensor, geometry: PatchGeometry, elements: int) 
         return gram(x, geometry, x.dtype)
     if algorithm == "row blocks":
         return row_block_gram(x, geometry, x.dtype, elements) / geometry.rows(x)
-    total = gram_matrix._unfolded_gram(x, geometry, x.dtype, elements, 5)
+    total = gram_matrix._unfolded_gram(x, geometry, x.dtype, elements)
     upper = total.triu() / geometry.rows(x)
     return upper + upper.triu(1).mT
 
@@ -72,23 +80,62 @@ def test_random_geometries(
     x = torch.randn(shape, generator=generator, dtype=torch.float64) + 0.5
     assume(geometry.rows(x))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(gram_matrix._BLOCK_ELEMENTS, "cpu", elements)
-        patch.setattr(gram_matrix, "_TILE", 5)
+        patch.setitem(gram_matrix._PIECE_ELEMENTS, "cpu", elements)
+        patch.setattr(products, "_TILE", 16)
         found = computed(algorithm, x, geometry, elements)
     assert oracle.relative_error(found, reference(x, geometry)) < FLOAT64
 
 
+@pytest.mark.parametrize("align", [1, 8])
+@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("width", range(1, 9))
-def test_every_width_of_a_block(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_plan(width: int, shifted: bool, align: int, monkeypatch: pytest.MonkeyPatch) -> None:
     geometry = PatchGeometry((4, 3), (2, 1), ((1, 2), (1, 0)), (1, 2), 2)
     x = torch.randn(3, 4, 11, 12, dtype=torch.float64)
-    monkeypatch.setattr(row_blocks, "block_width", lambda *_: width)
-    assert (
-        oracle.relative_error(
-            row_block_gram(x, geometry, x.dtype, 500) / geometry.rows(x), reference(x, geometry)
-        )
-        < FLOAT64
-    )
+    plan = Plan(width, 2 if shifted else 4, align)
+    monkeypatch.setattr(row_blocks, "best_plan", lambda *_: plan)
+    monkeypatch.setattr(row_blocks, "_layer", row_blocks._layer.__wrapped__)
+    found = row_block_gram(x, geometry, x.dtype, 500) / geometry.rows(x)
+    assert oracle.relative_error(found, reference(x, geometry)) < FLOAT64
+
+
+@pytest.mark.parametrize("stride, dilation", [(1, 1), (2, 1), (3, 2), (2, 4), (4, 6), (1, 3)])
+@pytest.mark.parametrize("height", [1, 2, 9])
+def test_kernel_rows_by_displacement(
+    height: int, stride: int, dilation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where fewer output rows are there than the displacement has."""
+    geometry = PatchGeometry((5, 2), (stride, 1), ((2, 1), (0, 1)), (dilation, 1), 1)
+    x = torch.randn(2, 3, height + 4 * dilation, 7, dtype=torch.float64)
+    left = stride // math.gcd(stride, dilation)
+    monkeypatch.setattr(row_blocks, "best_plan", lambda *_: Plan(3, left, 1))
+    monkeypatch.setattr(row_blocks, "_layer", row_blocks._layer.__wrapped__)
+    found = row_block_gram(x, geometry, x.dtype, 500) / geometry.rows(x)
+    assert oracle.relative_error(found, reference(x, geometry)) < FLOAT64
+
+
+@pytest.mark.parametrize("rows", [1, 5, 127, 4099, 9000])
+@pytest.mark.parametrize("columns", [1, 40, 300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_linear_layers(rows: int, columns: int, dtype: torch.dtype) -> None:
+    x = torch.randn(rows, columns, dtype=torch.float64).to(dtype) + 1
+    working = torch.promote_types(dtype, torch.float32)
+    found = gram(x, PatchGeometry(), working)
+    assert found.dtype == working
+    limit = FLOAT64 if dtype == torch.float64 else 1e-5
+    assert oracle.relative_error(found, (x.double().mT @ x.double())[None] / rows) < limit
+    assert torch.equal(found, found.mT)
+
+
+def test_work_is_counted_by_hand() -> None:
+    """7 × 7 with stride 2, in blocks of 4 positions: 13 columns of 3 channels, aligned to 40."""
+    geometry = PatchGeometry.of_convolution((7, 7), 2, 3)
+    work = gram_work(torch.zeros(16, 3, 224, 224), geometry)
+    blocks = 16 * 112 * 28
+    assert blocks * 80 * 280 < work.multiply_adds < 1.05 * blocks * 80 * 280
+    assert blocks * 280 < work.copied < 1.25 * blocks * 280
+    linear = gram_work(torch.zeros(100, 256), PatchGeometry())
+    assert linear.multiply_adds == 100 * (128 * 256 + 128 * 128) and linear.copied == 0
 
 
 SHAPES = {
@@ -132,7 +179,7 @@ def test_one_entry_that_is_not_finite(name: str, value: float) -> None:
 def test_what_is_chosen() -> None:
     """Overlapping patches are not unfolded; patches side by side, and linear layers, are."""
     x = torch.zeros(2, 3, 32, 32)
-    for kernel, stride, rows in ((7, 2, True), (3, 1, True), (4, 4, False), (1, 1, False)):
+    for kernel, stride, rows in ((7, 2, True), (3, 1, True), (4, 4, False), (16, 16, False)):
         geometry = PatchGeometry.of_convolution((kernel, kernel), stride)
         assert ("rows" in gram_algorithm(x, geometry)) == rows
-    assert "unfolded" in gram_algorithm(torch.zeros(9, 3), PatchGeometry())
+    assert "as it lies" in gram_algorithm(torch.zeros(9, 3), PatchGeometry())

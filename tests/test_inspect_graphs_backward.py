@@ -100,7 +100,8 @@ def test_expanded_into_stages(case: Inspected) -> None:
     expected = STAGES.get(case.name, ("Gram", "factorisation", "solve"))
     assert sorted(stages) == sorted(expected)
     assert not any(n.label == BACKWARD for n in view.nodes)
-    for stage, operation in zip(expected, ("bmm", "cholesky_ex", "cholesky_solve"), strict=True):
+    solving = "solve_triangular" if "Gram" in expected else "cholesky_solve"
+    for stage, operation in zip(expected, ("bmm", "cholesky_ex", solving), strict=True):
         found = [n for n in view.nodes if n.stage == stage and n.label == operation]
         assert len(found) >= case.calls, (stage, operation)
     steps = [n for n in view.nodes if n.stage]
@@ -305,7 +306,9 @@ def test_one_block_where_the_library_takes_several() -> None:
     x = torch.randn(2, 3, 64, 64)
     view = backward(model, (x,), {}, observed(model, (x,), {}), expanded=True).expanded
     assert view is not None
-    assert "blocks" in gram_algorithm(x, PatchGeometry.of_convolution((7, 7), padding=3))
+    assert "blocks of the input" in gram_algorithm(
+        x, PatchGeometry.of_convolution((7, 7), padding=3)
+    )
     assert by_label(view, "bmm").inputs == ("unfold_1",)
     # One operation, not the four that it is traced to.
     assert by_label(view, "isfinite").inputs == by_label(view, "add 0.1").inputs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,7 +27,9 @@ from tract_fx.preconditioner import (
     precondition_weight_gradient,
     row_blocks,
     solve,
+    windows,
 )
+from tract_fx.preconditioner.windows import Window
 
 Ways = dict[str, Callable[[nn.Module, Tensor], nn.Module]]
 WAYS: Ways = {
@@ -147,32 +150,60 @@ def one_gram_for_all_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 def last_block_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Gram over all blocks of patches but the last, where there are several."""
     right = patches.patch_blocks
-    monkeypatch.setitem(gram_matrix._BLOCK_ELEMENTS, "cpu", 64)
+    monkeypatch.setitem(gram_matrix._PIECE_ELEMENTS, "cpu", 64)
     monkeypatch.setattr(gram_matrix, "patch_blocks", lambda *a: list(right(*a))[:-1] or right(*a))
+
+
+def fixed_plan(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Blocks of a width, by rows of the input, for every convolution."""
+    shifted = row_blocks.best_plan
+
+    def plan(window: Window, channels: int) -> row_blocks.Plan:
+        left = min(window.displacement[0], window.kernel[0])
+        return replace(shifted(window, channels), width=width, left=left)
+
+    monkeypatch.setattr(row_blocks, "best_plan", plan)
+    monkeypatch.setattr(row_blocks, "_layer", row_blocks._layer.__wrapped__)
+    monkeypatch.setattr(gram_matrix, "_choose", lambda *_: (True, None))
 
 
 def borders_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of kernel rows at one distance, taken for the same wherever they start."""
-    right = row_blocks._Part._between
-    monkeypatch.setattr(row_blocks._Part, "_between", lambda *a: right(*a) * 0)
+    fixed_plan(monkeypatch, 2)
+    right = row_blocks._block_products
+
+    def mutant(*a: Any) -> Tensor:
+        products = right(*a)
+        return products if len(products) == 1 else products * 0
+
+    monkeypatch.setattr(row_blocks, "_block_products", mutant)
 
 
-def nearest_lag_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = row_blocks._Part.gram
+def top_border_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output rows below the last are added, the first ones not taken away."""
+    fixed_plan(monkeypatch, 2)
+    right = row_blocks._block_products
 
-    def mutant(part: row_blocks._Part) -> Tensor:
-        assert isinstance(part.products, Tensor)
-        part.products[1:] = part.products[:1]
-        return right(part)
+    def mutant(*a: Any) -> Tensor:
+        products = right(*a)
+        products[1:] = 0
+        return products
 
-    monkeypatch.setattr(row_blocks._Part, "gram", mutant)
+    monkeypatch.setattr(row_blocks, "_block_products", mutant)
 
 
 def rest_of_a_line_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Output positions behind the last whole block are left out."""
-    monkeypatch.setattr(row_blocks, "block_width", lambda *_: 2)
-    right = row_blocks._Part.add
-    monkeypatch.setattr(row_blocks._Part, "add", lambda part, x: right(part, x * (part.start == 0)))
+    fixed_plan(monkeypatch, 2)
+    right = row_blocks._parts
+    monkeypatch.setattr(row_blocks, "_parts", lambda *a: list(right(*a))[:1])
+
+
+def zeros_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is not cleared around the input."""
+    monkeypatch.setattr(windows.Window, "inside", lambda *_: True)
+    empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **how: empty(*a, **how).fill_(7))
 
 
 def outside_always_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,8 +225,9 @@ MUTANTS = [
     one_gram_for_all_groups,
     last_block_dropped,
     borders_ignored,
-    nearest_lag_alone,
+    top_border_ignored,
     rest_of_a_line_dropped,
+    zeros_forgotten,
 ]
 
 
@@ -207,7 +239,7 @@ def test_without_a_mutant_nothing_is_wrong() -> None:
 def test_small_blocks_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks over images and bands of an image, which small test inputs would fit into one of."""
     for elements in (1, 64, 1000):
-        monkeypatch.setitem(gram_matrix._BLOCK_ELEMENTS, "cpu", elements)
+        monkeypatch.setitem(gram_matrix._PIECE_ELEMENTS, "cpu", elements)
         assert wrong(list(GEOMETRIES), ["call_module"]) == []
 
 

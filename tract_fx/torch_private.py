@@ -31,6 +31,7 @@ __all__ = [
     "inside_functorch",
     "is_fake",
     "joint_graph",
+    "operators_are_seen",
     "post_accumulate_hooks",
     "product_rounding",
     "record_run",
@@ -143,6 +144,26 @@ def tracing_operators() -> bool:
         True while a graph is made, in which the op has to stand whoever needs a gradient now.
     """
     return get_proxy_mode() is not None
+
+
+def operators_are_seen(*tensors: torch.Tensor) -> bool:
+    """Tell whether somebody may see, or replace, the operators that are called.
+
+    Args:
+        tensors: What they are called with.
+
+    Returns:
+        True under a compiler, a tracer, a transform or a dispatch mode, and for tensors that have a
+        dispatch of their own.
+    """
+    ordinary = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+    return (
+        not ordinary
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or inside_functorch()
+        or inside_dual_level()
+    )
 
 
 def traced_stage(name: str) -> AbstractContextManager[None]:

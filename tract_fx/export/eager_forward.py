@@ -15,7 +15,7 @@ from tract_fx.export.no_dropout import no_dropout
 
 __all__ = ["call_on_copies", "changed_buffers"]
 
-_OWN = "GeneratedBackwardFor_tract_fx_"
+_OWN = ("GeneratedBackwardFor_tract_fx_", "_PreconditionGrad")
 _CHECKPOINT = "CheckpointFunctionBackward"  # computes again what the forward pass computed
 
 

@@ -4,7 +4,7 @@ Imports nothing from the rest of the package but errors and the list of private 
 """
 
 from tract_fx.preconditioner.geometry import PatchGeometry
-from tract_fx.preconditioner.gram_matrix import gram, gram_algorithm
+from tract_fx.preconditioner.gram_matrix import GramWork, gram, gram_algorithm, gram_work
 from tract_fx.preconditioner.op import precondition_grad
 from tract_fx.preconditioner.operators import PRECONDITION_GRAD_OPERATOR
 from tract_fx.preconditioner.settings import check_lambda
@@ -17,11 +17,13 @@ from tract_fx.preconditioner.solve import (
 
 __all__ = [
     "PRECONDITION_GRAD_OPERATOR",
+    "GramWork",
     "PatchGeometry",
     "SolvePlan",
     "check_lambda",
     "gram",
     "gram_algorithm",
+    "gram_work",
     "plan_solve",
     "precondition_by_plan",
     "precondition_grad",

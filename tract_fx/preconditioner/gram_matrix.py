@@ -1,36 +1,40 @@
 """The Gram matrix of a layer's input patches, without holding all patches in memory.
 
-`gram` is the one entry. Overlapping patches go by blocks of the input's rows (`row_blocks`) where
-that takes fewer products and copies than unfolding them; all else is unfolded block by block. In
-both, products are in the working dtype and their sums in float64, so that neither memory nor
-rounding grows with the batch.
+`gram` is the one entry. A linear layer's input is multiplied as it lies. Of a convolution's, what
+takes less time by a count of products and copies: blocks of the input's rows (`row_blocks`, where
+patches overlap), or patches unfolded piece by piece. In all of them products are in the working
+dtype and their sums in float64, so that neither memory nor rounding grows with the batch.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-import sys
+from dataclasses import dataclass
 
 import torch
 
 from tract_fx.preconditioner.geometry import PatchGeometry
-from tract_fx.preconditioner.patches import patch_blocks
-from tract_fx.preconditioner.row_blocks import product_cost, row_block_cost, row_block_gram
+from tract_fx.preconditioner.patches import patch_blocks, patch_matrix
+from tract_fx.preconditioner.products import (
+    Work,
+    add_products,
+    linear_gram,
+    mirror_,
+    product_work,
+)
+from tract_fx.preconditioner.row_blocks import row_block_gram, row_block_work
 
-__all__ = ["gram", "gram_algorithm"]
+__all__ = ["GramWork", "gram", "gram_algorithm", "gram_work"]
 
-# Entries of one block of patches, or of the rows' blocks at a time. On a CPU they should stay in a
-# core's cache between the copy that makes them and the product that reads them; on an accelerator
+# Entries of one piece of patches, or of the rows' blocks at a time. On a CPU they should stay in
+# the caches between the copy that makes them and the product that reads them; on an accelerator
 # they should fill the machine.
-_BLOCK_ELEMENTS = {"cpu": 1 << 19}
-_BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
+_PIECE_ELEMENTS = {"cpu": 1 << 20}
+_PIECE_ELEMENTS_ELSEWHERE = 1 << 26
 
-# Columns of a tile: of the symmetric product, tiles below the diagonal are left out.
-_TILE = 128
-
-
-# Row blocks take more calls for the same work.
-_CALLS = 1.1
+# What copying a number to columns of patches takes, times copying it within rows.
+_STRIDED = 1.6
 
 
 def gram(
@@ -41,59 +45,103 @@ def gram(
     Args:
         x: The layer's input, (N, C, *spatial), of any floating dtype, with R > 0 rows.
         geometry: How the layer reads it.
-        dtype: Dtype of the products, float32 or float64. Blocks are added up in float64.
-        in_blocks: Whether the work goes block by block; else all patches are unfolded at once, as
+        dtype: Dtype of the products, float32 or float64. Pieces are added up in float64.
+        in_blocks: Whether the work goes piece by piece; else all patches are unfolded at once, as
             the definition says.
 
     Returns:
         The Gram matrices, (groups, n, n), in `dtype`; exactly symmetric.
     """
+    rows, n = geometry.rows(x), geometry.columns(x)
+    if n == 0:
+        return x.new_zeros((geometry.groups, 0, 0), dtype=dtype)
     if not in_blocks:
-        total = _unfolded_gram(x, geometry, dtype, sys.maxsize, sys.maxsize)
-    elif _goes_by_rows(x, geometry):
-        total = row_block_gram(x, geometry, dtype, _block_elements(x.device))
-    else:
-        total = _unfolded_gram(x, geometry, dtype, _block_elements(x.device), _TILE)
-    upper = (total / geometry.rows(x)).to(dtype).triu()
-    return upper + upper.triu(1).mT
+        columns = patch_matrix(x, geometry, dtype)
+        upper = ((columns @ columns.mT) / rows).triu()
+        return upper + upper.triu(1).mT
+    if not geometry.kernel:
+        return linear_gram(x, dtype).div_(rows)[None]
+    elements = _piece_elements(x.device)
+    by_rows, _ = _choose(x.shape, geometry)
+    total = (row_block_gram if by_rows else _unfolded_gram)(x, geometry, dtype, elements)
+    matrix = total.div_(rows).to(dtype)
+    mirror_(matrix)
+    return matrix
 
 
 def _unfolded_gram(
-    x: torch.Tensor, geometry: PatchGeometry, dtype: torch.dtype, elements: int, tile: int
+    x: torch.Tensor, geometry: PatchGeometry, dtype: torch.dtype, elements: int
 ) -> torch.Tensor:
     """XᵀX, right on and above the diagonal: (groups, n, n) in float64."""
     n = geometry.columns(x)
     total = x.new_zeros((geometry.groups, n, n), dtype=torch.float64)
-    for block in patch_blocks(x, geometry, dtype, elements):
-        for start in range(0, n, tile):
-            rows = block[:, start : start + tile]
-            total[:, start : start + tile, start:] += rows @ block[:, start:].mT
+    for columns in patch_blocks(x, geometry, dtype, elements):
+        add_products(total, columns.mT, n)
     return total
 
 
-def _goes_by_rows(x: torch.Tensor, geometry: PatchGeometry) -> bool:
-    """Compare products and copies per output position and group."""
+@functools.lru_cache(maxsize=256)
+def _choose(shape: torch.Size, geometry: PatchGeometry) -> tuple[bool, Work]:
+    """Choose blocks of rows or not for a convolution, and count the work."""
+    x = torch.empty(shape, device="meta")
+    n, rows = geometry.columns(x), geometry.rows(x)
+    unfolded = product_work(n, n, rows) + Work(0.0, _STRIDED * rows * n, 0.0)
+    unfolded *= geometry.groups
+    blocks = row_block_work(shape, geometry)
+    return (True, blocks) if blocks.cost < unfolded.cost else (False, unfolded)
+
+
+@dataclass(frozen=True)
+class GramWork:
+    """What `gram` does with an input.
+
+    Attributes:
+        algorithm: A phrase, for reports.
+        multiply_adds: Products that are computed.
+        copied: Numbers that are copied on the way, each read and written once.
+    """
+
+    algorithm: str
+    multiply_adds: float
+    copied: float
+
+
+def gram_work(x: torch.Tensor, geometry: PatchGeometry) -> GramWork:
+    """Count what `gram` does with an input.
+
+    Args:
+        x: The layer's input, (N, C, *spatial), with R > 0 rows.
+        geometry: How the layer reads it.
+
+    Returns:
+        The algorithm that it chooses, and its work.
+    """
     if not geometry.kernel:
-        return False
-    return _CALLS * row_block_cost(x, geometry) < product_cost(geometry.columns(x))
+        n = geometry.columns(x)
+        work = product_work(n, n, geometry.rows(x))
+        return GramWork("product of the input as it lies", work.multiply_adds, 0.0)
+    by_rows, work = _choose(x.shape, geometry)
+    if by_rows:
+        name = "blocks of the input's rows, patches not unfolded"
+    else:
+        entries = geometry.rows(x) * geometry.columns(x) * geometry.groups
+        pieces = math.ceil(entries / _piece_elements(x.device))
+        name = "patches unfolded " + ("whole" if pieces <= 1 else f"in {pieces} pieces")
+    return GramWork(name, work.multiply_adds, work.copied)
 
 
 def gram_algorithm(x: torch.Tensor, geometry: PatchGeometry) -> str:
     """Say how `gram` computes the Gram of an input.
 
     Args:
-        x: The layer's input, (N, C, *spatial).
+        x: The layer's input, (N, C, *spatial), with R > 0 rows.
         geometry: How the layer reads it.
 
     Returns:
         A phrase, for reports.
     """
-    if _goes_by_rows(x, geometry):
-        return "blocks of the input's rows, patches not unfolded"
-    entries = geometry.rows(x) * geometry.columns(x) * geometry.groups
-    blocks = math.ceil(entries / _block_elements(x.device))
-    return "patches unfolded whole" if blocks <= 1 else f"patches unfolded in {blocks} blocks"
+    return gram_work(x, geometry).algorithm
 
 
-def _block_elements(device: torch.device) -> int:
-    return _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ELSEWHERE)
+def _piece_elements(device: torch.device) -> int:
+    return _PIECE_ELEMENTS.get(device.type, _PIECE_ELEMENTS_ELSEWHERE)

@@ -8,8 +8,10 @@ what to call, since no single kind of op survives everything that a model goes t
 - inside `torch.func` transforms and forward-mode AD: an `autograd.Function` with a batching rule
   and a JVP, which custom operators lack;
 - no gradient wanted for the weight: the weight itself, at no cost;
+- ordinary tensors that nobody watches: an `autograd.Function` that calls the preconditioner itself;
+  a custom operator's way through the dispatcher takes longer than a small layer's Gram;
 - else the custom operator `tract_fx::precondition_grad`, whose backward calls
-  `tract_fx::precondition`. Compilers and exporters keep both.
+  `tract_fx::precondition`. Compilers, exporters and dispatch modes get to see both.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from tract_fx.errors import UnsupportedLayerError, UnsupportedTransformError
 from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.operators import (
     PRECONDITION_GRAD_OPERATOR,
+    precondition_grad_eagerly,
     precondition_grad_function,
 )
 from tract_fx.preconditioner.settings import CallSettings, check_lambda
@@ -109,6 +112,8 @@ def precondition_grad(
     settings = CallSettings(lambda_, geometry, torch_private.autocast_dtype(input))
     if transforming:
         return precondition_grad_function(weight, input, settings)
+    if not (compiling or torch_private.operators_are_seen(weight, input)):
+        return precondition_grad_eagerly(weight, input, settings)
     return PRECONDITION_GRAD_OPERATOR(  # type: ignore[no-any-return]
         weight, input, *settings.operator_arguments()
     )

@@ -20,7 +20,11 @@ from tract_fx.preconditioner.row_maps import apply_rows, apply_rows_transposed, 
 from tract_fx.preconditioner.settings import CallSettings, read_settings
 from tract_fx.preconditioner.solve import precondition_weight_gradient
 
-__all__ = ["PRECONDITION_GRAD_OPERATOR", "precondition_grad_function"]
+__all__ = [
+    "PRECONDITION_GRAD_OPERATOR",
+    "precondition_grad_eagerly",
+    "precondition_grad_function",
+]
 
 # The custom operators: what a compiler or exporter sees.
 
@@ -224,6 +228,42 @@ def _vmap_as_groups(
     grouped = replace(settings, geometry=replace(geometry, groups=batch * geometry.groups))
     result: Tensor = torch_private.apply_function(function, weight.flatten(0, 1), x, grouped)
     return result.unflatten(0, (batch, -1)), 0
+
+
+def precondition_grad_eagerly(weight: Tensor, x: Tensor, settings: CallSettings) -> Tensor:
+    """Apply TrAct's op to ordinary tensors that nothing records: the same, with less overhead.
+
+    Args:
+        weight: The weight, (out, C/groups, *kernel).
+        x: The layer's input.
+        settings: The rest of the call.
+
+    Returns:
+        The weight's value.
+    """
+    result: Tensor = _PreconditionGradEagerly.apply(weight, x, settings)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _PreconditionGradEagerly(torch.autograd.Function):
+    """`tract_fx::precondition_grad` without a dispatcher between it and the preconditioner."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor, settings: CallSettings) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.settings = settings
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        settings: CallSettings = ctx.settings
+        if torch.is_grad_enabled() or torch_private.operators_are_seen(grad, x):
+            return _precondition(grad, x, settings), None, None
+        result = precondition_weight_gradient(
+            grad, x, settings.lambda_, settings.geometry, settings.input_dtype
+        )
+        return result, None, None
 
 
 # Derivatives of gW P(x). With A = gW P, G = XᵀX/R and dG = (dXᵀX + XᵀdX)/R:

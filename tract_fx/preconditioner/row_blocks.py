@@ -1,155 +1,165 @@
-"""The Gram of overlapping patches from blocks of the input's rows, without unfolding the kernel.
+"""The Gram of overlapping patches with most of the unfolding, and of the products, left out.
 
-Three facts make it cheap, and leave it exact at the borders:
+Two facts make it cheap, and leave it exact at the borders:
 
-- A block of b neighbouring output positions reads (b - 1) s + k columns of the input, and not b k.
-  Of the product of such blocks with themselves, the sums along diagonals are what the kernel's
-  columns need.
-- Where the first of two kernel rows lies below the stride, their products are those of input rows
-  at a fixed distance: stacked s at a time, of ⌈k/s⌉ distances.
-- All other pairs of kernel rows follow: a pair one stride further down sums the same products but
-  for those of the topmost row, which it leaves out, and of one below the last, which it takes in.
+- **Blocks.** A block of b neighbouring output positions of a row reads (b - 1) s + k columns of the
+  input, and not b k. Of the products of such blocks with each other, what the kernel's columns need
+  are sums along diagonals.
+- **Displacement.** A pair of kernel rows (i + q, j + q) meets the input rows that the pair (i, j)
+  does D output rows further down, where q d = D s for stride s and dilation d. Summed over all
+  output rows, the two differ by the first D and the D below the last. So only the first q kernel
+  rows are multiplied with all k, and the others with each other at 2 D rows of the output.
 
-Counted per output position, that is ⌈k/s⌉ (C s ((b - 1) s + k))²/b products where unfolding has
-(C k k)², and C s ((b - 1) s + k)/b copied numbers where unfolding has C k k.
+Counted per output position, with C channels, that is q k (C ((b - 1) s + k))² / b products where
+patches have (C k k)², and C k ((b - 1) s + k) / b copied numbers where they have C k k.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
-from torch.nn import functional
 
 from tract_fx.preconditioner.geometry import PatchGeometry
+from tract_fx.preconditioner.products import (
+    ALIGNED,
+    Work,
+    add_products,
+    complete_,
+    product_work,
+)
+from tract_fx.preconditioner.windows import Window, fill, planes_of
 
-__all__ = ["block_width", "product_cost", "row_block_cost", "row_block_gram"]
+__all__ = ["Plan", "best_plan", "row_block_gram", "row_block_work"]
 
 _WIDEST = 32
-_COPY = 40.0
-"""What copying a number costs, in products."""
+"""Output positions that a block has at most."""
 
-_NARROW = 40.0
-"""How many columns more a matrix would have in the time of its product at a wide one's pace."""
+_REST = 1.05
+"""What columns take that are not whole blocks: the rest is a few more calls for little work."""
 
 _TERMS = 1 << 22
 """Terms of diagonal sums that are held at a time."""
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """A convolution's last two dimensions, each written out; one dimension has rows of height 1.
+class Plan:
+    """How the products of a window are computed.
 
     Attributes:
-        kernel: Kernel size (rows, columns), as are the next three.
-        stride: Stride.
-        dilation: Dilation.
-        before: Zeros before the input.
-        positions: Output positions.
+        width: Output positions of a block.
+        left: How many kernel rows are multiplied with all.
+        align: A block's row is lengthened to a multiple of it.
     """
 
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-    before: tuple[int, int]
-    positions: tuple[int, int]
+    width: int
+    left: int
+    align: int
 
-    @classmethod
-    def of(cls, x: torch.Tensor, geometry: PatchGeometry) -> _Rows:
-        """Read the last two dimensions of a convolution's geometry."""
-
-        def pair(values: Sequence[int], one: int) -> tuple[int, int]:
-            last = tuple(values)[-2:]
-            return (last[0], last[1]) if len(last) == 2 else (one, last[0])
-
-        before = [sides[0] for sides in geometry.padding]
-        return cls(
-            kernel=pair(geometry.kernel, 1),
-            stride=pair(geometry.stride, 1),
-            dilation=pair(geometry.dilation, 1),
-            before=pair(before, 0),
-            positions=pair(geometry.positions(x), 1),
-        )
-
-    def extent(self, dim: int) -> int:
-        """Entries from the first of the kernel's elements to the last, both included."""
-        return self.dilation[dim] * (self.kernel[dim] - 1) + 1
-
-    @property
-    def lags(self) -> int:
-        """Distances between stacks of rows at which products are needed."""
-        return -(-self.extent(0) // self.stride[0])
-
-    def block_columns(self, width: int) -> int:
-        """Columns of the input that a block of output positions reads."""
-        return (width - 1) * self.stride[1] + self.extent(1)
+    def run(self, window: Window, channels: int) -> int:
+        """Count the numbers of a block's row."""
+        numbers = channels * window.read(1, min(self.width, window.positions[1]))
+        return self.align * math.ceil(numbers / self.align)
 
 
-def product_cost(length: int) -> float:
-    """Count what a row of so many numbers costs in the product of such rows with themselves.
+@dataclass(frozen=True)
+class _Layer:
+    """A convolution and the size of its input.
 
-    Args:
-        length: Numbers of the row.
-
-    Returns:
-        Its products, those that a narrow matrix loses to a wide one's pace, and its copy.
+    Attributes:
+        window: Its last two dimensions.
+        channels: C, times the kernel's size in the dimension that is unfolded, if there are three.
+        planes: Output positions in that dimension.
+        plan: The plan that costs least.
     """
-    return length * (length + _NARROW + _COPY)
 
-
-def row_block_cost(x: torch.Tensor, geometry: PatchGeometry) -> float:
-    """Count what `row_block_gram` takes.
-
-    Args:
-        x: The input, (N, C, *spatial), with rows.
-        geometry: How the layer reads it; a convolution's.
-
-    Returns:
-        The cost per output position and group, in products.
-    """
-    rows, channels = _Rows.of(x, geometry), _channels(x, geometry)
-    return _cost(rows, channels, _best_width(rows, channels))
-
-
-def block_width(x: torch.Tensor, geometry: PatchGeometry) -> int:
-    """Choose how many output positions a block has.
-
-    Args:
-        x: The input, (N, C, *spatial), with rows.
-        geometry: How the layer reads it; a convolution's.
-
-    Returns:
-        The number that costs least.
-    """
-    return _best_width(_Rows.of(x, geometry), _channels(x, geometry))
+    window: Window
+    channels: int
+    planes: int
+    plan: Plan
 
 
 @functools.lru_cache(maxsize=256)
-def _best_width(rows: _Rows, channels: int) -> int:
-    widths = range(1, min(rows.positions[1], _WIDEST) + 1)
-    return min(widths, key=lambda width: _cost(rows, channels, width))
+def _layer(shape: torch.Size, geometry: PatchGeometry) -> _Layer:
+    positions = geometry.positions(torch.empty(shape, device="meta"))
+    window = Window.of(positions, geometry)
+    channels = shape[1] // geometry.groups * math.prod(geometry.kernel[:-2])
+    return _Layer(window, channels, math.prod(positions[:-2]), best_plan(window, channels))
 
 
-def _channels(x: torch.Tensor, geometry: PatchGeometry) -> int:
-    """Channels of one group, times the kernel's size in the dimensions that are unfolded."""
-    return int(x.shape[1]) // geometry.groups * math.prod(geometry.kernel[:-2])
+def row_block_work(shape: torch.Size, geometry: PatchGeometry) -> Work:
+    """Count what `row_block_gram` does.
+
+    Args:
+        shape: The input's, (N, C, *spatial), with rows.
+        geometry: How the layer reads it; a convolution's.
+
+    Returns:
+        The work of all groups.
+    """
+    layer = _layer(shape, geometry)
+    work = _work(layer.window, layer.channels, layer.plan)
+    return work * (shape[0] * layer.planes * geometry.groups)
 
 
-def _cost(rows: _Rows, channels: int, width: int) -> float:
-    whole, rest = divmod(rows.positions[1], width)
-    costs = whole * _block_cost(rows, channels, width)
+def best_plan(window: Window, channels: int) -> Plan:
+    """Choose the plan that costs least.
+
+    Args:
+        window: The layer's last two dimensions.
+        channels: C.
+
+    Returns:
+        The plan.
+    """
+    rows = {min(window.displacement[0], window.kernel[0]), window.kernel[0]}
+    widths = range(1, min(window.positions[1], _WIDEST) + 1)
+    plans = [
+        Plan(width, left, align)
+        for width, left, align in itertools.product(widths, sorted(rows), (1, ALIGNED))
+    ]
+
+    def cost(plan: Plan) -> float:
+        whole = window.positions[1] % plan.width == 0
+        return _work(window, channels, plan).cost * (1.0 if whole else _REST)
+
+    return min(plans, key=cost)
+
+
+def _work(window: Window, channels: int, plan: Plan) -> Work:
+    """Count the work on a plane, of a group."""
+    work = Work(0.0, 0.0, 0.0)
+    for part in _parts(window, plan.width):
+        work += _part_work(part, channels, plan)
+        edge, (_, advance) = window.kernel[0] - plan.left, window.displacement
+        if edge:
+            strip = part.at_rows(0, advance, edge)
+            work += _part_work(strip, channels, replace(plan, left=edge)) * 2
+    return work
+
+
+def _part_work(window: Window, channels: int, plan: Plan) -> Work:
+    width = min(plan.width, window.positions[1])
+    blocks = window.positions[0] * (window.positions[1] // width)
+    run = plan.run(window, channels)
+    padded = channels * window.read(0, window.positions[0]) * window.read(1, window.positions[1])
+    runs = blocks * window.kernel[0]
+    work = product_work(plan.left * run, window.kernel[0] * run, blocks)
+    return work + Work(0.0, padded + runs * run, runs)
+
+
+def _parts(window: Window, width: int) -> Iterator[Window]:
+    """Divide the columns into whole blocks and the rest, a block of its own."""
+    columns = window.positions[1]
+    rest = columns % width
+    if columns > rest:
+        yield window.at_columns(0, columns - rest)
     if rest:
-        costs += _block_cost(rows, channels, rest) + _block_cost(rows, channels, width)
-    return costs / rows.positions[1]
-
-
-def _block_cost(rows: _Rows, channels: int, width: int) -> float:
-    length = channels * rows.stride[0] * rows.block_columns(width)
-    return length * (rows.lags * (length + _NARROW) + _COPY)
+        yield window.at_columns(columns - rest, rest)
 
 
 def row_block_gram(
@@ -160,159 +170,117 @@ def row_block_gram(
     Args:
         x: The input, (N, C, *spatial), with rows.
         geometry: How the layer reads it; a convolution's.
-        dtype: Dtype of the products. Each image's are added up in float64.
-        elements: How many numbers the blocks of the images that are treated at a time should have
-            at most. An image is not divided.
+        dtype: Dtype of the products. Their sums over images are in float64.
+        elements: How many numbers the blocks that are held at a time should have at most; at least
+            those of one output row.
 
     Returns:
         (groups, n, n) in float64.
     """
-    rows, groups = _Rows.of(x, geometry), geometry.groups
-    width = block_width(x, geometry)
-    columns = rows.positions[1]
-    whole = columns // width
-    parts = [_Part(rows, width, 0, whole)]
-    if columns % width:
-        parts.append(_Part(rows, columns % width, whole * width, 1))
-    per_image = (
-        rows.positions[0]
-        * rows.stride[0]
-        * _channels(x, geometry)
-        * groups
-        * sum(part.count * rows.block_columns(part.width) for part in parts)
-    )
-    for piece in x.split(max(1, elements // max(1, per_image))):
-        planes = _padded(_planes(piece.to(dtype), geometry), rows)
-        for part in parts:
-            part.add(planes)
-    return torch.stack([part.gram() for part in parts]).sum(0)
+    layer = _layer(x.shape, geometry)
+    window, plan = layer.window, layer.plan
+    kernel, (period, advance) = window.kernel[0], window.displacement
+    edge = kernel - plan.left
+
+    def products(windows: list[Window], left: int) -> torch.Tensor:
+        sums = _block_products(x, geometry, layer, windows, left, dtype, elements)
+        return _diagonal_sums(sums, windows[0], layer)
+
+    total: torch.Tensor | float = 0.0
+    for part in _parts(window, plan.width):
+        (first,) = products([part], plan.left)
+        # groups, kernel row, (kernel column, C), kernel row, (kernel column, C)
+        pairs = first.new_empty((len(first), kernel, first.shape[2], kernel, first.shape[2]))
+        pairs[:, : plan.left] = first
+        pairs[:, :, :, : plan.left] = first.permute(0, 3, 4, 1, 2)
+        if edge:
+            below = part.at_rows(part.positions[0], advance, edge)
+            more, less = products([below, part.at_rows(0, advance, edge)], edge)
+            change = more - less
+            for i in range(edge):
+                pairs[:, i + period, :, period:] = pairs[:, i, :, :edge] + change[:, i]
+        total = total + pairs
+    assert isinstance(total, torch.Tensor)
+    return _in_weight_order(total, window.kernel[1])
 
 
-def _planes(x: torch.Tensor, geometry: PatchGeometry) -> torch.Tensor:
-    """Bring an input to (images, groups, C, height, width).
-
-    Of three dimensions the first is unfolded: its positions become images, the kernel's elements in
-    it channels.
-
-    Returns:
-        A view or copy.
-    """
-    x = x.unflatten(1, (geometry.groups, -1))
-    if len(geometry.kernel) == 1:
-        return x.unsqueeze(-2)
-    if len(geometry.kernel) == 2:
-        return x
-    before, after = geometry.padding[0]
-    x = functional.pad(x, (0, 0, 0, 0, before, after))
-    extent = geometry.dilation[0] * (geometry.kernel[0] - 1) + 1
-    view = x.unfold(3, extent, geometry.stride[0])[..., :: geometry.dilation[0]]
-    # images, groups, C, positions, height, width, elements
-    return view.permute(0, 3, 1, 2, 6, 4, 5).flatten(3, 4).flatten(0, 1)
-
-
-def _padded(planes: torch.Tensor, rows: _Rows) -> torch.Tensor:
-    """Pad, or cut, to the rows and columns that are read, and put the channels last.
+def _block_products(
+    x: torch.Tensor,
+    geometry: PatchGeometry,
+    layer: _Layer,
+    windows: list[Window],
+    left: int,
+    dtype: torch.dtype,
+    elements: int,
+) -> torch.Tensor:
+    """Multiply blocks' first kernel rows with all of theirs, in windows of one size.
 
     Returns:
-        (images, groups, stacks, stride, columns, C), contiguous.
+        (windows, groups, left, run, kernel rows, run) in float64, a run being a row of a block.
     """
-    stacks, step = rows.positions[0] + rows.lags - 1, rows.stride[0]
-    height, width = stacks * step, (rows.positions[1] - 1) * rows.stride[1] + rows.extent(1)
-    top, left = min(rows.before[0], height), min(rows.before[1], width)
-    planes = planes[..., : height - top, : width - left].permute(0, 1, 3, 4, 2)
-    images, groups, inner_height, inner_width, channels = planes.shape
-    padded = planes.new_zeros((images, groups, height, width, channels))
-    padded[:, :, top : top + inner_height, left : left + inner_width] = planes
-    stacked: torch.Tensor = padded.unflatten(2, (stacks, step))
-    return stacked
+    window, count = windows[0], len(windows)
+    (rows, columns), kernel, groups = window.positions, window.kernel[0], count * geometry.groups
+    channels, planes, width = layer.channels, layer.planes, min(layer.plan.width, columns)
+    blocks, run = columns // width, layer.plan.run(window, channels)
+    per_row = groups * blocks * kernel * run
+    images = min(len(x), max(1, elements // (planes * rows * per_row)))
+    band = min(rows, max(1, elements // (images * planes * per_row)))
+
+    sums = x.new_zeros((groups, left * run, kernel * run), dtype=torch.float64)
+    read = (window.read(0, rows), window.read(1, columns), channels)
+    size = groups * images * planes * math.prod(read)
+    # An aligned run reaches beyond a row's end; what it reads there is not used.
+    room = x.new_empty(size + ALIGNED, dtype=dtype)
+    if not all(part.inside((1, *x.shape[2:])[-2:]) for part in windows):
+        room.zero_()
+    padded = room[:size].view(count, geometry.groups, images * planes, *read)
+    _, s_group, s_image, s_row, s_column, _ = padded.stride()
+    memory = x.new_empty(images * planes * band * per_row, dtype=dtype)
+    for piece in x.split(images):
+        inputs = planes_of(piece, geometry)
+        for part, there in zip(windows, padded, strict=True):
+            fill(there, inputs, part)
+        for start in range(0, rows, band):
+            shape = (groups, inputs.shape[1], min(band, rows - start), blocks, kernel, run)
+            strides = (
+                *(s_group, s_image, window.stride[0] * s_row),
+                *(width * window.stride[1] * s_column, window.dilation[0] * s_row, 1),
+            )
+            view = room.as_strided(shape, strides, start * window.stride[0] * s_row)
+            block = memory[: math.prod(shape)].view(shape).copy_(view)
+            add_products(sums, block.view(groups, -1, kernel * run), left * run)
+    complete_(sums, left * run)
+    return sums.view(count, geometry.groups, left, run, kernel, run)
 
 
-class _Part:
-    """Blocks of one width, and the products of those seen so far.
+def _diagonal_sums(products: torch.Tensor, window: Window, layer: _Layer) -> torch.Tensor:
+    """Add up what the kernel's columns meet over a block's positions.
 
     Args:
-        rows: The geometry.
-        width: Output positions of a block.
-        start: The first one's output position.
-        count: How many blocks there are.
+        products: (windows, groups, left, run, kernel rows, run).
+        window: What was read.
+        layer: The layer and its plan.
+
+    Returns:
+        (windows, groups, left, kernel columns · C, kernel rows, kernel columns · C).
     """
+    width, channels = min(layer.plan.width, window.positions[1]), layer.channels
+    s, d, k = products.stride(), window.dilation[1] * channels, window.kernel[1]
+    shape = (*products.shape[:3], k, channels, products.shape[4], k, channels)
+    strides = (s[0], s[1], s[2], d * s[3], s[3], s[4], d * s[5], s[5])
+    along = window.stride[1] * channels * (s[3] + s[5])
+    size = max(1, _TERMS // math.prod(shape))
+    total = products.new_zeros(shape)
+    for t in range(0, width, size):
+        some = (min(size, width - t), *shape)
+        total += products.as_strided(some, (along, *strides), t * along).sum(0)
+    result: torch.Tensor = total.flatten(6, 7).flatten(3, 4)
+    return result
 
-    def __init__(self, rows: _Rows, width: int, start: int, count: int) -> None:
-        self.rows, self.width, self.start, self.count = rows, width, start, count
-        self.products: torch.Tensor | float = 0.0
-        self.change: torch.Tensor | float = 0.0
 
-    def add(self, planes: torch.Tensor) -> None:
-        """Add the products of some images.
-
-        Args:
-            planes: The padded input, (images, groups, stacks, stride, columns, C).
-        """
-        rows, lags = self.rows, self.rows.lags
-        images, groups, stacks, step, _, channels = planes.shape
-        s, along = planes.stride(), rows.stride[1] * channels
-        run = rows.block_columns(self.width) * channels
-        view = planes.as_strided(
-            (images, groups, stacks, self.count, step, run),
-            (s[0], s[1], s[2], self.width * along, s[3], 1),
-            planes.storage_offset() + self.start * along,
-        )
-        # (images · groups, stacks · blocks, length): one row a block
-        blocks = view.reshape(images * groups, stacks * self.count, step * run)
-        used = rows.positions[0] * self.count
-        left = blocks[:, :used].mT
-        lagged = [
-            left @ blocks[:, lag * self.count : lag * self.count + used] for lag in range(lags)
-        ]
-        products = torch.stack(lagged).unflatten(1, (images, groups))
-        self.products = self.products + products.sum(1, dtype=torch.float64)
-        if lags > 1:
-            below = self._between(blocks, rows.positions[0], groups)
-            self.change = self.change + below - self._between(blocks, 0, groups)
-
-    def _between(self, blocks: torch.Tensor, first: int, groups: int) -> torch.Tensor:
-        """Products of the lags - 1 stacks from a first one on with each other, in float64."""
-        lags, length = self.rows.lags - 1, blocks.shape[-1]
-        stacks = blocks.unflatten(1, (-1, self.count))[:, first : first + lags]
-        each = stacks.transpose(1, 2).unflatten(0, (-1, groups)).transpose(0, 1)
-        matrix = each.reshape(groups, -1, lags * length)
-        sums: torch.Tensor = (matrix.mT @ matrix).double()
-        return sums.reshape(groups, lags, length, lags, length).transpose(2, 3)
-
-    def gram(self) -> torch.Tensor:
-        """Put XᵀX together.
-
-        Returns:
-            The part of these blocks, (groups, n, n) in float64.
-        """
-        lags = self.rows.lags
-        assert isinstance(self.products, torch.Tensor)
-        _, groups, length, _ = self.products.shape
-        pairs = self.products.new_empty((groups, lags, lags, length, length))
-        pairs[:, 0] = self.products.transpose(0, 1)
-        pairs[:, :, 0] = self.products.transpose(0, 1).mT
-        for i, j in product(range(1, lags), repeat=2):
-            assert isinstance(self.change, torch.Tensor)
-            pairs[:, i, j] = pairs[:, i - 1, j - 1] + self.change[:, i - 1, j - 1]
-        return self._diagonal_sums(pairs)
-
-    def _diagonal_sums(self, pairs: torch.Tensor) -> torch.Tensor:
-        """Add up what the kernel's columns meet over a block's positions."""
-        rows, step, read = self.rows, self.rows.stride[0], self.rows.block_columns(self.width)
-        split = pairs.unflatten(4, (step, read, -1)).unflatten(3, (step, read, -1))
-        groups, lags, channels = split.shape[0], split.shape[1], split.shape[5]
-        s, d, k = split.stride(), rows.dilation[1], rows.kernel[1]
-        shape = (groups, lags, lags, step, k, channels, step, k, channels)
-        strides = (*s[:4], s[4] * d, *s[5:7], s[7] * d, s[8])
-        along = rows.stride[1] * (s[4] + s[7])
-        size = max(1, _TERMS // math.prod(shape))
-        total = pairs.new_zeros(shape)
-        for t in range(0, self.width, size):
-            some = (min(size, self.width - t), *shape)
-            total += split.as_strided(some, (along, *strides), t * along).sum(0)
-        # groups, C, lag, step, k, C, lag, step, k; lags and steps are the rows of a dense kernel
-        dense = total.permute(0, 5, 1, 3, 4, 8, 2, 6, 7).flatten(6, 7).flatten(2, 3)
-        span, dilation = rows.extent(0), rows.dilation[0]
-        taps = dense[:, :, :span:dilation, :, :, :span:dilation]
-        n = channels * rows.kernel[0] * k
-        return taps.reshape(groups, n, n)
+def _in_weight_order(pairs: torch.Tensor, columns: int) -> torch.Tensor:
+    """Order pairs of (kernel row, (kernel column, C)) as a weight is: (C, kernel row, column)."""
+    split: torch.Tensor = pairs.unflatten(4, (columns, -1)).unflatten(2, (columns, -1))
+    ordered = split.permute(0, 3, 1, 2, 6, 4, 5)
+    n = math.prod(ordered.shape[1:4])
+    return ordered.reshape(len(pairs), n, n)
