@@ -4,61 +4,64 @@ At the operator: the float64 definition on the same incoming gradient and input.
 float64 throughout. Under bfloat16 autocast: with the weight gradient as autocast computes it, and
 computed in float32 from the same bfloat16 output gradient.
 
-python benchmarks/bench_accuracy.py
+python benchmarks/bench_accuracy.py [--quick] [--out FOLDER]
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stems import LAMBDA, STEMS, Stem, arms, weight_gradient
+from aims import OPERATOR_ERROR, OPERATOR_ERROR_255, as_error
+from operator_errors import batch, errors, precondition, relative_error
+from report import OUT, error_cell, machine, save, table
+from stems import CIFAR, LAMBDA, MNIST, STEMS, Stem, weight_gradient
 from tract_fx import tract_module
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from oracle import precondition, relative_error, tract_gradient
-from photographs import photograph_range_255, photographs
+QUICK = (CIFAR, MNIST)
+TITLES = {True: "standardised photographs", False: "photographs in [0, 255]"}
+AIMS = {True: OPERATOR_ERROR, False: OPERATOR_ERROR_255}
 
 
-def batch(stem: Stem, standardised: bool) -> Tensor:
-    """Photographs in the stem's shape, of half the size and batch to keep the oracle quick."""
-    if len(stem.shape) == 2:
-        rows, features = min(stem.shape[0], 1024), stem.shape[1]
-        channels, size = (1, 28) if features == 784 else (3, 32)
-        shape = (rows, channels, size)
-    else:
-        _, channels, size, _ = stem.shape
-        shape = (16, channels, max(28, size // 2))
-    images = photographs(*shape) if standardised else photograph_range_255(*shape)
-    return images.flatten(1) if len(stem.shape) == 2 else images
+def operator_rows(
+    stems: Sequence[Stem], standardised: bool, console: Console
+) -> list[dict[str, Any]]:
+    """Errors in float32, by layer."""
+    aim = AIMS[standardised]
+    rows = []
+    for stem in track(stems, TITLES[standardised], console=console):
+        found = errors(stem, batch(stem, standardised))
+        at_operator = found["operator"]
+        rows.append(
+            {
+                "layer": stem.name,
+                **found,
+                "aim": aim.bound if stem.aims else None,
+                "aim_reached": aim.reached(at_operator["tract_fx"]) if stem.aims else None,
+                "not_worse": at_operator["tract_fx"] <= at_operator["torch-tract"],
+            }
+        )
+    return rows
 
 
-def operator_table(standardised: bool) -> Table:
-    title = "float32, " + (
-        "standardised photographs" if standardised else "photographs in [0, 255]"
-    )
-    table = Table("", "operator", "torch-tract, operator", "end to end", "torch-tract", title=title)
-    for stem in STEMS:
-        torch.manual_seed(0)
-        layer, x = nn.Sequential(stem.build()), batch(stem, standardised)
-        dz = torch.randn_like(layer(x))
-        found = {name: weight_gradient(model, x, dz) for name, model in arms(layer).items()}
-        operator = precondition(layer[0], found["plain"], x, LAMBDA)
-        exact = tract_gradient(layer[0], x, dz, LAMBDA)
-        errors = [
-            relative_error(found[a], e)
-            for e in (operator, exact)
-            for a in ("tract_fx", "torch-tract")
-        ]
-        table.add_row(stem.name, *(f"{error:.1e}" for error in errors))
-    return table
+def print_operator_rows(rows: list[dict[str, Any]], standardised: bool, console: Console) -> None:
+    aim = AIMS[standardised]
+    title = f"float32, {TITLES[standardised]}; operator: {aim} and torch-tract's"
+    printed = table(title, "", "operator:\nours,\ntorch-tract", "end to end:\nours", "torch-tract")
+    for row in rows:
+        end_to_end = (as_error(error) for error in row["end_to_end"].values())
+        at_operator = error_cell(row["operator"], aim if row["aim"] else None)
+        printed.add_row(row["layer"], at_operator, *end_to_end)
+    console.print(printed)
 
 
 def with_tail(layer: nn.Conv2d | nn.Linear) -> nn.Sequential:
@@ -83,10 +86,10 @@ def captured(model: nn.Sequential, x: Tensor, y: Tensor, autocast: bool) -> tupl
     return gradient, seen[0]
 
 
-def autocast_table() -> Table:
-    columns = ("plain", "tract_fx (gW as autocast gives it)", "gW in float32")
-    table = Table("", *columns, title="bfloat16 autocast, cross entropy, end to end")
-    for stem in STEMS:
+def autocast_rows(stems: Sequence[Stem], console: Console) -> list[dict[str, Any]]:
+    """Errors under bfloat16 autocast with a cross entropy, end to end, by layer."""
+    rows = []
+    for stem in track(stems, "bfloat16 autocast", console=console):
         torch.manual_seed(0)
         model, x = with_tail(stem.build()), batch(stem, True)
         y = torch.randint(0, 10, (len(x),))
@@ -96,20 +99,46 @@ def autocast_table() -> Table:
         ours, _ = captured(tract_module(copy.deepcopy(model), (x,)), x, y, True)
         rounded = x.bfloat16().float()
         high = weight_gradient(model[0], rounded, low_dz.float())
-        errors = (
-            relative_error(low, exact),
-            relative_error(ours, reference),
-            relative_error(precondition(model[0], high, rounded, LAMBDA), reference),
+        rows.append(
+            {
+                "layer": stem.name,
+                "plain": relative_error(low, exact),
+                "tract_fx": relative_error(ours, reference),
+                "tract_fx_weight_gradient_in_float32": relative_error(
+                    precondition(model[0], high, rounded, LAMBDA), reference
+                ),
+            }
         )
-        table.add_row(stem.name, *(f"{error:.1%}" for error in errors))
-    return table
+    return rows
+
+
+def print_autocast_rows(rows: list[dict[str, Any]], console: Console) -> None:
+    columns = ("plain", "tract_fx (gW as\nautocast gives it)", "tract_fx\n(gW in float32)")
+    printed = table("bfloat16 autocast, cross entropy, end to end", "", *columns)
+    for row in rows:
+        figures = [value for name, value in row.items() if name != "layer"]
+        printed.add_row(row["layer"], *(f"{figure:.1%}" for figure in figures))
+    console.print(printed)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    made.add_argument("--quick", action="store_true", help="two layers instead of eight")
+    made.add_argument("--out", type=Path, default=OUT, help="folder for the JSON (%(default)s)")
+    return made
 
 
 def main() -> None:
+    options = parser().parse_args()
     console = Console()
-    console.print(operator_table(True))
-    console.print(operator_table(False))
-    console.print(autocast_table())
+    stems = QUICK if options.quick else STEMS
+    record: dict[str, Any] = {**machine(), "quick": options.quick}
+    for standardised, key in ((True, "standardised"), (False, "range_255")):
+        record[key] = operator_rows(stems, standardised, console)
+        print_operator_rows(record[key], standardised, console)
+    record["bfloat16_autocast"] = autocast_rows(stems, console)
+    print_autocast_rows(record["bfloat16_autocast"], console)
+    save(console, options.out / "accuracy.json", record)
 
 
 if __name__ == "__main__":

@@ -50,13 +50,15 @@ def shown(model: Any, batch: Any = None, **options: Any) -> Inspection:
             2,
             "Inverse of the Gram (n × n), on the weight's gradient; an If chooses it by the "
             "batch's size",
-            "patches by Conv with unit kernels, pads 1×1×1×1, FusedMatMul per image and ReduceSum",
+            "patches by Conv with unit kernels 1×3, pads 1×1×1×1, 4 FusedMatMul per image and "
+            "ReduceSum",
         ),
         (
             "convnet-static",
             5,
             "Inverse of the Gram (n × n), on the weight's gradient",
-            "patches by Conv with unit kernels, pads 1×1×1×1, FusedMatMul per image and ReduceSum",
+            "patches by Conv with unit kernels 1×3, pads 1×1×1×1, 4 FusedMatMul per image and "
+            "ReduceSum",
         ),
         (
             "mlp",
@@ -136,7 +138,9 @@ def test_the_gram_is_read_off_the_nodes(graphs: dict[str, onnx.ModelProto]) -> N
         if node.op_type == "Conv" and PROVENANCE in node.metadata_props:
             node.attributes.add(ir.AttrInt64s("strides", [2, 1]))
     (layer,) = shown(model).layers
-    assert layer.gram.startswith("patches by Conv with kernels that are no unit vectors, strides")
+    assert layer.gram.startswith(
+        "patches by Conv with kernels that are no unit vectors 1×3, strides"
+    )
     assert "strides 2×1" in layer.gram
 
 

@@ -12,12 +12,15 @@ Which form runs is decided here where the number of rows is known, else by an If
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from tract_fx.passes.onnx_graph.calls import Layout, OnnxCall
+from tract_fx.passes.onnx_graph.call_sizes import CallSizes
+from tract_fx.passes.onnx_graph.calls import Layout
+from tract_fx.passes.onnx_graph.gram import write_gram
+from tract_fx.passes.onnx_graph.gram_forms import choose_gram_form
+from tract_fx.passes.onnx_graph.row_matrix import cast, row_matrix
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient
 from tract_fx.passes.onnx_graph.writer import NodeWriter
@@ -39,92 +42,40 @@ def write_tract(
     Returns:
         The preconditioned term, of the shape and dtype of the plain one.
     """
-    layer = _Layer.of(gradient.call, weight_shape)
-    rows = _known_rows(gradient, layer)
+    sizes = CallSizes.of(gradient.call, weight_shape)
+    rows = _known_rows(gradient, sizes)
     if rows is None:
-        result = _either_form(write, layer, gradient, lambda_)
+        result = _either_form(write, sizes, gradient, lambda_)
     else:
-        form = _by_columns if rows >= layer.columns else _by_rows
+        form = _by_columns if rows >= sizes.columns else _by_rows
         count = write.constant(np.asarray(max(rows, 1), np.float32), "rows")
-        result = form(write, layer, gradient, lambda_, count)
-    return _cast(write, result, gradient.term.dtype)
+        result = form(write, sizes, gradient, lambda_, count)
+    return cast(write, result, gradient.term.dtype)
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A call and its sizes.
-
-    Attributes:
-        call: The call.
-        weight_shape: Shape of the weight as the call reads it.
-        groups: Number of Gram matrices.
-        outputs: Output features or channels, of all groups.
-        columns: n, columns of X per group.
-        kernel: Kernel size per spatial dimension, empty for a linear layer.
-    """
-
-    call: OnnxCall
-    weight_shape: tuple[int, ...]
-    groups: int
-    outputs: int
-    columns: int
-    kernel: tuple[int, ...]
-
-    @classmethod
-    def of(cls, call: OnnxCall, shape: tuple[int, ...]) -> _Layer:
-        if call.layout is Layout.IN_OUT:
-            return cls(call, shape, 1, shape[1], shape[0], ())
-        groups = call.node.attributes.get_int("group", 1)
-        return cls(call, shape, groups, shape[0], math.prod(shape[1:]), shape[2:])
-
-    @property
-    def channels(self) -> int:
-        """Input channels of a convolution, of all groups."""
-        return self.groups * self.weight_shape[1]
-
-    @property
-    def is_patchify(self) -> bool:
-        """Whether the patches tile the input, so that they are a permutation of it."""
-        sizes = None if self.call.input.shape is None else self.call.input.shape[2:]
-        node = self.call.node
-        return (
-            self.groups == 1
-            and bool(self.kernel)
-            and tuple(node.attributes.get_ints("strides", ())) == self.kernel
-            and not any(node.attributes.get_ints("pads", ()))
-            and node.attributes.get_string("auto_pad", "NOTSET") in {"NOTSET", "VALID"}
-            and set(node.attributes.get_ints("dilations", ())) <= {1}
-            and sizes is not None
-            and all(
-                isinstance(size, int) and size % k == 0
-                for size, k in zip(sizes, self.kernel, strict=True)
-            )
-        )
-
-
-def _known_rows(gradient: WeightGradient, layer: _Layer) -> int | None:
+def _known_rows(gradient: WeightGradient, sizes: CallSizes) -> int | None:
     for value in (gradient.output_gradient, gradient.call.output):
         shape = static_shape(value)
         if shape is not None:
-            return math.prod(shape) // layer.outputs
+            return math.prod(shape) // sizes.outputs
     return None
 
 
 def _either_form(
-    write: NodeWriter, layer: _Layer, gradient: WeightGradient, lambda_: ir.Value
+    write: NodeWriter, sizes: CallSizes, gradient: WeightGradient, lambda_: ir.Value
 ) -> ir.Value:
     """Both forms, and an If between them."""
     shape = write.op("Shape", [gradient.output_gradient], "output_shape")
     size = write.op("ReduceProd", [shape], "size", {"keepdims": 0})
-    outputs = write.constant(np.asarray(layer.outputs, np.int64), "outputs")
+    outputs = write.constant(np.asarray(sizes.outputs, np.int64), "outputs")
     rows = write.op("Div", [size, outputs], "row_count")
     count = write.op("Cast", [rows], "rows", {"to": int(ir.DataType.FLOAT)})
-    columns = write.constant(np.asarray(layer.columns, np.int64), "columns")
+    columns = write.constant(np.asarray(sizes.columns, np.int64), "columns")
     branches = {}
     for name, form in (("then_branch", _by_rows), ("else_branch", _by_columns)):
         inner = write.branch("by_rows" if form is _by_rows else "by_columns")
-        output = form(inner, layer, gradient, lambda_, count)
-        output.shape, output.type = ir.Shape(layer.weight_shape), ir.TensorType(ir.DataType.FLOAT)
+        output = form(inner, sizes, gradient, lambda_, count)
+        output.shape, output.type = ir.Shape(sizes.weight_shape), ir.TensorType(ir.DataType.FLOAT)
         graph = ir.Graph([], [output], nodes=list(inner.nodes), name=name)
         branches[name] = ir.AttrGraph(name, graph)
     fewer = write.op("Less", [rows, columns], "fewer_rows_than_columns")
@@ -133,63 +84,65 @@ def _either_form(
 
 def _by_columns(
     write: NodeWriter,
-    layer: _Layer,
+    sizes: CallSizes,
     gradient: WeightGradient,
     lambda_: ir.Value,
     count: ir.Value,
 ) -> ir.Value:
     """gW (XᵀX/R + λI)⁻¹ by the n × n matrix."""
-    index = np.arange(layer.columns, dtype=np.int64)
+    index = np.arange(sizes.columns, dtype=np.int64)
     diagonal = write.op(
         "Equal",
         [write.constant(index[:, None], "row_index"), write.constant(index[None], "column_index")],
         "diagonal",
     )
-    inverse = _regularised_inverse(write, _gram(write, layer), count, diagonal, lambda_)
-    term = _cast(write, gradient.term, ir.DataType.FLOAT)
-    if layer.call.layout is Layout.IN_OUT:
+    inverse = _regularised_inverse(
+        write, write_gram(write, sizes, choose_gram_form(sizes)), count, diagonal, lambda_
+    )
+    term = cast(write, gradient.term, ir.DataType.FLOAT)
+    if sizes.call.layout is Layout.IN_OUT:
         return write.op("MatMul", [inverse, term], "gradient")
-    if not layer.kernel:
+    if not sizes.kernel:
         return write.op("MatMul", [term, inverse], "gradient")
-    shape = [layer.outputs // layer.groups, layer.columns]
-    if layer.groups > 1:
-        shape.insert(0, layer.groups)
+    shape = [sizes.outputs // sizes.groups, sizes.columns]
+    if sizes.groups > 1:
+        shape.insert(0, sizes.groups)
     term = write.op("Reshape", [term, write.integers(shape, "matrix_shape")], "plain_matrix")
     product = write.op("MatMul", [term, inverse], "product")
-    target = write.integers(layer.weight_shape, "weight_shape")
+    target = write.integers(sizes.weight_shape, "weight_shape")
     return write.op("Reshape", [product, target], "gradient")
 
 
 def _by_rows(
     write: NodeWriter,
-    layer: _Layer,
+    sizes: CallSizes,
     gradient: WeightGradient,
     lambda_: ir.Value,
     count: ir.Value,
 ) -> ir.Value:
     """Compute dzᵀ (XXᵀ/R + λI)⁻¹ X by the R × R matrix; (groups, …) before all three."""
-    x = _row_matrix(write, layer)
-    dz = _cast(write, gradient.output_gradient, ir.DataType.FLOAT)
-    if layer.kernel:
-        split = [0, layer.groups, layer.outputs // layer.groups, -1]
+    x = row_matrix(write, sizes)
+    dz = cast(write, gradient.output_gradient, ir.DataType.FLOAT)
+    if sizes.kernel:
+        split = [0, sizes.groups, sizes.outputs // sizes.groups, -1]
         dz = write.op("Reshape", [dz, write.integers(split, "output_split")], "output_gradient")
         dz = write.op("Transpose", [dz], "output_gradient_by_row", {"perm": [1, 2, 0, 3]})
-        joined = [layer.groups, layer.outputs // layer.groups, -1]
+        joined = [sizes.groups, sizes.outputs // sizes.groups, -1]
         dz = write.op("Reshape", [dz, write.integers(joined, "output_rows")], "dz_transposed")
     else:
-        flat = write.integers([-1, layer.outputs], "output_shape")
+        flat = write.integers([-1, sizes.outputs], "output_shape")
         dz = write.op("Reshape", [dz, flat], "output_gradient")
         dz = write.op("Transpose", [dz], "dz_transposed", {"perm": [1, 0]})
     kernel = write.microsoft("FusedMatMul", [x, x], "row_gram", {"transB": 1})
     inverse = _regularised_inverse(write, kernel, count, _row_diagonal(write, kernel), lambda_)
     product = write.op("MatMul", [write.op("MatMul", [dz, inverse], "solved"), x], "product")
-    alpha = layer.call.node.attributes.get_float("alpha", 1.0) if not layer.kernel else 1.0
+    alpha = sizes.call.node.attributes.get_float("alpha", 1.0) if not sizes.kernel else 1.0
     if alpha != 1.0:
         scale = write.constant(np.asarray(alpha, np.float32), "alpha")
         product = write.op("Mul", [product, scale], "scaled")
-    if layer.call.layout is Layout.IN_OUT:
+    if sizes.call.layout is Layout.IN_OUT:
         return write.op("Transpose", [product], "gradient", {"perm": [1, 0]})
-    target = write.integers(layer.weight_shape, "weight_shape")
+    target = write.integers(sizes.weight_shape, "weight_shape")
     return write.op("Reshape", [product, target], "gradient")
 
 
@@ -220,71 +173,3 @@ def _regularised_inverse(
     total = write.op("ReduceSum", [matrix, axes], "sum_of_entries", {"keepdims": 1})
     poison = write.op("Sub", [total, total], "zero_or_nan")
     return write.op("Add", [inverse, poison], "inverse")
-
-
-def _gram(write: NodeWriter, layer: _Layer) -> ir.Value:
-    """XᵀX: (n, n), or (groups, n, n) for a grouped convolution."""
-    if not layer.kernel or layer.is_patchify:
-        x = _row_matrix(write, layer, grouped=False)
-        return write.op("Gemm", [x, x], "gram", {"transA": 1})
-    patches = _patches(write, layer)
-    shape = [0, layer.groups, layer.columns, -1] if layer.groups > 1 else [0, layer.columns, -1]
-    columns = write.op("Reshape", [patches, write.integers(shape, "patch_split")], "columns")
-    batched = write.microsoft("FusedMatMul", [columns, columns], "image_gram", {"transB": 1})
-    axis = write.integers([0], "batch_axis")
-    return write.op("ReduceSum", [batched, axis], "gram", {"keepdims": 0})
-
-
-def _row_matrix(write: NodeWriter, layer: _Layer, *, grouped: bool = True) -> ir.Value:
-    """X: (R, n) for a linear layer; for a convolution (groups, R, n), or (R, n) ungrouped."""
-    x = _cast(write, layer.call.input, ir.DataType.FLOAT)
-    if not layer.kernel:
-        if layer.call.input_transposed:
-            return write.op("Transpose", [x], "rows_of_input", {"perm": [1, 0]})
-        flat = write.integers([-1, layer.columns], "row_shape")
-        return write.op("Reshape", [x, flat], "rows_of_input")
-    joined = [*([layer.groups] if grouped else []), -1, layer.columns]
-    target = write.integers(joined, "row_shape")
-    if layer.is_patchify:
-        x = write.op("Reshape", [x, write.integers(_tiles(layer), "tile_shape")], "tiles")
-        dims = len(layer.kernel)
-        # (N, C, p, k, q, l, …) -> (N, p, q, …, C, k, l, …)
-        positions, elements = range(2, 2 + 2 * dims, 2), range(3, 3 + 2 * dims, 2)
-        rows = write.op("Transpose", [x], "patch_rows", {"perm": [0, *positions, 1, *elements]})
-        return write.op("Reshape", [rows, target], "rows_of_input")
-    split = [0, layer.groups, layer.columns, -1]
-    columns = write.integers(split, "patch_columns")
-    x = write.op("Reshape", [_patches(write, layer), columns], "patch_matrix")
-    rows = write.op("Transpose", [x], "patch_rows", {"perm": [1, 0, 3, 2]})
-    return write.op("Reshape", [rows, target], "rows_of_input")
-
-
-def _tiles(layer: _Layer) -> list[int]:
-    assert layer.call.input.shape is not None
-    sizes = layer.call.input.shape[2:]
-    pairs = [(int(s) // k, k) for s, k in zip(sizes, layer.kernel, strict=True)]  # type: ignore[arg-type]  # known ones
-    return [0, layer.channels, *(entry for pair in pairs for entry in pair)]
-
-
-def _patches(write: NodeWriter, layer: _Layer) -> ir.Value:
-    """Every patch as channels, (N, C · kernel elements, *positions), in the weight's order."""
-    # A convolution of each channel with the unit kernels, under the layer's own attributes, so that
-    # whatever they mean they mean the same here.
-    elements = math.prod(layer.kernel)
-    unit = np.eye(elements, dtype=np.float32).reshape(elements, 1, *layer.kernel)
-    kernels = write.constant(np.tile(unit, (layer.channels, *(1,) * (unit.ndim - 1))), "units")
-    node = layer.call.node
-    kept = ("strides", "pads", "dilations", "auto_pad")
-    attributes = {name: node.attributes[name] for name in kept if name in node.attributes}
-    attributes["group"] = ir.AttrInt64("group", layer.channels)
-    attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", layer.kernel)
-    x = _cast(write, layer.call.input, ir.DataType.FLOAT)
-    return write.op("Conv", [x, kernels], "patches", attributes)
-
-
-def _cast(write: NodeWriter, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-    """Bring a value to another dtype; the Gram, the inverse and the product are in float32."""
-    current = value.dtype or ir.DataType.FLOAT
-    if dtype is None or current == dtype:
-        return value
-    return write.op("Cast", [value], "cast", {"to": int(dtype)})

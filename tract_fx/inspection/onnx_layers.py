@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -208,8 +209,10 @@ def _gram(form: Form) -> str:
         rows = "patches by Reshape and Transpose"
     else:
         rows = "rows by Reshape" if "Reshape" in ops else "rows as they are"
-    products = [op for op in ops if op in {"Gemm", "FusedMatMul", "MatMul"}]
-    product = " and ".join(products) or "no product"
+    # A MatMul is of the products' sums: the products themselves are Gemm or FusedMatMul.
+    products = Counter(op for op in ops if op in {"Gemm", "FusedMatMul"})
+    counted = (f"{count} {op}" if count > 1 else op for op, count in products.items())
+    product = " and ".join(counted) or "no product"
     return f"{rows}, {product}{' per image and ReduceSum' if 'ReduceSum' in ops else ''}"
 
 
@@ -248,4 +251,6 @@ def _unfolding(node: ir.Node) -> str:
         if (sizes := node.attributes.get_ints(name))
     ]
     kind = "unit kernels" if unit else "kernels that are no unit vectors"
+    if size := node.attributes.get_ints("kernel_shape"):
+        kind = f"{kind} {'×'.join(map(str, size))}"
     return f"patches by Conv with {kind}{''.join(f', {entry}' for entry in shown)}"

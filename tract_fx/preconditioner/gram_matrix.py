@@ -77,6 +77,7 @@ def _unfolded_gram(
     total = x.new_zeros((geometry.groups, n, n), dtype=torch.float64)
     for columns in patch_blocks(x, geometry, dtype, elements):
         add_products(total, columns.mT, n)
+        del columns  # before the next piece is made
     return total
 
 

@@ -1,0 +1,52 @@
+"""The benchmark of the Gram on CUDA: float32, float32 with TF32 allowed, bfloat16 autocast.
+
+Times lie between device events. Every row is checked against float64 on the device, and a step of
+ours for synchronisations: what fails is printed, and makes the script fail.
+
+python benchmarks/bench_cuda.py [--repeats 20] [--quick] [--precision tf32] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from timing import pin_allocator
+
+OUT = Path("build/bench")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    made.add_argument("--repeats", type=int, help="rounds, each arm once (20, or 2 if quick)")
+    made.add_argument(
+        "--quick", action="store_true", help="few rounds, no batches of 256, whole nets on 2 images"
+    )
+    made.add_argument("--precision", choices=("float32", "tf32", "bfloat16"), help="one of three")
+    made.add_argument("--out", type=Path, default=OUT, help="folder for the JSON (%(default)s)")
+    made.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu tries the script out, by the wall clock (%(default)s)",
+    )
+    return made
+
+
+def main() -> int:
+    options = parser().parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("bench_cuda: no CUDA device here, nothing measured")
+        return 0
+    pin_allocator()
+    # Imported here, for it takes seconds that nobody without a device has to wait.
+    from accelerator import run
+
+    return run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
