@@ -80,6 +80,8 @@ def test_random_geometries(
     x = torch.randn(shape, generator=generator, dtype=torch.float64) + 0.5
     assume(geometry.rows(x))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gram_matrix, "_CALLS", 0.0)
+        patch.setattr(gram_matrix, "_choose", gram_matrix._choose.__wrapped__)
         patch.setitem(gram_matrix._PIECE_ELEMENTS, "cpu", elements)
         patch.setattr(products, "_TILE", 16)
         found = computed(algorithm, x, geometry, elements)
@@ -177,9 +179,14 @@ def test_one_entry_that_is_not_finite(name: str, value: float) -> None:
 
 
 def test_what_is_chosen() -> None:
-    """Overlapping patches are not unfolded; patches side by side, and linear layers, are."""
-    x = torch.zeros(2, 3, 32, 32)
+    """Overlapping patches are not unfolded where they are many; linear layers never are."""
+
+    def algorithm(images: int, kernel: int, stride: int) -> str:
+        x = torch.zeros(images, 3, 32, 32)
+        return gram_algorithm(x, PatchGeometry.of_convolution((kernel, kernel), stride))
+
     for kernel, stride, rows in ((7, 2, True), (3, 1, True), (4, 4, False), (16, 16, False)):
-        geometry = PatchGeometry.of_convolution((kernel, kernel), stride)
-        assert ("rows" in gram_algorithm(x, geometry)) == rows
+        assert ("blocks of the input's rows" in algorithm(128, kernel, stride)) == rows
+    assert "unfolded whole" in algorithm(2, 3, 1)
+    assert "unfolded in 3 pieces" in algorithm(1024, 16, 16)
     assert "as it lies" in gram_algorithm(torch.zeros(9, 3), PatchGeometry())

@@ -156,14 +156,14 @@ def last_block_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fixed_plan(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     """Blocks of a width, by rows of the input, for every convolution."""
-    shifted = row_blocks.best_plan
+    chosen, uncached = row_blocks.best_plan, row_blocks._layer
 
     def plan(window: Window, channels: int) -> row_blocks.Plan:
         left = min(window.displacement[0], window.kernel[0])
-        return replace(shifted(window, channels), width=width, left=left)
+        return replace(chosen(window, channels), width=width, left=left)
 
     monkeypatch.setattr(row_blocks, "best_plan", plan)
-    monkeypatch.setattr(row_blocks, "_layer", row_blocks._layer.__wrapped__)
+    monkeypatch.setattr(row_blocks, "_layer", getattr(uncached, "__wrapped__", uncached))
     monkeypatch.setattr(gram_matrix, "_choose", lambda *_: (True, None))
 
 
@@ -201,6 +201,7 @@ def rest_of_a_line_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def zeros_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that is not cleared around the input."""
+    fixed_plan(monkeypatch, 2)
     monkeypatch.setattr(windows.Window, "inside", lambda *_: True)
     empty = Tensor.new_empty
     monkeypatch.setattr(Tensor, "new_empty", lambda *a, **how: empty(*a, **how).fill_(7))
@@ -240,6 +241,17 @@ def test_small_blocks_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks over images and bands of an image, which small test inputs would fit into one of."""
     for elements in (1, 64, 1000):
         monkeypatch.setitem(gram_matrix._PIECE_ELEMENTS, "cpu", elements)
+        assert wrong(list(GEOMETRIES), ["call_module"]) == []
+
+
+@pytest.mark.parametrize("elements", [1, 64, 1 << 20])
+def test_blocks_of_rows_are_right(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not chosen for inputs as small as these."""
+    monkeypatch.setitem(gram_matrix._PIECE_ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(gram_matrix, "_choose", lambda *_: (True, None))
+    assert wrong(list(GEOMETRIES), ["call_module"]) == []
+    for width in (1, 2, 3):
+        fixed_plan(monkeypatch, width)
         assert wrong(list(GEOMETRIES), ["call_module"]) == []
 
 

@@ -273,9 +273,8 @@ def _row_space_solve(
     # cholesky_solve wants the unknown on the right: Zᵀ throughout.
     z = torch.cholesky_solve((grad @ columns).mT, thin)
     z = z + mu * torch.cholesky_solve(z, thin)
-    outside = grad - z.mT @ columns.mT
+    outside = torch.baddbmm(grad, z.mT, columns.mT, alpha=-1)
     size = torch.linalg.matrix_norm(grad)[:, None, None]
     is_noise = torch.linalg.matrix_norm(outside)[:, None, None] <= noise * size
-    outside_factor = (~is_noise).to(grad.dtype) / lambda_
-    result = torch.cholesky_solve(z, damped).mT @ columns.mT + outside_factor * outside
-    return torch.where(ok[:, None, None], result, torch.nan)
+    counted = torch.where(ok[:, None, None], (~is_noise).to(grad.dtype) / lambda_, torch.nan)
+    return torch.baddbmm(counted * outside, torch.cholesky_solve(z, damped).mT, columns.mT)
