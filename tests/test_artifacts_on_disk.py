@@ -8,8 +8,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 
 pytest.importorskip("onnxruntime.training.api", reason="needs ONNX Runtime Training")
 
+from forked import run_script
 from ort_artifacts import ConvNet, Mlp, batches, build, replace_file
 from tract_fx.errors import (
     ArtifactsExistError,
@@ -416,8 +415,8 @@ def test_killed_while_writing(tmp_path: Path, overwrite: str) -> None:
     place = tmp_path / "a"
     if overwrite == "overwrite":
         write(place, "old")
-    command = [sys.executable, str(TESTS / "killed_writer.py"), str(place), overwrite]
-    assert subprocess.run(command, timeout=120).returncode == -signal.SIGKILL
+    ended = run_script(TESTS / "killed_writer.py", str(place), overwrite)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     (left,) = beside(place)
     assert left.startswith(".a.tract-fx-")
     assert left.endswith(".tmp")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed
+from filelock import FileLock  # a requirement of torch's
 
 from rewritten import CONV_CASES, FLOAT64, Case, each
 from two_processes import PROCESSES, WRAPPERS, possible
@@ -25,8 +26,20 @@ MODULE_CASES = tuple(c for c in CONV_CASES if c.way in ("call_module", "tract_mo
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Errors by wrapper and case, as each process has found them."""
-    folder = tmp_path_factory.mktemp("processes")
+    """Errors by wrapper and case, as each process has found them; once for all of pytest's workers.
+
+    They may well share this module's tests, and it takes long.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    shared = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "processes.json"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            shared.write_text(json.dumps(run_processes(tmp_path_factory.mktemp("processes"))))
+    results: Results = json.loads(shared.read_text())
+    return results
+
+
+def run_processes(folder: Path) -> Results:
     script = Path(__file__).with_name("two_processes.py")
     loopback = "lo0" if sys.platform == "darwin" else "lo"  # gloo would look for a network
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}

@@ -24,6 +24,7 @@ from tract_fx.preconditioner import (
     row_blocks,
 )
 from tract_fx.preconditioner.row_blocks import Plan, row_block_gram
+from tract_fx.preconditioner.windows import Window
 
 FLOAT64 = 1e-12
 ALGORITHMS = ("row blocks", "unfolded", "chosen")
@@ -94,7 +95,9 @@ def test_random_geometries(
 def test_every_plan(width: int, shifted: bool, align: int, monkeypatch: pytest.MonkeyPatch) -> None:
     geometry = PatchGeometry((4, 3), (2, 1), ((1, 2), (1, 0)), (1, 2), 2)
     x = torch.randn(3, 4, 11, 12, dtype=torch.float64)
-    plan = Plan(width, 2 if shifted else 4, align)
+    window = Window.of(geometry.positions(x), geometry)
+    plan = Plan(width, row_blocks.left_rows(window)[0 if shifted else -1], align)
+    assert plan.left == (2 if shifted else 4)
     monkeypatch.setattr(row_blocks, "best_plan", lambda *_: plan)
     monkeypatch.setattr(row_blocks, "_layer", row_blocks._layer.__wrapped__)
     found = row_block_gram(x, geometry, x.dtype, 500) / geometry.rows(x)
@@ -102,18 +105,36 @@ def test_every_plan(width: int, shifted: bool, align: int, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("stride, dilation", [(1, 1), (2, 1), (3, 2), (2, 4), (4, 6), (1, 3)])
-@pytest.mark.parametrize("height", [1, 2, 9])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, 13])
 def test_kernel_rows_by_displacement(
-    height: int, stride: int, dilation: int, monkeypatch: pytest.MonkeyPatch
+    rows: int, stride: int, dilation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where fewer output rows are there than the displacement has."""
+    """Where all sums have output rows in common or strips alone; else all rows are multiplied."""
     geometry = PatchGeometry((5, 2), (stride, 1), ((2, 1), (0, 1)), (dilation, 1), 1)
-    x = torch.randn(2, 3, height + 4 * dilation, 7, dtype=torch.float64)
-    left = stride // math.gcd(stride, dilation)
+    x = torch.randn(2, 3, (rows - 1) * stride + 4 * dilation - 2, 7, dtype=torch.float64)
+    window = Window.of(geometry.positions(x), geometry)
+    assert window.positions[0] == rows
+    q, advance = stride // math.gcd(stride, dilation), dilation // math.gcd(stride, dilation)
+    left = row_blocks.left_rows(window)[0]
+    assert left == (q if 4 // q * advance <= rows else 5)
     monkeypatch.setattr(row_blocks, "best_plan", lambda *_: Plan(3, left, 1))
     monkeypatch.setattr(row_blocks, "_layer", row_blocks._layer.__wrapped__)
     found = row_block_gram(x, geometry, x.dtype, 500) / geometry.rows(x)
     assert oracle.relative_error(found, reference(x, geometry)) < FLOAT64
+
+
+@pytest.mark.parametrize("row", [0, 1, 16, -2, -1])
+@pytest.mark.parametrize("factor", [1e3, 1e6, 1e9, 1e12])
+def test_a_row_of_other_size(row: int, factor: float) -> None:
+    """What kernel rows do not meet leaves no rounding behind in what they do meet."""
+    geometry = PatchGeometry.of_convolution((3, 3))
+    x = torch.randn(64, 3, 32, 32, dtype=torch.float64)
+    x[:, :, row] *= factor
+    assert "rows" in gram_algorithm(x, geometry)
+    found, expected = gram(x, geometry, x.dtype), torch.as_tensor(reference(x, geometry))
+    size = expected.diagonal(dim1=-2, dim2=-1).sqrt()
+    error = (found - expected).abs() / (size[:, :, None] * size[:, None])
+    assert float(error.max()) < FLOAT64
 
 
 @pytest.mark.parametrize("rows", [1, 5, 127, 4099, 9000])

@@ -159,7 +159,7 @@ def fixed_plan(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     chosen, uncached = row_blocks.best_plan, row_blocks._layer
 
     def plan(window: Window, channels: int) -> row_blocks.Plan:
-        left = min(window.displacement[0], window.kernel[0])
+        left = row_blocks.left_rows(window)[0]
         return replace(chosen(window, channels), width=width, left=left)
 
     monkeypatch.setattr(row_blocks, "best_plan", plan)
@@ -167,29 +167,25 @@ def fixed_plan(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     monkeypatch.setattr(gram_matrix, "_choose", lambda *_: (True, None))
 
 
+def strips_changed(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
+    """Change the products of output rows that only some kernel rows have."""
+    fixed_plan(monkeypatch, 2)
+    right = row_blocks._block_products
+
+    def mutant(*a: Any) -> Tensor:
+        products = right(*a)
+        return products if len(products) == 1 else change(products)
+
+    monkeypatch.setattr(row_blocks, "_block_products", mutant)
+
+
 def borders_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of kernel rows at one distance, taken for the same wherever they start."""
-    fixed_plan(monkeypatch, 2)
-    right = row_blocks._block_products
-
-    def mutant(*a: Any) -> Tensor:
-        products = right(*a)
-        return products if len(products) == 1 else products * 0
-
-    monkeypatch.setattr(row_blocks, "_block_products", mutant)
+    strips_changed(monkeypatch, torch.zeros_like)
 
 
-def top_border_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output rows below the last are added, the first ones not taken away."""
-    fixed_plan(monkeypatch, 2)
-    right = row_blocks._block_products
-
-    def mutant(*a: Any) -> Tensor:
-        products = right(*a)
-        products[1:] = 0
-        return products
-
-    monkeypatch.setattr(row_blocks, "_block_products", mutant)
+def top_and_bottom_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    strips_changed(monkeypatch, lambda products: products.roll(len(products) // 2, 0))
 
 
 def rest_of_a_line_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +222,7 @@ MUTANTS = [
     one_gram_for_all_groups,
     last_block_dropped,
     borders_ignored,
-    top_border_ignored,
+    top_and_bottom_swapped,
     rest_of_a_line_dropped,
     zeros_forgotten,
 ]

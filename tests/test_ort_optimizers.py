@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from onnxruntime.training import artifacts
 from onnxruntime.training.api import CheckpointState, Module, Optimizer
 
 from cuda_kernels import missing_cuda_kernels
+from forked import run_script
 from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.export.optimizer_graph import build_optimizer
 from tract_fx.export.optimizers import (
@@ -323,7 +322,8 @@ def test_goes_on_from_a_checkpoint_bit_for_bit(linear: Path, config: OptimizerCo
     CheckpointState.save_checkpoint(first.state, linear / "middle", include_optimizer_state=True)
     script, result = Path(__file__).with_name("resumed_optimizer.py"), linear / "resumed.npz"
     arguments = [str(linear), str(middle), json.dumps(encode(config)), str(result)]
-    subprocess.run([sys.executable, str(script), *arguments], check=True, timeout=300)
+    ran = run_script(script, *arguments)
+    assert ran.returncode == 0, ran.stderr
     resumed = np.load(result)
     for name, value in whole.items():
         np.testing.assert_array_equal(resumed[name], value, name)

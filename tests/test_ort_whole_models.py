@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 pytest.importorskip("onnxruntime.training.api", reason="needs ONNX Runtime Training")
 
+from cuda_kernels import missing_cuda_kernels
 from nets import small_convnext, small_resnet, small_vit
 from nets.convolutions import small_conv1d, small_conv3d
 from nets.huggingface import FAMILIES, Family
@@ -142,6 +144,14 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     layers = exported.trainer().manifest.layers
     assert len(layers) == (0 if plain else 1)
     return Trained(subject, exported, None if plain else layers[0].weight[0])
+
+
+def test_every_node_has_a_cuda_kernel(trained: Trained) -> None:
+    """By the provider's table of them, so that this holds without a GPU."""
+    graphs = ("training_model.onnx", "eval_model.onnx", "optimizer_model.onnx")
+    directory = trained.exported.directory
+    missing = {graph: missing_cuda_kernels(onnx.load(directory / graph)) for graph in graphs}
+    assert missing == {graph: [] for graph in graphs}
 
 
 @pytest.mark.parametrize("noise", [False, True], ids=["photographs", "noise"])

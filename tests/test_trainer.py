@@ -19,6 +19,7 @@ from torch import nn
 ort = pytest.importorskip("onnxruntime", reason="needs ONNX Runtime Training")
 pytest.importorskip("onnxruntime.training.api", reason="needs ONNX Runtime Training")
 
+from forked import run_script  # noqa: E402
 from ort_artifacts import BATCH, CLASSES, ConvNet, Mlp, batches, build, replace_file  # noqa: E402
 from tract_fx import ort_training  # noqa: E402
 from tract_fx.errors import (  # noqa: E402
@@ -310,9 +311,8 @@ def test_resumed_in_another_process(
         if i == 4:
             trainer.save(tmp_path / "half")
         trainer.train_step(*batch)
-    command = [sys.executable, str(TESTS / "resumed_run.py"), net.__name__]
-    arguments = [str(tmp_path / "half"), "4", "8", str(tmp_path / "end")]
-    ran = subprocess.run(command + arguments, capture_output=True, text=True, timeout=300)
+    arguments = [net.__name__, str(tmp_path / "half"), "4", "8", str(tmp_path / "end")]
+    ran = run_script(TESTS / "resumed_run.py", *arguments)
     assert ran.returncode == 0, ran.stderr
     resumed = load_trainer(tmp_path / "end")
     assert equal(snapshot(resumed), snapshot(trainer))

@@ -6,9 +6,11 @@ Two facts make it cheap, and leave it exact at the borders:
   input, and not b k. Of the products of such blocks with each other, what the kernel's columns need
   are sums along diagonals.
 - **Displacement.** A pair of kernel rows (i + q, j + q) meets the input rows that the pair (i, j)
-  does D output rows further down, where q d = D s for stride s and dilation d. Summed over all
-  output rows, the two differ by the first D and the D below the last. So only the first q kernel
-  rows are multiplied with all k, and the others with each other at 2 D rows of the output.
+  does D output rows further down, where q d = D s for stride s and dilation d. So only the first q
+  kernel rows are multiplied with all k, and the sums of the others are over output rows that begin
+  D, 2 D, … further down. What all have in common is summed once; the strips of D output rows at the
+  top and below the bottom are added to those that have them. Nothing is subtracted, for a bright
+  border would leave its rounding behind.
 
 Counted per output position, with C channels, that is q k (C ((b - 1) s + k))² / b products where
 patches have (C k k)², and C k ((b - 1) s + k) / b copied numbers where they have C k k.
@@ -20,7 +22,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -34,7 +36,7 @@ from tract_fx.preconditioner.products import (
 )
 from tract_fx.preconditioner.windows import Window, fill, planes_of
 
-__all__ = ["Plan", "best_plan", "row_block_gram", "row_block_work"]
+__all__ = ["Plan", "best_plan", "left_rows", "row_block_gram", "row_block_work"]
 
 _WIDEST = 32
 """Output positions that a block has at most."""
@@ -74,12 +76,14 @@ class _Layer:
         window: Its last two dimensions.
         channels: C, times the kernel's size in the dimension that is unfolded, if there are three.
         planes: Output positions in that dimension.
+        unfolded: Numbers of an image's plane if there are three dimensions, else 0.
         plan: The plan that costs least.
     """
 
     window: Window
     channels: int
     planes: int
+    unfolded: int
     plan: Plan
 
 
@@ -88,7 +92,9 @@ def _layer(shape: torch.Size, geometry: PatchGeometry) -> _Layer:
     positions = geometry.positions(torch.empty(shape, device="meta"))
     window = Window.of(positions, geometry)
     channels = shape[1] // geometry.groups * math.prod(geometry.kernel[:-2])
-    return _Layer(window, channels, math.prod(positions[:-2]), best_plan(window, channels))
+    planes = math.prod(positions[:-2])
+    unfolded = geometry.groups * channels * math.prod(shape[-2:]) if len(positions) == 3 else 0
+    return _Layer(window, channels, planes, unfolded, best_plan(window, channels))
 
 
 def row_block_work(shape: torch.Size, geometry: PatchGeometry) -> Work:
@@ -116,11 +122,10 @@ def best_plan(window: Window, channels: int) -> Plan:
     Returns:
         The plan.
     """
-    rows = {min(window.displacement[0], window.kernel[0]), window.kernel[0]}
     widths = range(1, min(window.positions[1], _WIDEST) + 1)
     plans = [
         Plan(width, left, align)
-        for width, left, align in itertools.product(widths, sorted(rows), (1, ALIGNED))
+        for width, left, align in itertools.product(widths, left_rows(window), (1, ALIGNED))
     ]
 
     def cost(plan: Plan) -> float:
@@ -130,16 +135,47 @@ def best_plan(window: Window, channels: int) -> Plan:
     return min(plans, key=cost)
 
 
+def left_rows(window: Window) -> list[int]:
+    """List how many kernel rows may be multiplied with all.
+
+    Args:
+        window: The layer's last two dimensions.
+
+    Returns:
+        All of them; and q, where all sums have output rows in common, or strips alone.
+    """
+    kernel, (period, advance) = window.kernel[0], window.displacement
+    possible = period < kernel and _steps(kernel, period) * advance <= window.positions[0]
+    return [period, kernel] if possible else [kernel]
+
+
+def _steps(kernel: int, left: int) -> int:
+    """Count the displacements by which the other kernel rows are reached."""
+    return (kernel - 1) // left
+
+
 def _work(window: Window, channels: int, plan: Plan) -> Work:
     """Count the work on a plane, of a group."""
     work = Work(0.0, 0.0, 0.0)
     for part in _parts(window, plan.width):
-        work += _part_work(part, channels, plan)
-        edge, (_, advance) = window.kernel[0] - plan.left, window.displacement
-        if edge:
-            strip = part.at_rows(0, advance, edge)
-            work += _part_work(strip, channels, replace(plan, left=edge)) * 2
+        common, strips = _divided(part, plan)
+        for some in (*common, *strips):
+            work += _part_work(some, channels, plan)
     return work
+
+
+def _divided(window: Window, plan: Plan) -> tuple[list[Window], list[Window]]:
+    """Divide output rows into what all sums have in common, and strips: from the top, then below.
+
+    Returns:
+        One window or none, and two for each displacement.
+    """
+    steps = _steps(window.kernel[0], plan.left)
+    advance, rows = window.displacement[1], window.positions[0]
+    first = steps * advance if steps else 0
+    common = [window.at_rows(first, rows - first)] if rows > first else []
+    starts = [start + step * advance for start in (0, rows) for step in range(steps)]
+    return common, [window.at_rows(start, advance) for start in starts]
 
 
 def _part_work(window: Window, channels: int, plan: Plan) -> Work:
@@ -178,30 +214,31 @@ def row_block_gram(
         (groups, n, n) in float64.
     """
     layer = _layer(x.shape, geometry)
-    window, plan = layer.window, layer.plan
-    kernel, (period, advance) = window.kernel[0], window.displacement
-    edge = kernel - plan.left
+    window, left = layer.window, layer.plan.left
+    kernel, steps = window.kernel[0], _steps(window.kernel[0], left)
 
-    def products(windows: list[Window], left: int) -> torch.Tensor:
-        sums = _block_products(x, geometry, layer, windows, left, dtype, elements)
+    def products(windows: list[Window]) -> torch.Tensor:
+        sums = _block_products(x, geometry, layer, windows, dtype, elements)
         return _diagonal_sums(sums, windows[0], layer)
 
-    total: torch.Tensor | float = 0.0
-    for part in _parts(window, plan.width):
-        (first,) = products([part], plan.left)
-        # groups, kernel row, (kernel column, C), kernel row, (kernel column, C)
-        pairs = first.new_empty((len(first), kernel, first.shape[2], kernel, first.shape[2]))
-        pairs[:, : plan.left] = first
-        pairs[:, :, :, : plan.left] = first.permute(0, 3, 4, 1, 2)
-        if edge:
-            below = part.at_rows(part.positions[0], advance, edge)
-            more, less = products([below, part.at_rows(0, advance, edge)], edge)
-            change = more - less
-            for i in range(edge):
-                pairs[:, i + period, :, period:] = pairs[:, i, :, :edge] + change[:, i]
-        total = total + pairs
-    assert isinstance(total, torch.Tensor)
-    return _in_weight_order(total, window.kernel[1])
+    n = geometry.columns(x) // kernel
+    # groups, kernel row, (kernel column, C), kernel row, (kernel column, C)
+    pairs = x.new_zeros((geometry.groups, kernel, n, kernel, n), dtype=torch.float64)
+    for part in _parts(window, layer.plan.width):
+        common, divided = _divided(part, layer.plan)
+        shared = products(common)[0] if common else 0.0
+        strips = products(divided) if divided else pairs.new_zeros(0)
+        for step in range(steps + 1):
+            sums = shared
+            if steps:
+                sums = sums + strips[step : steps + step].sum(0)
+            start = step * left
+            end = min(start + left, kernel)
+            pairs[:, start:end, :, start:] += sums[:, : end - start, :, : kernel - start]
+    for start in range(0, kernel, left):
+        end = start + left
+        pairs[:, end:, :, start:end] = pairs[:, start:end, :, end:].permute(0, 3, 4, 1, 2)
+    return _in_weight_order(pairs, window.kernel[1])
 
 
 def _block_products(
@@ -209,7 +246,6 @@ def _block_products(
     geometry: PatchGeometry,
     layer: _Layer,
     windows: list[Window],
-    left: int,
     dtype: torch.dtype,
     elements: int,
 ) -> torch.Tensor:
@@ -221,9 +257,10 @@ def _block_products(
     window, count = windows[0], len(windows)
     (rows, columns), kernel, groups = window.positions, window.kernel[0], count * geometry.groups
     channels, planes, width = layer.channels, layer.planes, min(layer.plan.width, columns)
-    blocks, run = columns // width, layer.plan.run(window, channels)
+    blocks, run, left = columns // width, layer.plan.run(window, channels), layer.plan.left
     per_row = groups * blocks * kernel * run
-    images = min(len(x), max(1, elements // (planes * rows * per_row)))
+    per_image = planes * max(rows * per_row, layer.unfolded)
+    images = min(len(x), max(1, elements // per_image))
     band = min(rows, max(1, elements // (images * planes * per_row)))
 
     sums = x.new_zeros((groups, left * run, kernel * run), dtype=torch.float64)

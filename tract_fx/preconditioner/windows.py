@@ -16,7 +16,7 @@ __all__ = ["Window", "fill", "planes_of"]
 
 @dataclass(frozen=True)
 class Window:
-    """A convolution's last two dimensions at some of its output positions and kernel rows.
+    """A convolution's last two dimensions at some of its output positions.
 
     One dimension counts as rows of height 1. All pairs are (rows, columns).
 
@@ -50,11 +50,10 @@ class Window:
             positions=pair(positions, 1),
         )
 
-    def at_rows(self, first: int, count: int, kernel_rows: int) -> Window:
-        """Take some output rows, and the first of the kernel's rows."""
+    def at_rows(self, first: int, count: int) -> Window:
+        """Take some output rows, also beyond the last."""
         return replace(
             self,
-            kernel=(kernel_rows, self.kernel[1]),
             before=(self.before[0] - first * self.stride[0], self.before[1]),
             positions=(count, self.positions[1]),
         )
