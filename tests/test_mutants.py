@@ -158,9 +158,9 @@ def fixed_plan(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     """Blocks of a width, by rows of the input, for every convolution."""
     chosen, uncached = row_blocks.best_plan, row_blocks._layer
 
-    def plan(window: Window, channels: int) -> row_blocks.Plan:
+    def plan(window: Window, channels: int, images: int) -> row_blocks.Plan:
         left = row_blocks.left_rows(window)[0]
-        return replace(chosen(window, channels), width=width, left=left)
+        return replace(chosen(window, channels, images), width=width, left=left)
 
     monkeypatch.setattr(row_blocks, "best_plan", plan)
     monkeypatch.setattr(row_blocks, "_layer", getattr(uncached, "__wrapped__", uncached))

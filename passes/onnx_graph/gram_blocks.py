@@ -8,13 +8,13 @@ t · stride + kx'.
 Kernel rows from q on are those of patches further down. With Z_y the features of output row y,
 and row a = j · q + r of a patch at y being row r at y + j · shift, the pair of lags (j, j') is
 
-    S(j, j') = ∑_{y < P} Z_{y + j·shift} Z_{y + j'·shift}ᵀ,   and one lag further
-    S(j + 1, j' + 1) = S(j, j') + (the same products of the `shift` rows below P)
-                                - (of the first `shift` rows),
+    S(j, j') = ∑_{y < P} Z_{y + j·shift} Z_{y + j'·shift}ᵀ,   the sum of the products at distance
+               j' - j over the rows from j·shift to P + j·shift.
 
-as the sum's window moves down. So S(0, j') are the products over the whole image, one per lag, and
-the rest comes from two strips of (lags - 1) · shift rows, at the top and below P. P needs not be
-known: the strips are counted from the ends.
+What all j have in common, the rows from M = (lags - 1) · shift to P, is multiplied once for each
+distance. The strips of M rows at the top and below P are multiplied in slices of `shift` rows,
+which are added to the pairs that have them. Nothing is subtracted: a bright border would leave its
+rounding behind.
 """
 
 from __future__ import annotations
@@ -87,16 +87,18 @@ def _copied(write: NodeWriter, sizes: CallSizes, form: Unfolding) -> ir.Value:
 def _lag_products(
     write: NodeWriter, copied: ir.Value, split: list[int], sizes: CallSizes, form: Unfolding
 ) -> list[ir.Value]:
-    """S(0, j) for each lag j, (1, [groups,] f, f) each."""
+    """Products over the common rows for each distance, (1, [groups,] f, f) each."""
     behind = _sizes_behind_rows(sizes, form)
     spare = form.lags * form.rows - sizes.kernel[0]
+    top = (form.lags - 1) * form.shift
     shifted = []
     for lag in range(form.lags):
         if lag == form.lags - 1 and spare and behind is not None:
             shifted.append(_last_lag(write, copied, split, behind, sizes, form))
             continue
         below = (form.lags - 1 - lag) * form.shift
-        part = _rows(write, copied, lag * form.shift, -below if below else _END, "shifted_rows")
+        first = top + lag * form.shift
+        part = _rows(write, copied, first, -below if below else _END, "shifted_rows")
         shifted.append(_reshape(write, part, split, "columns"))
     products = [
         _sum_over_images(write, _products(write, shifted[0], right), "lag_gram", keep=True)
@@ -133,7 +135,7 @@ def _last_lag(
     own = sizes.kernel[0] - (form.lags - 1) * form.rows
     rest = features // sizes.group_channels // form.rows
     parts = _reshape(write, copied, [0, sizes.channels, form.rows, rest, -1, *behind], "features")
-    first = write.integers([0, (form.lags - 1) * form.shift], "first_rows")
+    first = write.integers([0, 2 * (form.lags - 1) * form.shift], "first_rows")
     end = write.integers([own, _END], "end_rows")
     axes = write.integers([2, 4], "row_axes")
     rows = write.op("Slice", [parts, first, end, axes], "shifted_rows")
@@ -143,20 +145,31 @@ def _last_lag(
 def _strip_products(
     write: NodeWriter, copied: ir.Value, groups: int, features: int, form: Unfolding
 ) -> ir.Value:
-    """Products of the rows of each strip, (2 · (lags - 1)², groups, f, f): the top strip first."""
+    """Products of each strip's slices, (4 · (lags - 1)², groups, f, f): the top strip's first.
+
+    On the left the strips' own slices, on the right those of twice their height: with the rows that
+    follow at the top, and before it those above P at the bottom.
+
+    Returns:
+        In the order (strip, left slice, right slice).
+    """
     moves = form.lags - 1
     height = moves * form.shift
-    top = _rows(write, copied, 0, height, "top_strip")
-    bottom = _rows(write, copied, -height, _END, "bottom_strip")
-    both = write.op("Concat", [top, bottom], "strips", {"axis": 2})
-    split = _reshape(write, both, [0, groups, features, 2, moves, -1], "strip_split")
-    moved = write.op("Transpose", [split], "strips_by_feature", {"perm": [3, 1, 4, 2, 0, 5]})
-    rows = _reshape(write, moved, [2, groups, moves * features, -1], "strip_columns")
-    products = _products(write, rows, rows, "strip_gram")
-    shape = [2, groups, moves, features, moves, features]
+
+    def strips(tall: int, name: str) -> ir.Value:
+        top = _rows(write, copied, 0, tall * height, f"top_{name}")
+        bottom = _rows(write, copied, -tall * height, _END, f"bottom_{name}")
+        both = write.op("Concat", [top, bottom], name, {"axis": 2})
+        shape = [0, groups, features, 2, tall * moves, -1]
+        split = _reshape(write, both, shape, f"{name}_split")
+        moved = write.op("Transpose", [split], f"{name}_features", {"perm": [3, 1, 4, 2, 0, 5]})
+        return _reshape(write, moved, [2, groups, tall * moves * features, -1], f"{name}_columns")
+
+    products = _products(write, strips(1, "strips"), strips(2, "tall_strips"), "strip_gram")
+    shape = [2, groups, moves, features, 2 * moves, features]
     blocks = _reshape(write, products, shape, "strip_blocks")
     pairs = write.op("Transpose", [blocks], "strip_pairs", {"perm": [0, 2, 4, 1, 3, 5]})
-    return _reshape(write, pairs, [2 * moves**2, groups, features, features], "strip_products")
+    return _reshape(write, pairs, [4 * moves**2, groups, features, features], "strip_products")
 
 
 def _row_pairs(
@@ -181,14 +194,16 @@ def _row_pairs(
 def _terms_of_pairs(lags: int) -> np.ndarray:
     """Which of the lags' and the strips' products make up S(j, j'), (lags², terms)."""
     moves = lags - 1
-    terms = np.zeros((lags, lags, lags + 2 * moves**2), np.float32)
-    strips = terms[:, :, lags:].reshape(lags, lags, 2, moves, moves)
+    terms = np.zeros((lags, lags, lags + 4 * moves**2), np.float32)
+    strips = terms[:, :, lags:].reshape(lags, lags, 2, moves, 2 * moves)
     for j in range(lags):
         for k in range(j, lags):
             share = 0.5 if j == k else 1.0  # the transposed half follows
             terms[j, k, k - j] = share
+            for row in range(j, moves):
+                strips[j, k, 0, row, row + k - j] = share
             for row in range(j):
-                strips[j, k, :, row, row + k - j] = -share, share
+                strips[j, k, 1, row, moves + row + k - j] = share
     return terms.reshape(lags**2, -1)
 
 

@@ -148,8 +148,11 @@ def _row_steps(sizes: CallSizes) -> list[tuple[int, int, int]]:
         lags = -(-kernel // rows)
         # A lag's rows beyond the kernel go for nothing, but a NaN there would not.
         clean = lags * rows == kernel or not _unread_rows(sizes)
-        if 1 < lags <= _MOST_LAGS and clean:
-            steps.append((rows, lags, times * dilation // common))
+        shift = times * dilation // common
+        # All lags' sums have rows in common; then they read every row between two patches' too.
+        common_rows = (sizes.positions[0] or 0) - (lags - 1) * shift
+        if 1 < lags <= _MOST_LAGS and clean and common_rows > 0:
+            steps.append((rows, lags, shift))
     return steps
 
 
@@ -205,6 +208,6 @@ def gram_cost(sizes: CallSizes, form: GramForm) -> float:
     rows = sizes.positions[0] or math.inf
     taller = 1 + (form.lags - 1) * form.shift / rows
     cost = lags * features * (features + copies) + taller * features * (entries + _UNFOLD)
-    cost += 2 * (form.lags - 1) ** 2 * features**2 * form.shift / rows
+    cost += 4 * (form.lags - 1) ** 2 * features**2 * form.shift / rows
     patches = math.prod(count or math.inf for count in sizes.positions)
     return sizes.groups * (cost / form.block + _REDUCE * form.lags * features**2 / patches)

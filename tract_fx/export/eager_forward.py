@@ -15,7 +15,11 @@ from tract_fx.export.no_dropout import no_dropout
 
 __all__ = ["call_on_copies", "changed_buffers"]
 
-_OWN = ("GeneratedBackwardFor_tract_fx_", "_PreconditionGrad")
+_OWN = (
+    "GeneratedBackwardFor_tract_fx_",
+    "_PreconditionGradBackward",
+    "_PreconditionGradEagerlyBackward",
+)
 _CHECKPOINT = "CheckpointFunctionBackward"  # computes again what the forward pass computed
 
 

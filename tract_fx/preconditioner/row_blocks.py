@@ -44,6 +44,9 @@ _WIDEST = 32
 _REST = 1.05
 """What columns take that are not whole blocks: the rest is a few more calls for little work."""
 
+_TERM = 30.0
+"""What a term of a diagonal sum takes, and an entry of a Gram that is put together, in products."""
+
 _TERMS = 1 << 22
 """Terms of diagonal sums that are held at a time."""
 
@@ -94,7 +97,8 @@ def _layer(shape: torch.Size, geometry: PatchGeometry) -> _Layer:
     channels = shape[1] // geometry.groups * math.prod(geometry.kernel[:-2])
     planes = math.prod(positions[:-2])
     unfolded = geometry.groups * channels * math.prod(shape[-2:]) if len(positions) == 3 else 0
-    return _Layer(window, channels, planes, unfolded, best_plan(window, channels))
+    plan = best_plan(window, channels, shape[0] * planes)
+    return _Layer(window, channels, planes, unfolded, plan)
 
 
 def row_block_work(shape: torch.Size, geometry: PatchGeometry) -> Work:
@@ -108,16 +112,17 @@ def row_block_work(shape: torch.Size, geometry: PatchGeometry) -> Work:
         The work of all groups.
     """
     layer = _layer(shape, geometry)
-    work = _work(layer.window, layer.channels, layer.plan)
-    return work * (shape[0] * layer.planes * geometry.groups)
+    images = shape[0] * layer.planes
+    return _work(layer.window, layer.channels, images, layer.plan) * (images * geometry.groups)
 
 
-def best_plan(window: Window, channels: int) -> Plan:
+def best_plan(window: Window, channels: int, images: int) -> Plan:
     """Choose the plan that costs least.
 
     Args:
         window: The layer's last two dimensions.
         channels: C.
+        images: How many planes there are.
 
     Returns:
         The plan.
@@ -130,7 +135,7 @@ def best_plan(window: Window, channels: int) -> Plan:
 
     def cost(plan: Plan) -> float:
         whole = window.positions[1] % plan.width == 0
-        return _work(window, channels, plan).cost * (1.0 if whole else _REST)
+        return _work(window, channels, images, plan).cost * (1.0 if whole else _REST)
 
     return min(plans, key=cost)
 
@@ -154,13 +159,19 @@ def _steps(kernel: int, left: int) -> int:
     return (kernel - 1) // left
 
 
-def _work(window: Window, channels: int, plan: Plan) -> Work:
-    """Count the work on a plane, of a group."""
+def _work(window: Window, channels: int, images: int, plan: Plan) -> Work:
+    """Count the work on a plane, of a group; what is done once is shared by all planes."""
     work = Work(0.0, 0.0, 0.0)
+    columns = channels * window.kernel[1]
     for part in _parts(window, plan.width):
         common, strips = _divided(part, plan)
         for some in (*common, *strips):
             work += _part_work(some, channels, plan)
+        pairs = plan.left * window.kernel[0] * columns**2
+        terms = (len(common) + len(strips)) * min(plan.width, part.positions[1]) * pairs
+        work += Work(
+            0.0, 0.0, 0.0, _TERM * (terms + 4 * (window.kernel[0] * columns) ** 2) / images
+        )
     return work
 
 
@@ -226,12 +237,11 @@ def row_block_gram(
     pairs = x.new_zeros((geometry.groups, kernel, n, kernel, n), dtype=torch.float64)
     for part in _parts(window, layer.plan.width):
         common, divided = _divided(part, layer.plan)
-        shared = products(common)[0] if common else 0.0
-        strips = products(divided) if divided else pairs.new_zeros(0)
+        each = [products(windows) for windows in (common, divided) if windows]
         for step in range(steps + 1):
-            sums = shared
-            if steps:
-                sums = sums + strips[step : steps + step].sum(0)
+            sums = each[0][0] if common else torch.zeros_like(each[0][0])
+            if divided:
+                sums = sums + each[-1][step : steps + step].sum(0)
             start = step * left
             end = min(start + left, kernel)
             pairs[:, start:end, :, start:] += sums[:, : end - start, :, : kernel - start]

@@ -24,6 +24,9 @@ __all__ = ["SolvePlan", "plan_solve", "precondition_by_plan", "precondition_weig
 # this product (an input in [0, 255], say) a CPU computes Gram and factor in float64 at once.
 _MAX_FLOAT32_AMPLIFICATION = 1e-3
 
+# Numbers that are read at a time to tell: of half precision, a copy of them is made.
+_PIECE_ELEMENTS = 1 << 22
+
 # What a weight gradient has outside X's row space is rounding noise where it is smaller, relative
 # to the whole, than two units of the dtype it was rounded to and 64 of the one it was added up in.
 _ROUNDING_UNITS = 2.0
@@ -108,8 +111,8 @@ def precondition_weight_gradient(
         input_dtype: The dtype in which the layer multiplied (autocast's), None for `x`'s own.
 
     Returns:
-        The preconditioned gradient, shape and dtype of `grad`. All NaN where `x` is not finite or
-        the factorisation failed; gW/λ where there are no rows.
+        The preconditioned gradient, shape and dtype of `grad`. All NaN for a group whose part of X
+        is not finite, or whose factorisation failed; gW/λ where there are no rows.
 
     Raises:
         UnsupportedLayerError: `grad` and `x` are not of one layer of that geometry.
@@ -227,7 +230,9 @@ def _factorise(
 
 def _float32_is_too_coarse(x: torch.Tensor, lambda_: float, geometry: PatchGeometry) -> bool:
     """Judge from the mean square of the input, which the Gram's trace is n times of, about."""
-    mean_square = float(torch.linalg.vector_norm(x.float())) ** 2 / max(x.numel(), 1)
+    images = max(1, _PIECE_ELEMENTS * len(x) // max(1, x.numel()))
+    norms = [float(torch.linalg.vector_norm(piece.float())) for piece in x.split(images)]
+    mean_square = sum(norm**2 for norm in norms) / max(x.numel(), 1)
     amplification = torch.finfo(torch.float32).eps * mean_square * geometry.columns(x) / lambda_
     return not amplification <= _MAX_FLOAT32_AMPLIFICATION  # also where it is NaN
 
