@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch
 
+from report import OUT
 from timing import pin_allocator
-
-OUT = Path("build/bench")
 
 
 def parser() -> argparse.ArgumentParser:

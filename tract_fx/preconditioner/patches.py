@@ -9,7 +9,7 @@ import torch
 
 from tract_fx.preconditioner.geometry import PatchGeometry
 
-__all__ = ["patch_blocks", "patch_matrix"]
+__all__ = ["patch_blocks", "patch_matrix", "unfolded"]
 
 
 def patch_matrix(x: torch.Tensor, geometry: PatchGeometry, dtype: torch.dtype) -> torch.Tensor:
@@ -59,8 +59,24 @@ def _patch_view(x: torch.Tensor, geometry: PatchGeometry) -> torch.Tensor:
     for dim, (k, s, d) in enumerate(
         zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True), start=2
     ):
-        x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
+        x = unfolded(x, dim, k, s, d)
     return x
+
+
+def unfolded(x: torch.Tensor, dim: int, kernel: int, stride: int, dilation: int) -> torch.Tensor:
+    """View one dimension of a padded input as output positions and the kernel's elements.
+
+    Args:
+        x: The input.
+        dim: The dimension.
+        kernel: Kernel size, as are the next two in this dimension.
+        stride: Stride.
+        dilation: Dilation.
+
+    Returns:
+        The view: positions where `dim` was, elements last.
+    """
+    return x.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
 
 
 def _columns(view: torch.Tensor, groups: int) -> torch.Tensor:

@@ -228,20 +228,19 @@ def row_block_gram(
     window, left = layer.window, layer.plan.left
     kernel, steps = window.kernel[0], _steps(window.kernel[0], left)
 
-    def products(windows: list[Window]) -> torch.Tensor:
+    def products(windows: list[Window]) -> list[torch.Tensor]:
+        if not windows:
+            return []
         sums = _block_products(x, geometry, layer, windows, dtype, elements)
-        return _diagonal_sums(sums, windows[0], layer)
+        return list(_diagonal_sums(sums, windows[0], layer))
 
     n = geometry.columns(x) // kernel
     # groups, kernel row, (kernel column, C), kernel row, (kernel column, C)
     pairs = x.new_zeros((geometry.groups, kernel, n, kernel, n), dtype=torch.float64)
     for part in _parts(window, layer.plan.width):
-        common, divided = _divided(part, layer.plan)
-        each = [products(windows) for windows in (common, divided) if windows]
+        shared, strips = (products(windows) for windows in _divided(part, layer.plan))
         for step in range(steps + 1):
-            sums = each[0][0] if common else torch.zeros_like(each[0][0])
-            if divided:
-                sums = sums + each[-1][step : steps + step].sum(0)
+            sums = torch.stack([*shared, *strips[step : steps + step]]).sum(0)
             start = step * left
             end = min(start + left, kernel)
             pairs[:, start:end, :, start:] += sums[:, : end - start, :, : kernel - start]

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from tract_fx.preconditioner.geometry import PatchGeometry
+from tract_fx.preconditioner.patches import unfolded
 
 __all__ = ["Window", "fill", "planes_of"]
 
@@ -101,31 +102,25 @@ def planes_of(x: torch.Tensor, geometry: PatchGeometry) -> torch.Tensor:
     elif len(geometry.kernel) == 3:
         before, after = geometry.padding[0]
         x = functional.pad(x, (0, 0, 0, 0, before, after))
-        extent = geometry.dilation[0] * (geometry.kernel[0] - 1) + 1
-        view = x.unfold(3, extent, geometry.stride[0])[..., :: geometry.dilation[0]]
+        view = unfolded(x, 3, geometry.kernel[0], geometry.stride[0], geometry.dilation[0])
         # images, groups, C, positions, height, width, elements
         x = view.permute(0, 3, 1, 2, 6, 4, 5).flatten(3, 4).flatten(0, 1)
     return x.permute(1, 0, 3, 4, 2)
 
 
-def fill(padded: torch.Tensor, planes: torch.Tensor, window: Window) -> int:
+def fill(padded: torch.Tensor, planes: torch.Tensor, window: Window) -> None:
     """Copy what a window reads of some planes between the zeros around it.
 
     Args:
         padded: (groups, images, height, width, C), zero where no plane reaches.
         planes: The same, of the input, of as many images or fewer.
         window: What is read.
-
-    Returns:
-        How many images there are.
     """
-    images = planes.shape[1]
-    here, there = padded[:, :images], planes
+    here, there = padded[:, : planes.shape[1]], planes
     for dim, before in enumerate(window.before, start=2):
         skipped, shift = max(0, -before), max(0, before)
         size = max(0, min(planes.shape[dim] - skipped, padded.shape[dim] - shift))
         if not size:
-            return images
+            return
         here, there = here.narrow(dim, shift, size), there.narrow(dim, skipped, size)
     here.copy_(there)
-    return images
