@@ -27,7 +27,8 @@ class Precision:
     @contextmanager
     def flags(self) -> Iterator[None]:
         """Set the process's flags for TF32; matrix products and convolutions each have one."""
-        backends = (torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv"))  # noqa: B009
+        convolutions = getattr(torch.backends.cudnn, "conv")  # noqa: B009 (mypy does not see it)
+        backends = (torch.backends.cuda.matmul, convolutions)
         before = [backend.fp32_precision for backend in backends]
         for backend in backends:
             backend.fp32_precision = "tf32" if self.tf32 else "ieee"

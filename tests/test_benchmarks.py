@@ -294,7 +294,7 @@ def test_without_a_device(
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
 def test_precision_puts_the_flags_back(precision: Precision) -> None:
     def flags() -> list[str]:
-        convolutions = getattr(torch.backends.cudnn, "conv")  # noqa: B009
+        convolutions = getattr(torch.backends.cudnn, "conv")  # noqa: B009 (mypy does not see it)
         return [torch.backends.cuda.matmul.fp32_precision, convolutions.fp32_precision]
 
     before = flags()
