@@ -10,16 +10,20 @@ BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint types bench clean
+.PHONY: help demo test test-versions check lint types bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.demo .venv/.dot ## train with and without TrAct, print the table, save plots and a report (DATA=folder of images, ARGS=options)
 	$(BIN)/python examples/demo.py $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: check .venv/.dot .venv/.chromium ## the linters and types, then the tests (ARGS=pytest's options)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 $(ARGS)
+
+# Gigabytes, and an hour on two cores: the oldest and the newest torch, and two in between.
+test-versions: .venv/.dev .venv/.dot ## the tests under other versions of PyTorch and Python (ARGS="--torch 2.11.0": that one alone)
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/run_versions.py $(ARGS)
 
 check: lint types ## ruff and mypy
 

@@ -33,6 +33,10 @@ __all__ = [
     "tract_pass",
 ]
 
+# A star import takes what is there; who asks for the rest by name is told of the extra.
+if not extras.installed("onnx"):
+    __all__ = [name for name in __all__ if name not in _ONNX]
+
 
 def __getattr__(name: str) -> Any:
     if name not in _ONNX:
@@ -41,4 +45,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_ONNX})

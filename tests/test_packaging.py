@@ -98,15 +98,14 @@ def test_wheel_holds_every_source_file(wheel: Path) -> None:
             assert archive.read(name) == file.read_bytes(), name
 
 
-def test_wheel_requires_torch_alone(wheel: Path) -> None:
+def test_wheel_requires_torch_and_what_its_shell_needs(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = archive.read(name).decode()
     fields = [line.partition(": ") for line in metadata.split("\n\n")[0].splitlines()]
     required = [value for field, _, value in fields if field == "Requires-Dist"]
     core = [value for value in required if "extra ==" not in value]
-    assert len(core) == 1
-    assert core[0].startswith("torch")
+    assert core == ["rich>=13.8", "torch>=2.11", "typer>=0.15"]
     assert ("License-Expression", ": ", "MIT") in fields
 
 
@@ -154,6 +153,32 @@ def test_installed_copy_is_whole_and_of_the_projects_version(site: Path, tmp_pat
     version, files = imported.stdout.splitlines()
     assert version == PROJECT["project"]["version"]
     assert [path for path in files.split() if not Path(path).is_relative_to(site)] == []
+
+
+# Python's own way to say that a package is not there: None in its place.
+WITHOUT_EXTRAS = """
+import sys
+sys.modules.update(dict.fromkeys(("graphviz", "matplotlib", "numpy", "onnx", "onnx_ir")))
+from tract_fx import *
+from tract_fx.passes import *
+assert tract_pass and inspect_graph and "export_training" not in globals()
+import tract_fx
+assert "export_training" in dir(tract_fx)
+try:
+    from tract_fx import export_training
+except tract_fx.MissingRuntimeError as error:
+    print(error)
+"""
+
+
+def test_everything_is_imported_without_any_extra(site: Path, tmp_path: Path) -> None:
+    imported = run(
+        *(sys.executable, "-W", "error", "-c", WITHOUT_EXTRAS),
+        cwd=tmp_path,
+        PYTHONPATH=str(site),
+    )
+    assert (imported.returncode, imported.stderr) == (0, "")
+    assert "pip install 'tract_fx[onnx]'" in imported.stdout
 
 
 def test_passes_is_no_package_of_its_own() -> None:

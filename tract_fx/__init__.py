@@ -7,7 +7,7 @@ Petersen, Borgelt, Ermon: TrAct: Making First-layer Pre-Activations Trainable, N
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from tract_fx import extras
+from tract_fx import extras, torch_version  # noqa: F401 (its import checks the version)
 from tract_fx.eager import tract_module
 from tract_fx.errors import (
     AmbiguousInputLayerError,
@@ -31,6 +31,7 @@ from tract_fx.errors import (
     UnsupportedModelError,
     UnsupportedTrainingError,
     UnsupportedTransformError,
+    UntestedVersionWarning,
     UntraceableModelError,
 )
 from tract_fx.inspection import Inspection, inspect_graph
@@ -92,6 +93,7 @@ __all__ = [
     "UnsupportedModelError",
     "UnsupportedTrainingError",
     "UnsupportedTransformError",
+    "UntestedVersionWarning",
     "UntraceableModelError",
     "__version__",
     "export_training",
@@ -104,6 +106,10 @@ __all__ = [
     "tract_pass",
 ]
 
+# A star import takes what is there; who asks for the rest by name is told of the extra.
+if not extras.installed("onnx"):
+    __all__ = [name for name in __all__ if name not in _EXTRAS]
+
 
 def __getattr__(name: str) -> Any:
     if name not in _EXTRAS:
@@ -112,4 +118,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_EXTRAS})

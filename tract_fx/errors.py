@@ -26,6 +26,7 @@ __all__ = [
     "UnsupportedModelError",
     "UnsupportedTrainingError",
     "UnsupportedTransformError",
+    "UntestedVersionWarning",
     "UntraceableModelError",
 ]
 
@@ -133,3 +134,7 @@ class TractWarning(UserWarning):
 
 class FrozenLayerWarning(TractWarning):
     """The input layer's weight does not require a gradient, so that TrAct is idle."""
+
+
+class UntestedVersionWarning(TractWarning):
+    """A package is newer than any that was tested."""

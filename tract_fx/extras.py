@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from typing import Any
 
 from tract_fx.errors import MissingRuntimeError
 
-__all__ = ["load"]
+__all__ = ["PACKAGES", "installed", "load"]
 
-# The packages of each extra, by the name that they are imported under.
-_EXTRAS = {
+PACKAGES = {
     "onnx": "onnx",
     "onnx_ir": "onnx",
     "onnxscript": "onnx",
@@ -19,8 +19,20 @@ _EXTRAS = {
     "graphviz": "inspect",
     "jinja2": "inspect",
     "matplotlib": "inspect",
-    "rich": "inspect",
 }
+"""The extra that brings a package, by the name that the package is imported under."""
+
+
+def installed(extra: str) -> bool:
+    """Tell whether an extra's packages are there, without importing them.
+
+    Args:
+        extra: Its name.
+
+    Returns:
+        Whether all are.
+    """
+    return all(find_spec(package) for package, name in PACKAGES.items() if name == extra)
 
 
 def load(module: str, name: str) -> Any:
@@ -41,11 +53,11 @@ def load(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in _EXTRAS:
+        if missing not in PACKAGES:
             raise
-        also = ", or 'tract_fx[ort-training]' to train too" * (_EXTRAS[missing] == "onnx")
+        also = ", or 'tract_fx[ort-training]' to train too" * (PACKAGES[missing] == "onnx")
         raise MissingRuntimeError(
             f"{name} needs the package {missing}, which is not installed",
             "it belongs to an extra",
-            f"pip install 'tract_fx[{_EXTRAS[missing]}]'{also}",
+            f"pip install 'tract_fx[{PACKAGES[missing]}]'{also}",
         ) from error

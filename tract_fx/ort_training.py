@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import platform
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -79,7 +81,7 @@ def _import_runtime() -> ModuleType:
         raise MissingRuntimeError(
             f"onnxruntime can't be imported ({error})",
             "the artifacts are trained by ONNX Runtime Training",
-            'Install the extra: pip install "tract_fx[ort-training]"',
+            f"Install the extra: {_to_install()}",
         ) from error
     try:
         importlib.import_module("onnxruntime.training.api")
@@ -90,10 +92,21 @@ def _import_runtime() -> ModuleType:
             f"onnxruntime {version} has no onnxruntime.training.api ({error})",
             "stock ONNX Runtime and ONNX Runtime Training share an import name, and the one that "
             "is installed can't train",
-            "Uninstall onnxruntime and onnxruntime-gpu, then install the extra: "
-            'pip install "tract_fx[ort-training]"',
+            f"Uninstall onnxruntime and onnxruntime-gpu, then install the extra: {_to_install()}",
         ) from error
     return found
+
+
+def _to_install() -> str:
+    """Say how ONNX Runtime Training is installed, on this Python and machine."""
+    command = 'pip install "tract_fx[ort-training]"'
+    python, machine = platform.python_version(), platform.machine()
+    if sys.version_info < (3, 13) and machine != "aarch64":
+        return command
+    return (
+        f"{command}, in an environment with Python 3.10 to 3.12 on x86-64 or macOS, as its last "
+        f"release, {TESTED_VERSION}, was built for no other (this is Python {python} on {machine})"
+    )
 
 
 def training_api() -> ModuleType:

@@ -27,6 +27,7 @@ __all__ = [
     "copy_graph",
     "full_precision",
     "guards",
+    "has_autocast",
     "inside_dual_level",
     "inside_functorch",
     "is_fake",
@@ -46,6 +47,11 @@ __all__ = [
 WrappedHook = _WrappedHook
 """What a module's load_state_dict hooks are kept in: with a weak reference to the module."""
 
+# Asked once, for Dynamo can't trace the question in torch 2.11.
+_AUTOCAST = {
+    device: torch.amp.is_autocast_available(device)
+    for device in ("cpu", "cuda", "hpu", "meta", "mps", "mtia", "xla", "xpu")
+}
 _BACKENDS = {"cuda": "cuda", "cpu": "mkldnn"}
 _lock = Lock()
 _inside = {"cuda": 0, "mkldnn": 0}
@@ -362,6 +368,19 @@ def _set_matmul_precision(backend: str, precision: str) -> None:
         torch._C._set_fp32_precision_setter(backend, "matmul", precision)
 
 
+def has_autocast(device: str) -> bool:
+    """Tell whether autocast can be on for a kind of device.
+
+    Args:
+        device: The kind, such as `"cuda"`.
+
+    Returns:
+        Whether it can.
+    """
+    known = _AUTOCAST.get(device)
+    return torch.amp.is_autocast_available(device) if known is None else known
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Turn autocast off, where the device has it.
 
@@ -371,7 +390,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     Returns:
         A context manager.
     """
-    if torch.amp.is_autocast_available(device.type):
+    if has_autocast(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -386,6 +405,6 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
         The dtype, None where autocast is off or leaves the operand alone.
     """
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or x.dtype == torch.float64:
+    if not has_autocast(device) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -71,7 +71,13 @@ def is_backward(node: fx.Node) -> bool:
     Returns:
         True for those that autograd ran.
     """
-    return bool(node.meta.get("autograd_backward") or _BACKWARD in (node.meta.get("custom") or ()))
+    return (
+        # The first is autograd's own mark, which torch 2.11 does not write; the second stands for
+        # what AOTAutograd traces after the forward pass.
+        bool(node.meta.get("autograd_backward"))
+        or node.meta.get("partitioner_tag") == "is_backward"
+        or _BACKWARD in (node.meta.get("custom") or ())
+    )
 
 
 def trace_joint_graph(

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tract_fx import __version__
+from tract_fx.shell.doctor_command import doctor
 from tract_fx.shell.export_command import export
 from tract_fx.shell.inspect_command import EXIT_CODES as INSPECT_EXIT_CODES
 from tract_fx.shell.inspect_command import InspectCommand, inspect
@@ -66,3 +67,6 @@ app.command(
 app.command(epilog=EXIT_CODES, short_help="A model to artifacts to train from.")(export)
 app.command(epilog=EXIT_CODES, short_help="TrAct into a training graph, or out of it.")(rewrite)
 app.command(epilog=EXIT_CODES, short_help="Train from artifacts and data.")(train)
+app.command(epilog=EXIT_CODES, short_help="What is installed, and whether gradients are right.")(
+    doctor
+)
