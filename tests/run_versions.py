@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -93,11 +94,11 @@ def main() -> None:
         with step(f"torch {version.torch} and Python {version.python}"):
             install_torch(version)
     with step("CUDA's libraries, where these wheels need them"):
-        share_cuda(chosen)
+        share_cuda([v for v in VERSIONS if (v.folder / WHOLE_METADATA).exists()])
     counts = {}
     for version in chosen:
         with step(f"what the tests need, beside torch {version.torch}"):
-            version.install("--editable", ".[test]", f"torch=={version.torch}", version.numpy)
+            install_rest(version)
         console.rule(f"torch {version.torch}, Python {version.python}, {version.numpy}")
         counts[version] = run_tests(version, arguments.tests)
     report(counts)
@@ -137,7 +138,8 @@ def share_cuda(versions: Sequence[Version]) -> None:
     wanted = [*map(str, asked[-1].values())]
     installed = CUDA / "requirements.txt"
     if wanted and not (installed.exists() and installed.read_text().splitlines() == wanted):
-        versions[-1].install("--upgrade", "--target", str(CUDA), *wanted)
+        shutil.rmtree(CUDA, ignore_errors=True)
+        versions[-1].install("--target", str(CUDA), *wanted)
         installed.write_text("\n".join(wanted))
     for version in versions:
         link = version.site_packages / "nvidia"
@@ -157,6 +159,15 @@ def cuda_requirements(version: Version) -> dict[str, Requirement]:
                 requirement.marker = None
                 found[requirement.name] = requirement
     return found
+
+
+def install_rest(version: Version) -> None:
+    """Install the project and what its tests need, once for each pyproject.toml."""
+    done, asked = version.folder / "pyproject.toml", (ROOT / "pyproject.toml").read_text()
+    if not (done.exists() and done.read_text() == asked):
+        version.install("--upgrade", "pip")
+        version.install("--editable", ".[test]", f"torch=={version.torch}", version.numpy)
+        done.write_text(asked)
 
 
 def run_tests(version: Version, tests: Sequence[str]) -> dict[str, Counter[str]]:

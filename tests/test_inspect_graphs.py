@@ -168,8 +168,7 @@ def test_a_graph_is_listed_as_code() -> None:
         " sub = operator.sub(x, mean)",
         f"-conv1 = self.conv1(sub)  # {layer})",
         f"+conv1 = self.conv1(sub)  # Tract{layer}, lambda_=0.1)",
-        " bn1 = self.bn1(conv1)  # BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, "
-        "bias=True, track_running_stats=True)",
+        f" bn1 = self.bn1(conv1)  # {model.bn1}",
     ]
     assert diff.after.splitlines()[-1] == "return fc"
 

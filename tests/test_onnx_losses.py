@@ -21,6 +21,7 @@ from sklearn.neural_network import MLPClassifier, MLPRegressor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torch_release import RELEASE
 from tract_fx.errors import ExportError, TractError, UnsupportedTrainingError
 from tract_fx.export.loss_check import check_loss
 from tract_fx.export.loss_decompositions import exact_losses
@@ -234,6 +235,8 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_values_and_gradients(case: Case, tmp_path: pathlib.Path) -> None:
+    if RELEASE < (2, 12) and "probabilities" in case.name:
+        pytest.skip("this torch.export fixes the loss's batch, which is refused")
     model = _forward(shape=case.shape)
     for name in ("w", "b"):  # extreme, or all zero, outputs
         initializer = model.graph.initializers[name]
