@@ -30,6 +30,7 @@ __all__ = [
     "has_autocast",
     "inside_dual_level",
     "inside_functorch",
+    "is_composite",
     "is_fake",
     "joint_graph",
     "operators_are_seen",
@@ -37,6 +38,7 @@ __all__ = [
     "product_rounding",
     "record_run",
     "requires_grad_at_any_level",
+    "storage_of",
     "traced_stage",
     "tracing_jit",
     "tracing_operators",
@@ -93,6 +95,23 @@ def inside_dual_level() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def is_composite(overload: Any) -> bool:
+    """Tell an operator that is written in terms of others, and may so hand an operand back.
+
+    Args:
+        overload: An operator's overload.
+
+    Returns:
+        Whether it is one, also for those of TorchScript alone, of which nothing is known.
+    """
+    try:
+        return bool(
+            overload.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+        )
+    except RuntimeError:
+        return True
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     """Tell a tensor that has a shape and no values, as tracers use.
 
@@ -103,6 +122,21 @@ def is_fake(tensor: torch.Tensor) -> bool:
         True for a fake one.
     """
     return isinstance(tensor, FakeTensor)
+
+
+def storage_of(tensor: torch.Tensor) -> int | None:
+    """Identify the storage that a tensor lies in, also where it has no address (a fake one's).
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        A number for as long as the storage lives, None for a tensor without one (a sparse one).
+    """
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def post_accumulate_hooks(parameter: torch.Tensor) -> int:

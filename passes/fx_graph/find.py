@@ -22,9 +22,17 @@ from tract_fx.passes.fx_graph.calls import (
     match_module,
     op_name,
 )
+from tract_fx.passes.fx_graph.memory import effects
 from tract_fx.passes.fx_graph.owners import layer_module, weight_parameters
 from tract_fx.passes.fx_graph.rewrite import read_lambda
-from tract_fx.passes.fx_graph.values import Value, attribute_value, lookup, node_shape, resolve
+from tract_fx.passes.fx_graph.values import (
+    Value,
+    Values,
+    attribute_value,
+    lookup,
+    node_shape,
+    resolve,
+)
 from tract_fx.passes.records import Findings, InputLayer, Refusal
 from tract_fx.preconditioner import PatchGeometry
 
@@ -63,7 +71,7 @@ class _Locator:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
-        self.values: dict[Node, Value] = {}
+        self.values = Values()
         self.layers: list[tuple[InputLayer, LayerCall]] = []
         self.eligible: list[tuple[InputLayer, LayerCall]] = []
         self.refusals: list[Refusal] = []
@@ -71,23 +79,29 @@ class _Locator:
     def run(self) -> Located:
         for node in self.gm.graph.nodes:
             if node.op != "output":
-                self.values[node] = self._visit(node)
+                self._visit(node)
         findings = Findings(tuple(r for r, _ in self.layers), tuple(self.refusals))
         return Located(findings, tuple(c for _, c in self.layers), tuple(self.eligible))
 
-    def _visit(self, node: Node) -> Value:
+    def _visit(self, node: Node) -> None:
         """Tell what a node's value is made of, and record it if it is a layer or a refusal."""
         if node.op == "placeholder":
             # What has a default other than None is a flag or a number.
-            if node.args and node.args[0] is not None:
-                return Value()
-            return Value(path=(node.name,), optional=bool(node.args))
-        if node.op == "get_attr":
-            return attribute_value(self.gm, node)
-        if reasons.carries_no_values(node):
-            return Value()
-        if is_precondition_grad(node):
-            return self.values[node.all_input_nodes[0]]
+            flag = node.args and node.args[0] is not None
+            value = Value() if flag else Value(path=(node.name,), optional=bool(node.args))
+            self.values.add(node, value)
+        elif node.op == "get_attr":
+            value, memory = attribute_value(self.gm, node)
+            self.values.add(node, value, memory=memory)
+        elif reasons.carries_no_values(node):
+            self.values.add(node, Value())
+        elif is_precondition_grad(node):
+            weight = node.all_input_nodes[0]
+            self.values.add(node, self.values[weight], shares=[weight])
+        else:
+            self._visit_operation(node)
+
+    def _visit_operation(self, node: Node) -> None:
         value = Value.join(self.values[n] for n in node.all_input_nodes)
         module = lookup(self.gm, node) if node.op == "call_module" else None
         if isinstance(module, nn.Module):
@@ -96,34 +110,24 @@ class _Locator:
         if call is not None and self._has_weight_parameters(call, module):
             self._visit_layer(call, module, value)
             # On parameters alone a layer makes another computed weight (a hypernetwork's).
-            return Value(from_layers=True) if value.path or value.from_layers else value
-        if value.path and value.trainable:
+            features = value.path or value.from_layers
+            self.values.add(node, Value(from_layers=True) if features else value)
+            return
+        effect = effects(node, module)
+        met = bool(value.path and value.trainable)
+        if met:
             self._refuse(node, value.path, module, None if call is None else reasons.BIASED_FILTER)
-            return self._written(node, Value(from_layers=True), over=True)
-        if value.path:
+            value = Value(from_layers=True)
+        elif value.path and not effect.understood:
+            self._refuse(node, value.path, module, reasons.UNKNOWN_WRITER)
+        elif value.path:
             # A frozen parameter in the way is a constant.
             value = dataclasses.replace(value, parameters=(), path=(*value.path, node.name))
         elif value.from_layers:
             value = Value(from_layers=True)  # whatever parameters the features have met
-        return self._written(node, value)
-
-    def _written(self, node: Node, value: Value, over: bool = False) -> Value:
-        """Note what an in-place operation puts into its operand, and into what that is a view of.
-
-        Args:
-            node: Any node.
-            value: Its result.
-            over: Whether the result takes the place of what was there, or joins it.
-
-        Returns:
-            The result.
-        """
-        target = node.args[0] if reasons.is_in_place(node) and node.args else None
-        while isinstance(target, Node):
-            before = self.values[target]
-            self.values[target] = value if over else Value.join((before, value))
-            target = target.args[0] if reasons.is_view(target) else None
-        return value
+        self.values.add(node, value, effect.shares)
+        for written in effect.writes:
+            self.values.write(written, value, over=met)
 
     def _has_weight_parameters(self, call: LayerCall, module: nn.Module | None) -> bool:
         """Tell a layer from a filter: one whose weight is a buffer is part of the input's path."""

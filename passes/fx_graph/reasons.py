@@ -20,11 +20,10 @@ __all__ = [
     "LIFTED",
     "STALE",
     "TORCH_TRACT",
+    "UNKNOWN_WRITER",
     "VECTOR",
     "WEIGHT_FROM_INPUT",
     "carries_no_values",
-    "is_in_place",
-    "is_view",
     "operation_name",
     "refuse_operation",
     "remedy_for",
@@ -42,6 +41,7 @@ BIASED_FILTER = (
 )
 VECTOR = "its weight is a vector, not a matrix"
 WEIGHT_FROM_INPUT = "its weight is computed from the input, not from parameters alone"
+UNKNOWN_WRITER = "it may write the input into another operand, which no schema of its tells"
 INPUT_IS_WEIGHT = "the input is its weight or bias"
 _NAME_A_LAYER = "Name the layer to treat with layers=[…]"
 
@@ -53,6 +53,8 @@ _REMEDIES = {
     VECTOR: "Write it as torch.nn.functional.linear(x, weight[None]).squeeze(-1), or name another "
     "layer with layers=[…]",
     BIASED_FILTER: "Make the bias a buffer, or name the layer behind it with layers=[…]",
+    UNKNOWN_WRITER: "Register it with torch.library.custom_op and its mutates_args, or name the "
+    "layer to treat with layers=[…]",
     "not initialised": "Run one batch through the model, then trace it anew",
     "method of its own": "Use tract_pass on torch.export.export(model, inputs), which treats the "
     "call inside it, or name another layer with layers=[…]",
@@ -72,14 +74,6 @@ _VALUELESS_FUNCTIONS = {
 }
 _VALUELESS_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad"}
 
-_VIEWS = {
-    *("getitem", "view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as"),
-    *("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "narrow"),
-    *("select", "slice", "squeeze", "unsqueeze", "expand", "expand_as", "unfold", "diagonal"),
-    *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "detach", "contiguous"),
-}
-_IN_PLACE = {"setitem", "iadd", "isub", "imul", "itruediv"}
-
 
 def carries_no_values(node: Node) -> bool:
     """Tell operations that read a tensor's shape, dtype or device, but not its entries.
@@ -98,33 +92,6 @@ def carries_no_values(node: Node) -> bool:
     if node.target is getattr:
         return node.args[1] in _VALUELESS_ATTRIBUTES
     return _function_name(node) in _VALUELESS_FUNCTIONS
-
-
-def is_in_place(node: Node) -> bool:
-    """Tell operations that write into their first operand.
-
-    Args:
-        node: Any node.
-
-    Returns:
-        True for those.
-    """
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = operation_name(node, None)
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-
-
-def is_view(node: Node) -> bool:
-    """Tell operations whose result may share memory with their first operand.
-
-    Args:
-        node: Any node.
-
-    Returns:
-        True for those.
-    """
-    return node.op in ("call_function", "call_method") and operation_name(node, None) in _VIEWS
 
 
 def via_torch_tract(node: Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,17 @@ from torch import fx, nn
 from torch.fx import Node
 from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["Value", "attribute_value", "lookup", "node_shape", "resolve", "static_shape"]
+from tract_fx import torch_private
+
+__all__ = [
+    "Value",
+    "Values",
+    "attribute_value",
+    "lookup",
+    "node_shape",
+    "resolve",
+    "static_shape",
+]
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,58 @@ class Value:
         )
 
 
+class Values:
+    """What nodes' values are made of, at the point that a walk through the graph has reached.
+
+    What is written into memory shows in every node that lies in it, whichever of them it was
+    written through, and whether that was made before or after.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[Node, Value] = {}
+        self._memory: dict[Node, tuple[Hashable, ...]] = {}
+        self._written: dict[Hashable, Value] = {}
+
+    def __getitem__(self, node: Node) -> Value:
+        written = [self._written[m] for m in self._memory[node] if m in self._written]
+        return Value.join((self._made[node], *written)) if written else self._made[node]
+
+    def add(
+        self,
+        node: Node,
+        value: Value,
+        shares: Iterable[Node] = (),
+        memory: Hashable | None = None,
+    ) -> None:
+        """Note a node.
+
+        Args:
+            node: The node.
+            value: What it is made of.
+            shares: Nodes in whose memory it may lie.
+            memory: What its own memory is known by, where other nodes lie in it that are not
+                related to it in the graph.
+        """
+        own = node if memory is None else memory
+        others = (m for n in shares for m in self._memory[n])
+        self._made[node] = value
+        self._memory[node] = tuple(dict.fromkeys((own, *others)))
+
+    def write(self, node: Node, value: Value, over: bool = False) -> None:
+        """Note what is written into the memory that a node may lie in.
+
+        Args:
+            node: The node.
+            value: What is written.
+            over: Whether it takes the place of what was there, or joins it.
+        """
+        for memory in self._memory[node]:
+            if over and isinstance(memory, Node):
+                self._made[memory] = value
+            before = None if over else self._written.get(memory)
+            self._written[memory] = value if before is None else Value.join((before, value))
+
+
 def lookup(gm: fx.GraphModule, node: Node) -> Any:
     """Resolve the target of a `get_attr` or `call_module` node.
 
@@ -106,7 +168,7 @@ def resolve(root: nn.Module, path: str) -> Any:
     return value
 
 
-def attribute_value(gm: fx.GraphModule, node: Node) -> Value:
+def attribute_value(gm: fx.GraphModule, node: Node) -> tuple[Value, Hashable]:
     """Tell what a `get_attr` node holds: a parameter, a parametrized weight, a constant.
 
     Args:
@@ -114,7 +176,7 @@ def attribute_value(gm: fx.GraphModule, node: Node) -> Value:
         node: The node.
 
     Returns:
-        Its value.
+        Its value, and what its memory is known by: two names may be of tensors in one storage.
     """
     target = str(node.target)
     owner_path, _, name = target.rpartition(".")
@@ -122,14 +184,17 @@ def attribute_value(gm: fx.GraphModule, node: Node) -> Value:
     if is_parametrized(owner, name):
         own: Any = owner.parametrizations[name]  # type: ignore[index]
         prefix = ".".join(filter(None, (owner_path, "parametrizations", name)))
-        return Value().with_parameters(prefix, own)
+        return Value().with_parameters(prefix, own), target
     value = lookup(gm, node)
     if isinstance(value, nn.Module):
-        return Value().with_parameters(target, value)
-    if isinstance(value, nn.Parameter) or (isinstance(value, torch.Tensor) and value.requires_grad):
+        return Value().with_parameters(target, value), target
+    if not isinstance(value, torch.Tensor):
+        return Value(), target
+    memory: Hashable = torch_private.storage_of(value) or target
+    if isinstance(value, nn.Parameter) or value.requires_grad:
         stale = value.grad_fn is not None
-        return Value(parameters=(target,), trainable=value.requires_grad, stale=stale)
-    return Value()
+        return Value(parameters=(target,), trainable=value.requires_grad, stale=stale), memory
+    return Value(), memory
 
 
 def node_shape(gm: fx.GraphModule, node: Node) -> tuple[int, ...] | None:
