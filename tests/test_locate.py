@@ -22,7 +22,8 @@ from geometries import GEOMETRIES, Geometry
 from input_layers import LAYERS, PLACES, called_twice
 from input_paths import PATHS, Case, conv
 from reference import ROUTES, Net, assert_tract, built, each_route, exported, images
-from tract_fx import find_input_layers, tract_pass
+from tract_fx import AmbiguousInputLayerError, find_input_layers, tract_pass
+from written_paths import WRITTEN, written
 
 
 @each_route(*PATHS, *LAYERS, *PLACES)
@@ -33,6 +34,51 @@ def test_found_and_right(case: Case, route: str) -> None:
     assert findings.names == (case.layer,), str(findings)
     assert len(findings.layers) == len(case.treated)
     assert_tract(model, graph, tract_pass(graph), inputs, case.treated)
+
+
+@each_route(*WRITTEN)
+def test_input_that_is_written_into_what_the_layer_reads(case: Case, route: str) -> None:
+    """Two layers read the input, and neither is taken without a word."""
+    model, inputs = built(case.build), case.inputs()
+    graph = ROUTES[route](model, inputs)
+    assert find_input_layers(graph).names == ("stem", "side")
+    with pytest.raises(AmbiguousInputLayerError):
+        tract_pass(graph)
+    assert_tract(model, graph, tract_pass(graph, layers="stem"), inputs, (0,))
+
+
+def write_into_(canvas: Tensor, x: Tensor) -> None:
+    canvas.copy_(x)
+
+
+torch.fx.wrap("write_into_")
+
+
+@pytest.mark.parametrize(
+    ("write", "found"),
+    [
+        (lambda c, x: c.clone().copy_(x), ("side",)),
+        (lambda c, x: (c * 1).add_(x), ("side",)),
+        (lambda c, x: x.clone().copy_(c), ("side",)),
+        (lambda c, x: write_into_(c, x), ("stem", "side")),
+        (lambda c, x: c.set_(x), ("stem", "side")),
+    ],
+    ids=["clone", "result", "other-way", "wrapped", "set_"],
+)
+def test_what_is_no_write_and_what_may_be_one(
+    write: Callable[[Tensor, Tensor], object], found: tuple[str, ...]
+) -> None:
+    graph = torch.fx.symbolic_trace(
+        built(written("it", lambda net, canvas, x: write(canvas, x)).build)
+    )
+    findings = find_input_layers(graph)
+    assert findings.names == found
+    assert bool(findings.refusals) == (len(found) > 1)
+    for refusal in findings.refusals:
+        assert "no schema" in refusal.reason
+    if findings.refusals:
+        with pytest.raises(AmbiguousInputLayerError, match="mutates_args"):
+            tract_pass(graph)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)

@@ -95,21 +95,20 @@ def inside_dual_level() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def is_composite(overload: Any) -> bool:
+def is_composite(overload: Any) -> bool | None:
     """Tell an operator that is written in terms of others, and may so hand an operand back.
 
     Args:
         overload: An operator's overload.
 
     Returns:
-        Whether it is one, also for those of TorchScript alone, of which nothing is known.
+        Whether it is one, None for what is an operator of TorchScript alone.
     """
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
     try:
-        return bool(
-            overload.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-        )
+        return bool(overload.has_kernel_for_dispatch_key(key))
     except RuntimeError:
-        return True
+        return None
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
@@ -134,7 +133,7 @@ def storage_of(tensor: torch.Tensor) -> int | None:
         A number for as long as the storage lives, None for a tensor without one (a sparse one).
     """
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return None
 

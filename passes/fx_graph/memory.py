@@ -101,6 +101,7 @@ def _schemas(node: Node) -> list[Any]:
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         packet = getattr(torch.ops.aten, name, None)
     overloads = [] if packet is None else [getattr(packet, o) for o in packet.overloads()]
+    overloads = [o for o in overloads if torch_private.is_composite(o) is not None]
     fitting = [o for o in overloads if _fits(node, o._schema.arguments)]
     return fitting or [o for o in overloads if "out" not in o._overloadname]
 
@@ -126,7 +127,7 @@ def _of_schemas(node: Node, overloads: list[Any]) -> Effects:
         may_be_operand = not result and torch_private.is_composite(overload)
         for argument, nodes in _arguments(node, schema.arguments):
             info = argument.alias_info
-            if may_be_operand or (info is not None and _sets(info) & result):
+            if may_be_operand or (info is not None and _becomes(info, result)):
                 shares.update(dict.fromkeys(nodes))
             if info is not None and info.is_write:
                 writes.update(dict.fromkeys(nodes))
@@ -136,8 +137,13 @@ def _of_schemas(node: Node, overloads: list[Any]) -> Effects:
 
 
 def _sets(info: Any) -> set[str]:
-    """Name the sets of memory that an argument may lie in, before the call and after."""
-    return {*info.before_set, *info.after_set} - {"*"}
+    """Name the sets of memory that a value may lie in."""
+    return {*info.before_set, *info.after_set}
+
+
+def _becomes(info: Any, result: set[str]) -> bool:
+    """Tell an argument whose memory is the result's, or an entry's of a list that is the result."""
+    return bool(_sets(info) & result) or "*" in _sets(info)
 
 
 def _arguments(node: Node, declared: list[Any]) -> Iterator[tuple[Any, list[Node]]]:
