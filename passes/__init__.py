@@ -9,7 +9,7 @@ if __name__ == "passes":  # imported from the project's root, where it would be 
 from typing import TYPE_CHECKING, Any
 
 from tract_fx import extras
-from tract_fx.passes.fx_graph import find_input_layers, remove_tract, tract_pass
+from tract_fx.passes.fx_graph import find_input_layers, is_tract, remove_tract, tract_pass
 from tract_fx.passes.records import Findings, InputLayer, Refusal
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
     "Refusal",
     "find_input_layers",
     "find_onnx_input_layers",
+    "is_tract",
     "remove_tract",
     "remove_tract_onnx",
     "tract_onnx_pass",

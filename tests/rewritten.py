@@ -128,7 +128,8 @@ def _exported_once(form: Form, dtype: torch.dtype) -> fx.GraphModule:
 
 def _exported(case: Case, net: Net) -> fx.GraphModule:
     """The same with the parameters of `net`; to export it each time would take long."""
-    with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of torch, for itself
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch, for itself
         module = copy.deepcopy(_exported_once(case.form, net.head.weight.dtype))
     for name, parameter in net.named_parameters():
         owner, _, attribute = name.rpartition(".")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from oracle import relative_error, tract_gradient
-from tract_fx import UnsupportedLayerError, tract_module, tract_pass
+from tract_fx import UnsupportedLayerError, tract_module
 
 
 class Net(nn.Module):
@@ -119,17 +118,6 @@ def test_named_layer_that_is_not_called_is_refused_with_inputs() -> None:
 
     with pytest.raises(UnsupportedLayerError, match="conv"):
         tract_module(Functional().double(), (example(),), layers="conv")
-
-
-@pytest.mark.parametrize("method", ["forward", "_conv_forward"])
-def test_method_of_the_instance_s_own_is_refused(method: str) -> None:
-    net = build(FOLLOWED["module"])
-    setattr(net.conv, method, types.MethodType(getattr(nn.Conv2d, method), net.conv))
-    plain = nn.Sequential(net.conv)
-    with pytest.raises(UnsupportedLayerError, match=f"{method} method of its own"):
-        tract_pass(torch.fx.symbolic_trace(plain))
-    with pytest.raises(UnsupportedLayerError, match=f"{method} method of its own"):
-        tract_module(plain, layers="0")
 
 
 def test_tracing_leaves_nothing_in_the_model() -> None:

@@ -33,7 +33,6 @@ from tract_fx import (
 
 # A convolution that is no call of a module, or a module that TrAct can't go into.
 NO_MODULE = {case.name for case in LAYERS if case.layer != "stem"} | {
-    "subclass-with-forward",
     "tied-function-behind",
 }
 # And what an eager model can't tell: a call from another, an optional argument from an input.
@@ -188,19 +187,7 @@ def test_layer_of_another_kind(name: str, says: str) -> None:
         tract_module(built(chain), layers=name)
 
 
-def test_layer_with_a_forward_of_its_own() -> None:
-    (case,) = (case for case in LAYERS if case.name == "subclass-with-forward")
-    model = built(case.build)
-    for arguments in ({"example_inputs": images()}, {"layers": "stem"}):
-        with pytest.raises(UnsupportedLayerError, match=r"method of its own.*export\.export"):
-            tract_module(model, **arguments)
-    graph = exported(model, (images(),))
-    assert_tract(model, graph, tract_pass(graph), (images(),), (0,))
-
-
-@pytest.mark.parametrize(
-    "name", sorted(NO_MODULE - {"subclass-with-forward", "tied-function-behind"})
-)
+@pytest.mark.parametrize("name", sorted(NO_MODULE - {"tied-function-behind"}))
 def test_function_calls_have_no_module(name: str) -> None:
     (case,) = (case for case in (*LAYERS, *PLACES) if case.name == name)
     model, inputs = built(case.build), case.inputs()

@@ -40,6 +40,7 @@ from tract_fx.passes import (
     InputLayer,
     Refusal,
     find_input_layers,
+    is_tract,
     remove_tract,
     tract_pass,
 )
@@ -99,6 +100,7 @@ __all__ = [
     "export_training",
     "find_input_layers",
     "inspect_graph",
+    "is_tract",
     "load_trainer",
     "precondition_grad",
     "remove_tract",

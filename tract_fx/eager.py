@@ -9,12 +9,13 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from tract_fx.errors import (
+    TractError,
     UnknownLayerError,
     UnsupportedLayerError,
     UnsupportedModelError,
     UntraceableModelError,
 )
-from tract_fx.modules import TractLayer, copy_tree, still_reaches, to_tract, why_not
+from tract_fx.modules import copy_tree, is_standard, still_reaches, to_tract, tract_lambda, why_not
 from tract_fx.passes.fx_graph import (
     LayerChoice,
     choose,
@@ -75,7 +76,7 @@ def tract_module(
     if isinstance(model, fx.GraphModule):
         return tract_pass(model, lambda_=lambda_, layers=by_name)  # type: ignore[return-value]
     _check_model(model)
-    present = {name: m for name, m in model.named_modules() if isinstance(m, TractLayer)}
+    present = [name for name, m in model.named_modules() if tract_lambda(m) is not None]
     if by_name is None and present:
         by_name = dict.fromkeys(present, lambda_)
     elif by_name is None:
@@ -91,7 +92,8 @@ def tract_module(
                 "Give it one λ",
             )
         to_tract(module, value)
-    _check_calls(model, result, by_name, example_inputs, trusted=layers is None)
+    located = layers is None and all(map(is_standard, given))
+    _check_calls(model, result, by_name, example_inputs, trusted=located)
     warn_of_frozen(name for name in by_name if _is_frozen(result.get_submodule(name)))
     return result
 
@@ -145,6 +147,8 @@ def _export(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     args, kwargs = arguments(example_inputs)
     try:
         graph = capture(model, args, kwargs).module()
+    except TractError:
+        raise
     except Exception as error:
         raise UntraceableModelError(
             f"torch.export failed on {type(model).__name__} ({type(error).__name__}: {error})",

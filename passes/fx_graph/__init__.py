@@ -6,7 +6,7 @@ from tract_fx.passes.choose import (
     named_lambdas,
     warn_of_frozen,
 )
-from tract_fx.passes.fx_graph.api import find_input_layers, remove_tract, tract_pass
+from tract_fx.passes.fx_graph.api import find_input_layers, is_tract, remove_tract, tract_pass
 from tract_fx.passes.fx_graph.find import Located, locate
 from tract_fx.passes.fx_graph.models import refuse_wrapped
 from tract_fx.passes.fx_graph.owners import weight_parameters
@@ -19,6 +19,7 @@ __all__ = [
     "Located",
     "choose",
     "find_input_layers",
+    "is_tract",
     "locate",
     "named_lambdas",
     "refuse_wrapped",

@@ -7,8 +7,8 @@ from typing import TypeVar
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from tract_fx.errors import UnsupportedModelError
-from tract_fx.modules import copy_tree, to_plain
+from tract_fx.errors import UnsupportedLayerError, UnsupportedModelError
+from tract_fx.modules import copy_tree, still_reaches, to_plain, tract_lambda
 from tract_fx.passes.choose import (
     LayerChoice,
     choose,
@@ -20,7 +20,7 @@ from tract_fx.passes.fx_graph.models import as_graph_module, refuse_wrapped
 from tract_fx.passes.fx_graph.rewrite import remove_from_graph, rewrite_graph
 from tract_fx.passes.records import Findings
 
-__all__ = ["find_input_layers", "remove_tract", "tract_pass"]
+__all__ = ["find_input_layers", "is_tract", "remove_tract", "tract_pass"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -84,6 +84,56 @@ def tract_pass(
     return result
 
 
+def is_tract(model: nn.Module | ExportedProgram) -> dict[str, float]:
+    """Tell which layers train with TrAct's gradient.
+
+    A checkpoint holds parameters alone: a model that is built anew and loaded from one is plain
+    until the pass is applied again. `assert is_tract(model)` in a training script makes sure.
+
+    Args:
+        model: Any module, also one inside DDP or torch.compile; or an exported program.
+
+    Returns:
+        λ by the layer's name, empty for a plain model.
+
+    Raises:
+        UnsupportedModelError: `model` is something else.
+    """  # noqa: DOC502 (raised by what it calls)
+    if isinstance(model, ExportedProgram):
+        model = as_graph_module(model)
+    _check_module(model)
+    found: dict[str, float] = {}
+    for path, module in model.named_modules():
+        lambda_ = tract_lambda(module)
+        if lambda_ is not None:
+            found[path] = lambda_
+        elif isinstance(module, fx.GraphModule):
+            prefix = f"{path}." if path else ""
+            for record, _ in locate(module).eligible:
+                if record.lambda_ is not None:
+                    found[prefix + record.name] = record.lambda_
+    return found
+
+
+def _refuse_kept_forwards(model: nn.Module, copied: nn.Module) -> None:
+    """Refuse to take TrAct out where the copy would run the layer with TrAct all the same."""
+    for name, layer in model.named_modules():
+        if tract_lambda(layer) is not None and "forward" in vars(layer):
+            if still_reaches(copied.get_submodule(name), layer, layer):
+                raise UnsupportedLayerError(
+                    f"the forward method of {name or 'the model'}, which was set on the instance",
+                    "the function that it is now holds on to the layer with TrAct and calls it",
+                    "Take that function away first (del layer.forward), or build the model anew",
+                )
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"a {type(model).__name__}", "TrAct lives in modules", "Give an nn.Module"
+        )
+
+
 def remove_tract(model: ModuleT) -> ModuleT:
     """Give the plain model back.
 
@@ -96,13 +146,13 @@ def remove_tract(model: ModuleT) -> ModuleT:
 
     Raises:
         UnsupportedModelError: `model` is no module, or one that is compiled or wrapped.
-    """
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"a {type(model).__name__}", "TrAct lives in modules", "Give an nn.Module"
-        )
+        UnsupportedLayerError: A function that was put in the place of a layer's forward method goes
+            on calling that.
+    """  # noqa: DOC502 (raised by what it calls)
+    _check_module(model)
     refuse_wrapped(model)
     result = copy_tree(model)
+    _refuse_kept_forwards(model, result)
     for module in result.modules():
         if isinstance(module, fx.GraphModule):
             remove_from_graph(module)

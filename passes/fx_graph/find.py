@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 from torch.fx import Node
 
-from tract_fx.modules import TractLayer, why_not
+from tract_fx.modules import is_standard, tract_lambda, why_not
 from tract_fx.passes.fx_graph import reasons
 from tract_fx.passes.fx_graph.calls import (
     LayerCall,
@@ -181,7 +181,7 @@ class _Locator:
     ) -> InputLayer:
         node = call.node
         if module is not None:
-            treated = isinstance(module, TractLayer) and node.kwargs.get("tract", True)
+            lambda_ = tract_lambda(module) if node.kwargs.get("tract", True) else None
             prefix = f"{node.target}."
             return InputLayer(
                 name=str(node.target),
@@ -189,10 +189,10 @@ class _Locator:
                 op=call.op,
                 weight=tuple(prefix + name for name in weight_parameters(module)),
                 weight_shape=_weight_shape(module),
-                geometry=PatchGeometry.of_module(module),
+                geometry=PatchGeometry.of_module(module) if is_standard(module) else None,
                 path=path,
                 frozen=not any(weight_parameters(module).values()),
-                lambda_=vars(module)["tract_lambda"] if treated else None,
+                lambda_=lambda_,
                 module=str(node.target),
             )
         assert call.weight is not None

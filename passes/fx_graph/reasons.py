@@ -56,8 +56,6 @@ _REMEDIES = {
     UNKNOWN_WRITER: "Register it with torch.library.custom_op and its mutates_args, or name the "
     "layer to treat with layers=[…]",
     "not initialised": "Run one batch through the model, then trace it anew",
-    "method of its own": "Use tract_pass on torch.export.export(model, inputs), which treats the "
-    "call inside it, or name another layer with layers=[…]",
 }
 
 # Operations whose result has nothing of their operand's values.

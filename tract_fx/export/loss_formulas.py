@@ -5,6 +5,8 @@ The arguments are those of the `aten` operators that the functions stand for.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,17 @@ __all__ = [
 ]
 
 MEAN, SUM = 1, 2  # at::Reduction
+
+
+def _passes_at_a_bound() -> bool:
+    """Whether a clamp's gradient passes where its input is a bound: it does before torch 2.15."""
+    with torch.enable_grad():
+        x = torch.zeros(1, requires_grad=True)
+        (gradient,) = torch.autograd.grad(x.clamp(min=0), [x])
+    return bool(gradient)
+
+
+_BELOW, _ABOVE = (operator.lt, operator.gt) if _passes_at_a_bound() else (operator.le, operator.ge)
 
 
 def _reduced(loss: Tensor, reduction: int) -> Tensor:
@@ -294,13 +307,13 @@ def clamp(self: Tensor, min: float | None = None, max: float | None = None) -> T
         max: The upper bound, which wins over the lower.
 
     Returns:
-        The value. Its gradient passes at the bounds, as PyTorch's does.
+        The value. At a bound its gradient is what this PyTorch's is.
     """
     clamped = self
     if min is not None:
-        clamped = torch.where(clamped < min, min, clamped)
+        clamped = torch.where(_BELOW(clamped, min), min, clamped)
     if max is not None:
-        clamped = torch.where(clamped > max, max, clamped)
+        clamped = torch.where(_ABOVE(clamped, max), max, clamped)
     return clamped
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from tract_fx.inspection.records import ForwardDiff, GraphView, ViewNode
 from tract_fx.inspection.views import graph_view
-from tract_fx.modules import TractLayer, plain_class
+from tract_fx.modules import plain_class, tract_lambda
 from tract_fx.passes.fx_graph import weight_parameters
 from tract_fx.passes.fx_graph.values import lookup
 
@@ -119,13 +119,14 @@ def _layers_view(model: nn.Module) -> GraphView:
     """Show the TrAct layers of a model that has no graph."""
     nodes: list[ViewNode] = []
     for name, module in model.named_modules():
-        if not isinstance(module, TractLayer):
+        lambda_ = tract_lambda(module)
+        if lambda_ is None:
             continue
         weights = tuple(
             f"{name}.{weight}" if name else weight for weight in weight_parameters(module)
         )
         nodes += [ViewNode(w, w, "parameter", "forward", ()) for w in weights]
-        label = f"TrAct (identity on the weight), λ = {module.tract_lambda:g}"
+        label = f"TrAct (identity on the weight), λ = {lambda_:g}"
         nodes.append(ViewNode(f"tract_{name}", label, "tract", "forward", weights))
         called = f"{name} ({plain_class(type(module)).__name__})".lstrip()
         nodes.append(ViewNode(name or "model", called, "operation", "forward", (f"tract_{name}",)))

@@ -11,7 +11,7 @@ from torch.fx import Node
 from torch.nn.utils.parametrize import is_parametrized
 
 from tract_fx.inspection.expansion import stage_of
-from tract_fx.modules import TractLayer, plain_class
+from tract_fx.modules import plain_class, tract_lambda
 from tract_fx.passes.fx_graph.calls import is_precondition_grad
 from tract_fx.passes.fx_graph.rewrite import read_lambda
 from tract_fx.passes.fx_graph.values import lookup, resolve
@@ -61,8 +61,9 @@ def tract_label(gm: fx.GraphModule, node: Node) -> str:
         return f"TrAct: gW (XᵀX/R + λI)⁻¹, λ = {node.args[2]:g}"
     if node.op == "call_module" and node.kwargs.get("tract", True):
         module = lookup(gm, node)
-        if isinstance(module, TractLayer):
-            return f"{_called(node, module)} with TrAct, λ = {module.tract_lambda:g}"
+        lambda_ = None if module is None else tract_lambda(module)
+        if lambda_ is not None:
+            return f"{_called(node, module)} with TrAct, λ = {lambda_:g}"
     return ""
 
 
@@ -112,7 +113,7 @@ def operation_name(node: Node) -> str:
 
 
 def _called(node: Node, module: object) -> str:
-    cls = plain_class(type(module)) if isinstance(module, TractLayer) else type(module)
+    cls = plain_class(type(module))
     return f"{node.target} ({cls.__name__})"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import fx, nn
 
-from tract_fx.modules import TractLayer, why_not
+from tract_fx.modules import tract_lambda, why_not
 from tract_fx.passes.fx_graph import PROVENANCE
 from tract_fx.passes.fx_graph.calls import is_precondition_grad, match_function
 from tract_fx.passes.records import InputLayer
@@ -29,7 +29,7 @@ def lost_marks(model: nn.Module, records: Sequence[InputLayer]) -> tuple[str, ..
     if isinstance(model, fx.GraphModule):
         return tuple(_lost_in_graph(model, {record.node for record in records}))
     found = {model.get_submodule(r.module) for r in records if r.module is not None}
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, TractLayer)]
+    layers = [(n, m) for n, m in model.named_modules() if tract_lambda(m) is not None]
     lost = [name for name, module in layers if module not in found]
     for path, graph in model.named_modules():
         if isinstance(graph, fx.GraphModule):
@@ -48,7 +48,7 @@ def _has_tract(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Tell the calls that have TrAct, by the node alone."""
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        is_treated = isinstance(module, TractLayer) and node.kwargs.get("tract", True)
+        is_treated = tract_lambda(module) is not None and node.kwargs.get("tract", True)
         return bool(is_treated and why_not(module) is None)
     call = match_function(node)
     return call is not None and call.precondition is not None
@@ -60,7 +60,7 @@ def _marked_calls(gm: fx.GraphModule, node: fx.Node) -> list[str]:
     marked = PROVENANCE in (node.meta.get("custom") or {})
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        tract_layer = isinstance(module, TractLayer) and node.kwargs.get("tract", True)
+        tract_layer = tract_lambda(module) is not None and node.kwargs.get("tract", True)
         return [node.name] if marked or tract_layer else []
     if not marked or match_function(node) is not None:
         return [node.name] if marked else []

@@ -7,30 +7,35 @@ on working, also those that are added later.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
-from torch import Tensor, fx, nn
-from torch.nn import functional
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from tract_fx.errors import UnsupportedTransformError
-from tract_fx.preconditioner import precondition_grad
+from tract_fx.modules.op_on_weight import OpOnWeight
 
-__all__ = ["TractLayer", "plain_class", "to_plain", "to_tract", "why_not"]
+__all__ = [
+    "TractLayer",
+    "is_standard",
+    "own_forward",
+    "plain_class",
+    "to_plain",
+    "to_tract",
+    "tract_lambda",
+    "why_not",
+]
 
-_FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.Linear: functional.linear,
-    nn.Conv1d: functional.conv1d,
-    nn.Conv2d: functional.conv2d,
-    nn.Conv3d: functional.conv3d,
-}
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class TractLayer(nn.Module):
     """What TrAct layers have in common. Made by `to_tract`, never by hand.
+
+    An instance without λ (one that other code has made by its class) is the plain layer.
 
     Attributes:
         tract_lambda: λ of this layer, > 0.
@@ -38,30 +43,33 @@ class TractLayer(nn.Module):
 
     tract_lambda: float
 
-    def forward(self, input: Tensor, *, tract: bool = True) -> Tensor:  # noqa: A002
+    def forward(self, *args: Any, tract: bool = True, **kwargs: Any) -> Any:
         """Compute what the plain layer computes.
 
         Args:
-            input: The layer's input.
+            *args: What the plain layer takes.
             tract: Whether this call's weight gradient is preconditioned. The pass sets it to False
                 on those calls of a shared layer that do not read the model's input.
+            **kwargs: What the plain layer takes.
 
         Returns:
             The layer's output, equal to the plain layer's.
         """
-        layer: Any = self
-        (function,) = (f for base, f in _FUNCTIONS.items() if isinstance(layer, base))
-        geometry: dict[str, Any] = {}
-        if not isinstance(layer, nn.Linear):
-            geometry = {k: getattr(layer, k) for k in ("stride", "padding", "dilation", "groups")}
-            if layer.padding_mode != "zeros":
-                pads = layer._reversed_padding_repeated_twice
-                input = functional.pad(input, pads, mode=layer.padding_mode)  # noqa: A001
-                geometry["padding"] = 0
-        weight = _traceable_weight(layer, input)
-        if tract:
-            weight = precondition_grad(weight, input, lambda_=layer.tract_lambda, **geometry)
-        return function(input, weight, layer.bias, **geometry)
+        if not isinstance(self, TractLayer):  # a method that was kept, of what is plain by now
+            return type(self).forward(self, *args, **kwargs)
+        lambda_ = tract_lambda(self)
+        if lambda_ is None or not tract or _runs_own(self):
+            return super().forward(*args, **kwargs)
+        return _run_with_op(self, lambda_, super().forward, args, kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a forward method of the instance's own runs as the class's does.
+
+        Args:
+            name: Its name.
+            value: Its value.
+        """
+        super().__setattr__(name, partial(_run_own, self, value) if name == "forward" else value)
 
     def extra_repr(self) -> str:
         """Say what the plain layer says, and λ.
@@ -69,7 +77,8 @@ class TractLayer(nn.Module):
         Returns:
             The text between the parentheses of the layer's representation.
         """
-        return f"{super().extra_repr()}, lambda_={self.tract_lambda}"
+        lambda_ = tract_lambda(self)
+        return super().extra_repr() + ("" if lambda_ is None else f", lambda_={lambda_}")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the user's class, since a TrAct class has no importable name."""
@@ -79,18 +88,47 @@ class TractLayer(nn.Module):
         return _empty_tract_layer, (plain_class(type(self)),), get_state()
 
 
-def _traceable_weight(layer: Any, x: Tensor) -> Tensor:
-    """The weight; refused where a tracer would keep its value instead of its computation."""
-    weight: Tensor = layer.weight
-    if isinstance(x, fx.Proxy) and not isinstance(weight, (nn.Parameter, fx.Proxy)):
-        raise UnsupportedTransformError(
-            f"the computed weight of a {type(layer).__name__} under an fx tracer",
-            "the tracer would freeze the weight's present value, and its parameters would get no "
-            "gradient",
-            "Trace the plain model and apply the pass to that, or make the layer a leaf of the "
-            "tracer",
-        )
-    return weight
+def tract_lambda(module: nn.Module) -> float | None:
+    """Tell a TrAct layer.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Its λ, None for a plain one.
+    """
+    value: float | None = vars(module).get("tract_lambda")
+    return value if isinstance(module, TractLayer) else None
+
+
+def _run_with_op(layer: nn.Module, lambda_: float, forward: Any, args: Any, kwargs: Any) -> Any:
+    op = OpOnWeight(layer, lambda_)
+    with op:
+        result = forward(*args, **kwargs)
+    op.check()
+    return result
+
+
+_inside = threading.local()
+"""The layers, by identity, whose instance's own forward method this thread is running."""
+
+
+def _run_own(layer: nn.Module, forward: Any, *args: Any, tract: bool = True, **kwargs: Any) -> Any:
+    """Run an instance's own forward method, which may call its class's."""
+    lambda_ = tract_lambda(layer)
+    if lambda_ is None or _runs_own(layer):
+        return forward(*args, **kwargs)
+    vars(_inside).setdefault("layers", set()).add(id(layer))
+    try:
+        if tract:
+            return _run_with_op(layer, lambda_, forward, args, kwargs)
+        return forward(*args, **kwargs)
+    finally:
+        _inside.layers.remove(id(layer))
+
+
+def _runs_own(layer: nn.Module) -> bool:
+    return "forward" in vars(layer) and id(layer) in vars(_inside).get("layers", ())
 
 
 # A TrAct class keeps the user's class alive, not the other way round: parametrized layers have a
@@ -151,6 +189,8 @@ def to_tract(module: nn.Module, lambda_: float) -> None:
     if not isinstance(module, TractLayer):
         cls: Any = _tract_class(type(module))
         module.__class__ = cls
+        if "forward" in vars(module):
+            module.forward = vars(module)["forward"]
     module.__dict__["tract_lambda"] = lambda_
 
 
@@ -163,7 +203,9 @@ def to_plain(module: nn.Module) -> None:
     if isinstance(module, TractLayer):
         cls: Any = plain_class(type(module))
         module.__class__ = cls
-        del module.__dict__["tract_lambda"]
+        vars(module).pop("tract_lambda", None)
+        if "forward" in vars(module):
+            vars(module)["forward"] = own_forward(module)
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -178,18 +220,46 @@ def why_not(module: nn.Module) -> str | None:
     cls = plain_class(type(module)) if isinstance(module, TractLayer) else type(module)
     if any(base.__module__.partition(".")[0] == "torch_tract" for base in cls.__mro__):
         return "it is wrapped by torch-tract already, which a graph would lose"
-    base = next((b for b in _FUNCTIONS if issubclass(cls, b)), None)
-    if base is None:
+    if not issubclass(cls, _LAYERS):
         return "it is neither nn.Linear nor nn.Conv1d, nn.Conv2d or nn.Conv3d"
     if any(is_lazy(p) for p in module.parameters(recurse=False)):
         return "its parameters are not initialised yet (run one batch through the model first)"
-    own = [
-        m for m in ("forward", "_conv_forward") if getattr(cls, m, None) != getattr(base, m, None)
-    ]
-    own += [m for m in ("forward", "_conv_forward") if m in vars(module)]
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "it only keeps the weight, which the module around it uses without calling it"
-    if own:
-        method = own[0]
-        return f"it has a {method} method of its own, which may not use the weight as is"
     return None
+
+
+def own_forward(module: nn.Module) -> Any:
+    """Give a forward method that was set on an instance, without what a TrAct layer puts round it.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The method, None where the class's is the one that runs.
+    """
+    found = vars(module).get("forward")
+    while isinstance(found, partial) and found.func is _run_own:
+        found = found.args[1]
+    return found
+
+
+def is_standard(module: nn.Module) -> bool:
+    """Tell whether a layer's attributes say all of how it multiplies.
+
+    Args:
+        module: A linear or convolution module.
+
+    Returns:
+        Whether it runs PyTorch's own forward method.
+    """
+    cls = plain_class(type(module))
+    base = next(base for base in _LAYERS if issubclass(cls, base))
+    methods = ("forward", "_conv_forward")
+    return not any(m in vars(module) for m in methods) and all(
+        getattr(cls, m, None) is _STANDARD.get((base, m)) for m in methods
+    )
+
+
+# As they are before anybody replaces one for the whole process.
+_STANDARD = {(c, m): getattr(c, m, None) for c in _LAYERS for m in ("forward", "_conv_forward")}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tract_fx import torch_private
+from tract_fx.modules.layer import own_forward
 
 __all__ = ["copy_tree", "still_reaches"]
 
@@ -113,7 +114,11 @@ def still_reaches(root: nn.Module, original: nn.Module, copied: nn.Module) -> bo
         if id(value) in seen or isinstance(value, _LEAVES):
             continue
         seen.add(id(value))
-        if isinstance(value, types.FunctionType):
+        if value is vars(copied).get("forward"):
+            # Its own, and up to date; but what it was made of may hold on to the original.
+            own = own_forward(copied)
+            pending.append(own.__func__ if isinstance(own, types.MethodType) else own)
+        elif isinstance(value, types.FunctionType):
             pending += [c.cell_contents for c in value.__closure__ or () if _is_filled(c)]
             pending += [value.__defaults__, value.__kwdefaults__, vars(value)]
             # Of its globals only what may be a part of a model: the rest leads everywhere.

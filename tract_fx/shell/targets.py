@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from tract_fx.eager import tract_module
 from tract_fx.errors import UnsupportedModelError, UntraceableModelError
-from tract_fx.modules import TractLayer
+from tract_fx.modules import tract_lambda
 from tract_fx.passes.fx_graph import find_input_layers, locate, tract_pass
 from tract_fx.passes.records import Findings
 from tract_fx.program import arguments, capture
@@ -236,7 +236,7 @@ def _traced(model: nn.Module) -> fx.GraphModule | None:
 
 
 def _has_tract(model: nn.Module | ExportedProgram) -> bool:
-    if isinstance(model, nn.Module) and any(isinstance(m, TractLayer) for m in model.modules()):
+    if isinstance(model, nn.Module) and any(tract_lambda(m) is not None for m in model.modules()):
         return True
     if not isinstance(model, (ExportedProgram, fx.GraphModule)):
         return False

@@ -1,0 +1,111 @@
+"""TrAct's op inside a layer's own forward method, whatever that does besides.
+
+While the method runs, the functions that it calls are looked at: the one linear or convolution
+function on the layer's weight gets that weight through TrAct's op. The method may pad or
+standardise as it likes; what it returns is what it returns without TrAct.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from tract_fx import torch_private
+from tract_fx.errors import UnsupportedLayerError, UnsupportedTransformError
+from tract_fx.preconditioner import precondition_grad
+
+__all__ = ["OpOnWeight"]
+
+_LINEAR = ("input", "weight", "bias")
+_CONV = (*_LINEAR, "stride", "padding", "dilation", "groups")
+_ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
+    functional.linear: _LINEAR,
+    functional.conv1d: _CONV,
+    functional.conv2d: _CONV,
+    functional.conv3d: _CONV,
+}
+
+
+class OpOnWeight(TorchFunctionMode):
+    """A context in which a layer's forward method runs.
+
+    Args:
+        layer: The layer.
+        lambda_: λ > 0.
+
+    Attributes:
+        calls: How often the layer's weight has been multiplied with so far.
+    """
+
+    def __init__(self, layer: nn.Module, lambda_: float) -> None:
+        super().__init__()
+        self.layer = layer
+        self.lambda_ = lambda_
+        self.calls = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        names = _ARGUMENTS.get(func)
+        if names is None:
+            return func(*args, **kwargs)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
+        if not self._is_trained(weight):
+            return func(*args, **kwargs)
+        self.calls += 1
+        self._refuse_frozen_value(weight, x)
+        weight = precondition_grad(weight, x, lambda_=self.lambda_, **given)
+        return func(x, weight, bias, **given)
+
+    def _is_trained(self, weight: Any) -> bool:
+        """Tell the layer's weight, or what is computed from it, from a constant filter."""
+        if isinstance(weight, (nn.Parameter, fx.Proxy)):
+            return True
+        if torch_private.requires_grad_at_any_level(weight):
+            return True
+        # What is frozen may be trained again after an export, by then without this method.
+        frozen = not any(p.requires_grad for p in self.layer.parameters())
+        is_constant = any(weight is b for b in self.layer.buffers())
+        return torch.compiler.is_exporting() and frozen and not is_constant
+
+    def _refuse_frozen_value(self, weight: Any, x: Any) -> None:
+        """Refuse a computed weight whose value a tracer would keep instead of its computation."""
+        if isinstance(x, fx.Proxy) and not isinstance(weight, (nn.Parameter, fx.Proxy)):
+            raise UnsupportedTransformError(
+                f"the computed weight of a {type(self.layer).__name__} under an fx tracer",
+                "the tracer would freeze the weight's present value, and its parameters would get "
+                "no gradient",
+                "Trace the plain model and apply the pass to that, or make the layer a leaf of the "
+                "tracer",
+            )
+
+    def check(self) -> None:
+        """Make sure, after the method has run, that TrAct's gradient is exact.
+
+        Raises:
+            UnsupportedLayerError: The weight was multiplied with several times, or by no function
+                that is known.
+        """
+        wants_gradient = any(p.requires_grad for p in self.layer.parameters())
+        if self.calls == 1 or not torch.is_grad_enabled() or not (self.calls or wants_gradient):
+            return
+        found = f"the forward method of a {type(self.layer).__name__}"
+        several = (
+            f"it multiplies with trained weights {self.calls} times, each with rows of its own"
+        )
+        none = (
+            "it multiplies with its weight by another function than torch.nn.functional's linear, "
+            "conv1d, conv2d and conv3d"
+        )
+        raise UnsupportedLayerError(
+            found,
+            several if self.calls else none,
+            "Use tract_pass on torch.export.export(model, inputs), where each call is a node",
+        )
