@@ -48,7 +48,8 @@ class Scaled(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
         std, mean = torch.std_mean(w, dim=(1, 2, 3), keepdim=True)
-        return self._conv_forward(x, self.gain * (w - mean) / (std + 1e-4), self.bias)
+        z: Tensor = self._conv_forward(x, self.gain * (w - mean) / (std + 1e-4), self.bias)
+        return z
 
 
 class RoundsTheWeight(nn.Linear):

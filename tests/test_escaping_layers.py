@@ -131,3 +131,59 @@ def test_tracing_leaves_nothing_in_the_model() -> None:
     before = dict(vars(net))
     tract_module(net, (example(),))
     assert vars(net) == before
+
+
+OUTSIDE = torch.ones(3, 1, 1, dtype=torch.float64, requires_grad=True)
+
+
+def layers_in(container: Any) -> Any:
+    """A model whose first layer lies where PyTorch does not look for it."""
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.head = container(nn.Conv2d(3, 4, 3).double()), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            (block,) = self.blocks.values() if isinstance(self.blocks, dict) else self.blocks
+            return self.head(block(x).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+    return Hidden().double()
+
+
+def raw(forward: Callable[[Any, Tensor], Tensor]) -> Any:
+    """A model that holds a trained tensor, which is no parameter."""
+
+    class Raw(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.randn(4, 3, 3, 3, dtype=torch.float64).requires_grad_()
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(forward(self, x).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+    return Raw().double()
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (lambda: layers_in(lambda m: [m]), r"by blocks\[0\]\.weight"),
+        (lambda: layers_in(lambda m: (m,)), r"by blocks\[0\]\.weight"),
+        (lambda: layers_in(lambda m: {"one": m}), r"by blocks\['one'\]\.weight"),
+        (lambda: raw(lambda net, x: nn.functional.conv2d(x, net.w)), r"conv2d.* by w: "),
+        (lambda: raw(lambda net, x: nn.functional.conv2d(x, net.w * 2)), r"conv2d.* by w: "),
+        (
+            lambda: raw(lambda net, x: nn.functional.conv2d(x * OUTSIDE, net.w.detach())),
+            r"mul \(node 'mul'\).*a trained parameter",
+        ),
+    ],
+    ids=["list", "tuple", "dict", "tensor", "computed", "global"],
+)
+def test_what_is_trained_and_not_registered_is_refused_by_name(
+    model: Callable[[], Any], says: str
+) -> None:
+    """torch.export makes a constant of it, and the layer behind would be taken without a word."""
+    with pytest.raises(UnsupportedLayerError, match=says):
+        tract_module(model(), (example(),))

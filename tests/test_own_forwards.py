@@ -149,21 +149,28 @@ def test_replaced_for_the_whole_process(
     assert_tract(model, model, traced, (x,), (0,))
 
 
+def around_twice(layer: Any) -> None:
+    for _ in range(2):
+        layer.forward = shifted(layer.forward)
+
+
+def put_back(layer: Any) -> None:
+    layer.kept = layer.forward
+    layer.forward = types.MethodType(doubled, layer)
+    layer.forward = layer.kept
+
+
+def beneath_forward(layer: Any) -> None:
+    layer._conv_forward = shifted(types.MethodType(nn.Conv2d._conv_forward, layer))
+
+
 OWN: dict[str, Callable[[Any], None]] = {
     "method": lambda layer: setattr(layer, "forward", types.MethodType(doubled, layer)),
     "partial": lambda layer: setattr(layer, "forward", functools.partial(doubled, layer)),
     "around-what-was-there": lambda layer: setattr(layer, "forward", shifted(layer.forward)),
-    "around-twice": lambda layer: [
-        setattr(layer, "forward", shifted(layer.forward)) for _ in range(2)
-    ],
-    "put-back": lambda layer: [
-        setattr(layer, "kept", layer.forward),
-        setattr(layer, "forward", types.MethodType(doubled, layer)),
-        setattr(layer, "forward", layer.kept),
-    ],
-    "conv-forward": lambda layer: setattr(
-        layer, "_conv_forward", shifted(types.MethodType(nn.Conv2d._conv_forward, layer))
-    ),
+    "around-twice": around_twice,
+    "put-back": put_back,
+    "conv-forward": beneath_forward,
 }
 
 
@@ -171,11 +178,8 @@ OWN: dict[str, Callable[[Any], None]] = {
 @pytest.mark.parametrize("own", OWN)
 def test_set_on_the_instance_afterwards(own: str, route: str) -> None:
     model, x = plain(), images()
-    treat = {
-        "tract_module": lambda: tract_module(model, x),
-        "tract_pass": lambda: tract_pass(fx.symbolic_trace(model)),
-    }[route]
-    tract: Any = treat()
+    graph = None if route == "tract_module" else fx.symbolic_trace(model)
+    tract: Any = tract_module(model, x) if graph is None else tract_pass(graph)
     OWN[own](tract.stem)
     OWN[own](model.stem)
     assert_tract(model, model, tract, (x,), (0,))
@@ -198,7 +202,7 @@ def test_set_on_the_instance_before(own: str) -> None:
 
 def test_pickled_with_a_forward_of_the_instance() -> None:
     layer = nn.Conv2d(3, 4, 3).double()
-    tract = tract_module(nn.Sequential(layer), layers="0")
+    tract: Any = tract_module(nn.Sequential(layer), layers="0")
     tract[0].forward = functools.partial(doubled, tract[0])
     loaded = pickle.loads(pickle.dumps(tract))
     assert torch.equal(gradients(loaded, images(), loaded), gradients(tract, images(), tract))

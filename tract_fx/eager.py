@@ -27,8 +27,9 @@ from tract_fx.passes.fx_graph import (
     warn_of_frozen,
     weight_parameters,
 )
+from tract_fx.passes.records import InputLayer
 from tract_fx.preconditioner import check_lambda
-from tract_fx.program import arguments, capture
+from tract_fx.program import TrainedTensors, arguments, capture, held_at
 
 __all__ = ["tract_module"]
 
@@ -113,18 +114,15 @@ def _check_model(model: object) -> None:
 
 def _locate(model: nn.Module, example_inputs: Any, lambda_: float) -> dict[str, float]:
     """Find the module that consumes the input; its path with λ."""
-    located = locate(_export(model, example_inputs))
+    graph = _export(model, example_inputs)
+    located = locate(graph)
     records = [record for record, _ in located.eligible]
     chosen = choose(located.findings, records, lambda_, None)
     treated: dict[nn.Module, str] = {}
     for record in records:
         if record.node in chosen:
             if record.module is None:
-                raise UnsupportedLayerError(
-                    str(record),
-                    "it is a function call, and an eager model has no module to treat in its place",
-                    _USE_A_GRAPH,
-                )
+                raise _no_module(model, graph, record)
             treated[model.get_submodule(record.module)] = record.module
     for record in records:
         if record.node in chosen or record.module is None:
@@ -139,6 +137,25 @@ def _locate(model: nn.Module, example_inputs: Any, lambda_: float) -> dict[str, 
     return dict.fromkeys(treated.values(), lambda_)
 
 
+def _no_module(model: nn.Module, graph: fx.GraphModule, record: InputLayer) -> TractError:
+    """Say why a call has no module that could be treated, and what to do."""
+    registered = dict(model.named_parameters(remove_duplicate=False))
+    others = [getattr(graph, name) for name in record.weight if name not in registered]
+    if not others:
+        return UnsupportedLayerError(
+            str(record),
+            "it is a function call, and an eager model has no module to treat in its place",
+            _USE_A_GRAPH,
+        )
+    places = [held_at(model, tensor) or "a tensor that it holds elsewhere" for tensor in others]
+    return UnsupportedLayerError(
+        f"{record.op} (node {record.node!r}) by {' and '.join(places)}",
+        "that is trained, for it requires a gradient, and the model has not registered it, so that "
+        "parameters(), state_dict() and exports pass it over",
+        "Put the layer into an nn.ModuleList or nn.ModuleDict, or the tensor into an nn.Parameter",
+    )
+
+
 def _is_frozen(module: nn.Module) -> bool:
     return not any(weight_parameters(module).values())
 
@@ -146,7 +163,8 @@ def _is_frozen(module: nn.Module) -> bool:
 def _export(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     args, kwargs = arguments(example_inputs)
     try:
-        graph = capture(model, args, kwargs).module()
+        with TrainedTensors() as trained:
+            graph = capture(model, args, kwargs).module()
     except TractError:
         raise
     except Exception as error:
@@ -156,6 +174,7 @@ def _export(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
             "Name it, without example_inputs: tract_module(model, layers=['path.of.the.layer'])",
         ) from error
     assert isinstance(graph, fx.GraphModule)
+    trained.put_back(graph)
     return graph
 
 

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
+from tract_fx import torch_private
 from tract_fx.errors import UnsupportedModelError
 
-__all__ = ["arguments", "capture"]
+__all__ = ["TrainedTensors", "arguments", "capture", "held_at"]
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -63,6 +66,78 @@ def capture(
     """
     with torch.random.fork_rng(devices=[]), _attributes_restored(model):
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+
+
+class TrainedTensors(TorchFunctionMode):
+    """Notes, while a model runs or is exported, which trained tensors its functions get to see.
+
+    torch.export makes constants of those that the model has not registered: of layers in a plain
+    list, of a tensor with `requires_grad` in an attribute, a closure or a global variable.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int | None, torch.Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad and leaf.is_leaf:
+                self._seen.setdefault(torch_private.storage_of(leaf), leaf)
+        return func(*args, **(kwargs or {}))
+
+    def put_back(self, graph: fx.GraphModule) -> set[str]:
+        """Put trained tensors in the place of the constants that were made of them.
+
+        Args:
+            graph: The exported module.
+
+        Returns:
+            The constants' names.
+        """
+        named = dict(graph.named_parameters())
+        found = set()
+        for node in graph.graph.find_nodes(op="get_attr"):
+            value = getattr(graph, str(node.target), None)
+            if isinstance(value, torch.Tensor) and node.target not in named:
+                trained = self._seen.get(torch_private.storage_of(value))
+                if trained is not None and trained.shape == value.shape:
+                    setattr(graph, str(node.target), trained)
+                    found.add(str(node.target))
+        return found
+
+
+def held_at(model: nn.Module, tensor: torch.Tensor) -> str | None:
+    """Say where a model keeps a tensor that it has not registered.
+
+    Args:
+        model: The model.
+        tensor: The tensor.
+
+    Returns:
+        An expression such as `blocks[0].weight`, None where it is in no container of the model's.
+    """
+    pending: list[tuple[str, Any]] = [
+        (f"{path}.{name}".lstrip("."), value)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+    ]
+    seen: set[int] = set()
+    for path, value in pending:  # which grows on the way
+        if value is tensor:
+            return path
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            pending += [(f"{path}.{name}", p) for name, p in value.named_parameters()]
+        elif isinstance(value, Mapping):
+            pending += [(f"{path}[{key!r}]", entry) for key, entry in value.items()]
+        elif isinstance(value, (list, tuple)):
+            pending += [(f"{path}[{i}]", entry) for i, entry in enumerate(value)]
+    return None
 
 
 @contextmanager

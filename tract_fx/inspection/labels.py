@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx import Node
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -113,7 +113,7 @@ def operation_name(node: Node) -> str:
 
 
 def _called(node: Node, module: object) -> str:
-    cls = plain_class(type(module))
+    cls = plain_class(type(module)) if isinstance(module, nn.Module) else type(module)
     return f"{node.target} ({cls.__name__})"
 
 

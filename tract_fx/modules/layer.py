@@ -69,7 +69,9 @@ class TractLayer(nn.Module):
             name: Its name.
             value: Its value.
         """
-        super().__setattr__(name, partial(_run_own, self, value) if name == "forward" else value)
+        if name == "forward":
+            value = partial(_run_own, self, value)
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         """Say what the plain layer says, and λ.
