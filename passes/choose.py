@@ -18,7 +18,7 @@ from tract_fx.errors import (
 from tract_fx.passes.records import Findings, InputLayer
 from tract_fx.preconditioner import check_lambda
 
-__all__ = ["LayerChoice", "choose", "named_lambdas", "warn_of_frozen"]
+__all__ = ["LayerChoice", "choose", "named_lambdas", "warn_of_frozen", "warn_of_passed"]
 
 LayerChoice = str | Iterable[str] | Mapping[str, float] | None
 """What `layers=` takes: names, or names with a λ each, or None for the one input layer."""
@@ -91,16 +91,34 @@ def warn_of_frozen(names: Iterable[str]) -> None:
     Args:
         names: The layers' names.
     """
-    level, frame = 1, sys._getframe()
+    for name in dict.fromkeys(names):
+        _warn(
+            f"{name}: its weight does not require a gradient, so that TrAct is idle until it does. "
+            "If a later layer is the first one trained, name that with layers=[…]."
+        )
+
+
+def warn_of_passed(passed: Iterable[InputLayer], taken: Iterable[InputLayer]) -> None:
+    """Say that frozen layers were taken for constants, and which layer was taken behind them.
+
+    Args:
+        passed: The frozen layers.
+        taken: What was taken.
+    """
+    frozen = ", ".join(dict.fromkeys(layer.name for layer in passed))
+    names = ", ".join(dict.fromkeys(layer.name for layer in taken))
+    if frozen:
+        _warn(
+            f"{frozen}: not trained, and passed over. TrAct is on {names}, the first that is. "
+            "What is to be trained later, name with layers=[…] now."
+        )
+
+
+def _warn(message: str) -> None:
+    level, frame = 2, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "tract_fx":
         level, frame = level + 1, frame.f_back
-    for name in dict.fromkeys(names):
-        warnings.warn(
-            f"{name}: its weight does not require a gradient, so that TrAct is idle until it does. "
-            "If a later layer is the first one trained, name that with layers=[…].",
-            FrozenLayerWarning,
-            stacklevel=level,
-        )
+    warnings.warn(message, FrozenLayerWarning, stacklevel=level)
 
 
 def _the_input_layer(findings: Findings) -> tuple[InputLayer, ...]:
@@ -115,8 +133,17 @@ def _the_input_layer(findings: Findings) -> tuple[InputLayer, ...]:
         f"{len({r.weight for r in layers}) + len(rivals)} operations with parameters consume the "
         f"model's input:\n{findings}\n",
         "TrAct is meant for the one that reads the image, and a pass can't tell which that is",
-        f"Say which with layers=, for example layers=[{layers[0].name!r}]",
+        f"Say which with layers=, for example layers=[{_likeliest(layers).name!r}]",
     )
+
+
+def _likeliest(layers: tuple[InputLayer, ...]) -> InputLayer:
+    """Suggest what most likely reads pixels: a trained convolution of most dimensions."""
+
+    def rank(layer: InputLayer) -> tuple[bool, int]:
+        return (not layer.frozen, int(layer.op[4:5] or 0) if layer.op.startswith("conv") else 0)
+
+    return max(layers, key=rank)  # the first of equals
 
 
 def _nothing_found(findings: Findings) -> TractError:

@@ -247,14 +247,6 @@ OPERATIONS = (
         AmbiguousInputLayerError,
         layers=("hyper",),
     ),
-    Case(
-        "autocast-region",
-        lambda: then_linear(_under_autocast, 6, stem=nn.Linear(8, 6)),
-        ("autocast", "layers="),
-        layers=("head",),
-        treated=(1,),
-        routes=("export",),
-    ),
 )
 
 

@@ -25,6 +25,7 @@ from tract_fx.passes.fx_graph import (
     remedy_for,
     tract_pass,
     warn_of_frozen,
+    warn_of_passed,
     weight_parameters,
 )
 from tract_fx.passes.records import InputLayer
@@ -118,6 +119,7 @@ def _locate(model: nn.Module, example_inputs: Any, lambda_: float) -> dict[str, 
     located = locate(graph)
     records = [record for record, _ in located.eligible]
     chosen = choose(located.findings, records, lambda_, None)
+    warn_of_passed(located.passed, [r for r in records if r.node in chosen])
     treated: dict[nn.Module, str] = {}
     for record in records:
         if record.node in chosen:

@@ -336,7 +336,11 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     """
     copied = fx.Graph(tracer_cls=graph._tracer_cls)
     output = graph.output_node()
-    copied.output(copied.graph_copy(graph, val_map={}), type_expr=output.type)
+    nodes: dict[fx.Node, Any] = {}
+    copied.output(copied.graph_copy(graph, val_map=nodes), type_expr=output.type)
+    for node in graph.find_nodes(op="placeholder"):
+        if hasattr(node, "_dynamo_source"):  # by which a backend's inputs are told apart
+            nodes[node]._dynamo_source = node._dynamo_source
     copied.output_node().meta = dict(output.meta)
     copied.set_codegen(graph._codegen)
     return copied

@@ -5,6 +5,7 @@ from tract_fx.passes.choose import (
     choose,
     named_lambdas,
     warn_of_frozen,
+    warn_of_passed,
 )
 from tract_fx.passes.fx_graph.api import find_input_layers, is_tract, remove_tract, tract_pass
 from tract_fx.passes.fx_graph.find import Located, locate
@@ -28,5 +29,6 @@ __all__ = [
     "rewrite_graph",
     "tract_pass",
     "warn_of_frozen",
+    "warn_of_passed",
     "weight_parameters",
 ]

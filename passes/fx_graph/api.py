@@ -14,9 +14,11 @@ from tract_fx.passes.choose import (
     choose,
     named_lambdas,
     warn_of_frozen,
+    warn_of_passed,
 )
 from tract_fx.passes.fx_graph.find import locate
 from tract_fx.passes.fx_graph.models import as_graph_module, refuse_wrapped
+from tract_fx.passes.fx_graph.regions import graphs
 from tract_fx.passes.fx_graph.rewrite import remove_from_graph, rewrite_graph
 from tract_fx.passes.records import Findings
 
@@ -80,7 +82,10 @@ def tract_pass(
     records = [record for record, _ in located.eligible]
     chosen = choose(located.findings, records, lambda_, by_name)
     result = rewrite_graph(gm, chosen)
-    warn_of_frozen(r.name for r in records if r.node in chosen and r.frozen)
+    taken = [r for r in records if r.node in chosen]
+    warn_of_frozen(r.name for r in taken if r.frozen)
+    if by_name is None and not any(r.lambda_ is not None for r in taken):
+        warn_of_passed(located.passed, taken)
     return result
 
 
@@ -103,11 +108,13 @@ def is_tract(model: nn.Module | ExportedProgram) -> dict[str, float]:
         model = as_graph_module(model)
     _check_module(model)
     found: dict[str, float] = {}
+    parts: set[nn.Module] = set()
     for path, module in model.named_modules():
         lambda_ = tract_lambda(module)
         if lambda_ is not None:
             found[path] = lambda_
-        elif isinstance(module, fx.GraphModule):
+        elif isinstance(module, fx.GraphModule) and module not in parts:
+            parts |= {part for _, part in graphs(module)}
             prefix = f"{path}." if path else ""
             for record, _ in locate(module).eligible:
                 if record.lambda_ is not None:

@@ -2,7 +2,8 @@
 
 The input spreads from the placeholders through everything that has no trainable parameter. The
 first operation that has one ends it: a linear layer or convolution is a candidate, anything else is
-refused. Nothing is rewritten here.
+refused. Layers that are not trained are passed over, unless there is none that is. Nothing is
+rewritten here.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from tract_fx.passes.fx_graph.calls import (
     match_module,
     op_name,
 )
+from tract_fx.passes.fx_graph.entering import entering_values
 from tract_fx.passes.fx_graph.memory import effects
 from tract_fx.passes.fx_graph.owners import layer_module, weight_parameters
+from tract_fx.passes.fx_graph.regions import Region, region_of
 from tract_fx.passes.fx_graph.rewrite import read_lambda
 from tract_fx.passes.fx_graph.values import (
     Value,
@@ -47,11 +50,13 @@ class Located:
         findings: The public records.
         calls: The call of each of `findings.layers`, in the same order.
         eligible: Every call that could be treated if the user names it, by record.
+        passed: The frozen layers between the input and what was found.
     """
 
     findings: Findings
     calls: tuple[LayerCall, ...]
     eligible: tuple[tuple[InputLayer, LayerCall], ...]
+    passed: tuple[InputLayer, ...] = ()
 
 
 def locate(gm: fx.GraphModule) -> Located:
@@ -66,32 +71,83 @@ def locate(gm: fx.GraphModule) -> Located:
     return _Locator(gm).run()
 
 
+@dataclass(frozen=True)
+class _Met:
+    """A layer on the input's way, or an operation there that is refused.
+
+    Attributes:
+        minor: Whether what it reads does not compete for being the image.
+        past_frozen: Whether a frozen layer lies before it.
+        record: The layer.
+        call: Its call.
+        constant: Whether nothing of the layer is trained.
+        refusal: The refusal.
+    """
+
+    minor: bool
+    past_frozen: bool
+    record: InputLayer | None = None
+    call: LayerCall | None = None
+    constant: bool = False
+    refusal: Refusal | None = None
+
+
+def _settled(met: list[_Met]) -> tuple[list[_Met], tuple[InputLayer, ...]]:
+    """Leave out what competes with nothing: frozen layers before trained ones, and minor inputs.
+
+    Returns:
+        What is left, and the frozen layers that were passed over.
+    """
+    trained = [m for m in met if m.record is not None and not m.constant and not m.minor]
+    passed = [m for m in met if m.constant and not m.minor] if trained else []
+    kept = [m for m in met if m not in passed and (trained or not m.past_frozen)]
+    if any(not m.minor and (m.record or m.refusal) for m in kept):
+        kept = [_aside(m) if m.minor else m for m in kept]
+    return kept, tuple(m.record for m in passed if m.record is not None)
+
+
+def _aside(met: _Met) -> _Met:
+    """Make of what reads a minor input a refusal that competes with nothing."""
+    if met.refusal is not None:
+        return dataclasses.replace(met, refusal=dataclasses.replace(met.refusal, competes=False))
+    assert met.record is not None and met.call is not None
+    record = met.record
+    refusal = reasons.refuse_operation(met.call.node, record.path, None, reasons.MINOR)
+    refusal = dataclasses.replace(refusal, competes=False, module=record.module)
+    return _Met(met.minor, met.past_frozen, refusal=refusal)
+
+
 class _Locator:
     """One walk over the graph, in order."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        self.gm = gm
+        self.root = gm
+        # Of the graph that the walk is in: the model's own, or that of a region in it.
+        self.gm, self.prefix, self.trains = gm, "", True
         self.values = Values()
-        self.layers: list[tuple[InputLayer, LayerCall]] = []
+        self.entering = entering_values(gm.graph)
+        self.met: list[_Met] = []
         self.eligible: list[tuple[InputLayer, LayerCall]] = []
-        self.refusals: list[Refusal] = []
 
     def run(self) -> Located:
+        self._walk()
+        kept, passed = _settled(self.met)
+        layers = [(m.record, m.call) for m in kept if m.record is not None and m.call is not None]
+        refusals = tuple(m.refusal for m in kept if m.refusal is not None)
+        findings = Findings(tuple(record for record, _ in layers), refusals)
+        return Located(findings, tuple(c for _, c in layers), tuple(self.eligible), passed)
+
+    def _walk(self) -> None:
         for node in self.gm.graph.nodes:
-            if node.op != "output":
+            if node.op != "output" and node not in self.values:
                 self._visit(node)
-        findings = Findings(tuple(r for r, _ in self.layers), tuple(self.refusals))
-        return Located(findings, tuple(c for _, c in self.layers), tuple(self.eligible))
 
     def _visit(self, node: Node) -> None:
         """Tell what a node's value is made of, and record it if it is a layer or a refusal."""
         if node.op == "placeholder":
-            # What has a default other than None is a flag or a number.
-            flag = node.args and node.args[0] is not None
-            value = Value() if flag else Value(path=(node.name,), optional=bool(node.args))
-            self.values.add(node, value)
+            self.values.add(node, self.entering[node])
         elif node.op == "get_attr":
-            value, memory = attribute_value(self.gm, node)
+            value, memory = attribute_value(self.gm, node, self.prefix)
             self.values.add(node, value, memory=memory)
         elif reasons.carries_no_values(node):
             self.values.add(node, Value())
@@ -99,27 +155,46 @@ class _Locator:
             weight = node.all_input_nodes[0]
             self.values.add(node, self.values[weight], shares=[weight])
         else:
-            self._visit_operation(node)
+            region = region_of(self.gm, node)
+            if region is None:
+                self._visit_operation(node)
+            else:
+                self._visit_region(node, region)
+
+    def _visit_region(self, node: Node, region: Region) -> None:
+        """Walk through a graph that a node calls, as if it stood in the node's place."""
+        placeholders = region.module.graph.find_nodes(op="placeholder")
+        for placeholder, operand in zip(placeholders, region.operands, strict=True):
+            given = isinstance(operand, Node)
+            value = self.values[operand] if given else Value()
+            self.values.add(placeholder, value, shares=[operand] if given else ())
+        outside = self.gm, self.prefix, self.trains
+        self.gm, self.prefix = region.module, f"{self.prefix}{region.target}."
+        self.trains = self.trains and region.trains
+        self._walk()
+        self.gm, self.prefix, self.trains = outside
+        results = region.module.graph.output_node().all_input_nodes
+        self.values.add(node, Value.join(self.values[n] for n in results), shares=results)
 
     def _visit_operation(self, node: Node) -> None:
         value = Value.join(self.values[n] for n in node.all_input_nodes)
         module = lookup(self.gm, node) if node.op == "call_module" else None
         if isinstance(module, nn.Module):
-            value = value.with_parameters(str(node.target), module)
+            value = value.with_parameters(self.prefix + str(node.target), module)
+        if not self.trains:
+            value = dataclasses.replace(value, trainable=False)
         call = match_module(node, module) if module is not None else match_function(node)
         if call is not None and self._has_weight_parameters(call, module):
-            self._visit_layer(call, module, value)
-            # On parameters alone a layer makes another computed weight (a hypernetwork's).
-            features = value.path or value.from_layers
-            self.values.add(node, Value(from_layers=True) if features else value)
+            constant = self._visit_layer(call, module, value) and not value.trainable
+            self.values.add(node, self._result(call, value, constant))
             return
         effect = effects(node, module)
         met = bool(value.path and value.trainable)
         if met:
-            self._refuse(node, value.path, module, None if call is None else reasons.BIASED_FILTER)
+            self._refuse(node, value, module, None if call is None else reasons.BIASED_FILTER)
             value = Value(from_layers=True)
         elif value.path and not effect.understood:
-            self._refuse(node, value.path, module, reasons.UNKNOWN_WRITER)
+            self._refuse(node, value, module, reasons.UNKNOWN_WRITER)
         elif value.path:
             # A frozen parameter in the way is a constant.
             value = dataclasses.replace(value, parameters=(), path=(*value.path, node.name))
@@ -128,6 +203,17 @@ class _Locator:
         self.values.add(node, value, effect.shares)
         for written in effect.writes:
             self.values.write(written, value, over=met)
+
+    def _result(self, call: LayerCall, value: Value, constant: bool) -> Value:
+        """Tell what a layer's output is made of."""
+        if not value.path and not value.from_layers:
+            return value  # of parameters alone: another computed weight (a hypernetwork's)
+        x = self.values[call.input]
+        if not x.path or x.from_layers or not constant:
+            return Value(from_layers=True)
+        # A layer that is not trained is a constant on the way.
+        path = (*x.path, call.node.name)
+        return Value(path=path, optional=True, minor=x.minor, past_frozen=True)
 
     def _has_weight_parameters(self, call: LayerCall, module: nn.Module | None) -> bool:
         """Tell a layer from a filter: one whose weight is a buffer is part of the input's path."""
@@ -138,18 +224,20 @@ class _Locator:
         weight = self.values[call.weight]
         return bool(weight.parameters) or weight.from_layers or bool(weight.path)
 
-    def _visit_layer(self, call: LayerCall, module: nn.Module | None, value: Value) -> None:
-        node = call.node
-        path = self.values[call.input].path
+    def _visit_layer(self, call: LayerCall, module: nn.Module | None, value: Value) -> bool:
+        """Record a layer; tell whether it could be treated."""
+        node, x = call.node, self.values[call.input]
         why = self._why_not(call, module)
         record = None
         if why is None:
-            record = self._record(call, module, (*path, node.name))
+            record = self._record(call, module, (*x.path, node.name))
             self.eligible.append((record, call))
-        if path and record is not None:
-            self.layers.append((record, call))
+        if x.path and record is not None:
+            constant = not value.trainable
+            self.met.append(_Met(x.minor, x.past_frozen, record, call, constant))
         elif value.path:
-            self._refuse(node, value.path, module, why or reasons.INPUT_IS_WEIGHT)
+            self._refuse(node, value, module, why or reasons.INPUT_IS_WEIGHT)
+        return record is not None
 
     def _why_not(self, call: LayerCall, module: nn.Module | None) -> str | None:
         """Say why a call of a linear layer or convolution can't be treated."""
@@ -161,20 +249,21 @@ class _Locator:
         else:
             assert call.weight is not None
             weight = self.values[call.weight]
-            parameters = [resolve(self.gm, name) for name in weight.parameters]
+            parameters = [resolve(self.root, name) for name in weight.parameters]
             why = _why_not_weight(call.weight, weight)
             if why is None and len(node_shape(self.gm, call.weight) or (1, 1)) < 2:
                 why = reasons.VECTOR
-        if why is None and any(p.is_complex() for p in parameters):
+        if why is None and any(p is not None and p.is_complex() for p in parameters):
             return reasons.COMPLEX
         return why
 
     def _refuse(
-        self, node: Node, path: tuple[str, ...], module: nn.Module | None, why: str | None = None
+        self, node: Node, value: Value, module: nn.Module | None, why: str | None = None
     ) -> None:
         if reasons.via_torch_tract(node):
             why = reasons.TORCH_TRACT
-        self.refusals.append(reasons.refuse_operation(node, (*path, node.name), module, why))
+        refusal = reasons.refuse_operation(node, (*value.path, node.name), module, why)
+        self.met.append(_Met(value.minor, value.past_frozen, refusal=refusal))
 
     def _record(
         self, call: LayerCall, module: nn.Module | None, path: tuple[str, ...]
@@ -182,18 +271,18 @@ class _Locator:
         node = call.node
         if module is not None:
             lambda_ = tract_lambda(module) if node.kwargs.get("tract", True) else None
-            prefix = f"{node.target}."
+            name = self.prefix + str(node.target)
             return InputLayer(
-                name=str(node.target),
-                node=node.name,
+                name=name,
+                node=self.prefix + node.name,
                 op=call.op,
-                weight=tuple(prefix + name for name in weight_parameters(module)),
+                weight=tuple(f"{name}.{own}" for own in weight_parameters(module)),
                 weight_shape=_weight_shape(module),
                 geometry=PatchGeometry.of_module(module) if is_standard(module) else None,
                 path=path,
                 frozen=not any(weight_parameters(module).values()),
                 lambda_=lambda_,
-                module=str(node.target),
+                module=name,
             )
         assert call.weight is not None
         weight = self.values[call.weight]
@@ -202,10 +291,10 @@ class _Locator:
         if shape is not None and not any(map(_is_computed, call.geometry.values())):
             geometry = PatchGeometry.of_convolution(shape[2:], **call.geometry)
         lambda_ = None if call.precondition is None else read_lambda(call.precondition)
-        module_path = layer_module(self.gm, node, weight.parameters)
+        module_path = layer_module(self.root, node, weight.parameters)
         return InputLayer(
             name=module_path or _function_name(node, weight.parameters),
-            node=node.name,
+            node=self.prefix + node.name,
             op=call.op if shape is None else op_name(max(len(shape) - 2, 0)),
             weight=weight.parameters,
             weight_shape=shape,
@@ -219,7 +308,7 @@ class _Locator:
 
 def _why_not_weight(node: Node, weight: Value) -> str | None:
     """Say why a function call with this weight can't be treated."""
-    if node.op == "placeholder":
+    if node.op == "placeholder" and not weight.parameters:
         return reasons.LIFTED
     if weight.stale:
         return reasons.STALE

@@ -18,6 +18,7 @@ __all__ = [
     "COMPLEX",
     "INPUT_IS_WEIGHT",
     "LIFTED",
+    "MINOR",
     "STALE",
     "TORCH_TRACT",
     "UNKNOWN_WRITER",
@@ -39,6 +40,7 @@ COMPLEX = "its weight is complex, and TrAct is defined on real numbers"
 BIASED_FILTER = (
     "its weight is a constant, and its bias is trained before a linear layer reads the input"
 )
+MINOR = "it reads what does not compete for being the image (integers, flags, a number per example)"
 VECTOR = "its weight is a vector, not a matrix"
 WEIGHT_FROM_INPUT = "its weight is computed from the input, not from parameters alone"
 UNKNOWN_WRITER = "it may write the input into another operand, which no schema of its tells"

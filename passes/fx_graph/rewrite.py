@@ -10,6 +10,7 @@ from torch.fx import Node
 from tract_fx.errors import UnsupportedLayerError
 from tract_fx.modules import TractLayer, copy_tree, to_tract
 from tract_fx.passes.fx_graph.calls import is_precondition_grad, match_function
+from tract_fx.passes.fx_graph.regions import graphs
 from tract_fx.preconditioner import PRECONDITION_GRAD_OPERATOR, precondition_grad
 
 __all__ = ["PROVENANCE", "read_lambda", "remove_from_graph", "rewrite_graph"]
@@ -36,14 +37,16 @@ def rewrite_graph(gm: fx.GraphModule, lambdas: Mapping[str, float]) -> fx.GraphM
     """  # noqa: DOC502 (raised by what it calls)
     result = copy_tree(gm)
     calls_of: dict[nn.Module, list[Node]] = {}
-    for node in list(result.graph.nodes):
-        if node.op == "call_module":
-            calls_of.setdefault(result.get_submodule(str(node.target)), []).append(node)
-        elif node.name in lambdas:
-            _rewrite_function_call(result.graph, node, lambdas[node.name])
+    for prefix, part in list(graphs(result)):
+        for node in list(part.graph.nodes):
+            if node.op == "call_module":
+                calls_of.setdefault(part.get_submodule(str(node.target)), []).append(node)
+            elif prefix + node.name in lambdas:
+                _rewrite_function_call(part.graph, node, lambdas[prefix + node.name])
     for module, calls in calls_of.items():
         _rewrite_module_calls(module, calls, lambdas)
-    result.recompile()
+    for _, part in list(graphs(result)):
+        part.recompile()
     return result
 
 
@@ -82,8 +85,9 @@ def _rewrite_function_call(graph: fx.Graph, node: Node, lambda_: float) -> None:
     op.target, op.args = precondition_grad, (call.weight, call.input)
     op.kwargs = {"lambda_": lambda_, **call.geometry}
     op.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
-    if "val" in call.weight.meta:
-        op.meta["val"] = call.weight.meta["val"]
+    for key in ("val", "example_value"):
+        if key in call.weight.meta:
+            op.meta[key] = call.weight.meta[key]
     _mark(op, lambda_)
     if "weight" in node.kwargs:
         node.update_kwarg("weight", op)

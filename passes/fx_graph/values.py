@@ -36,7 +36,10 @@ class Value:
         from_layers: Whether it holds features: outputs of operations that have parameters.
         stale: Whether it is a tensor that a tracer kept from a computation on parameters.
         optional: Whether the path starts at a placeholder that may be left out (a mask, say, which
-            counts while it is by itself, but not once it has joined features).
+            counts while it is by itself, but not once it has joined features), or has passed a
+            frozen layer.
+        minor: Whether it is of an input that does not compete for being the image.
+        past_frozen: Whether a layer with weights that are not trained lies on the path.
     """
 
     path: tuple[str, ...] = ()
@@ -45,6 +48,8 @@ class Value:
     from_layers: bool = False
     stale: bool = False
     optional: bool = False
+    minor: bool = False
+    past_frozen: bool = False
 
     @staticmethod
     def join(values: Iterable[Value]) -> Value:
@@ -59,10 +64,13 @@ class Value:
         values = list(values)
         features = any(v.from_layers for v in values)
         inputs = [v for v in values if v.path and not (v.optional and features)]
-        inputs.sort(key=lambda v: v.optional)  # stable: the first that is not, if there is one
+        inputs.sort(key=lambda v: (v.minor, v.past_frozen, v.optional))  # stable
+        first = inputs[0] if inputs else Value()
         return Value(
-            path=inputs[0].path if inputs else (),
-            optional=bool(inputs) and inputs[0].optional,
+            path=first.path,
+            optional=first.optional,
+            minor=first.minor,
+            past_frozen=first.past_frozen,
             parameters=tuple(dict.fromkeys(p for v in values for p in v.parameters)),
             trainable=any(v.trainable for v in values),
             from_layers=features,
@@ -98,6 +106,9 @@ class Values:
         self._made: dict[Node, Value] = {}
         self._memory: dict[Node, tuple[Hashable, ...]] = {}
         self._written: dict[Hashable, Value] = {}
+
+    def __contains__(self, node: Node) -> bool:
+        return node in self._made
 
     def __getitem__(self, node: Node) -> Value:
         written = [self._written[m] for m in self._memory[node] if m in self._written]
@@ -168,12 +179,13 @@ def resolve(root: nn.Module, path: str) -> Any:
     return value
 
 
-def attribute_value(gm: fx.GraphModule, node: Node) -> tuple[Value, Hashable]:
+def attribute_value(gm: fx.GraphModule, node: Node, prefix: str = "") -> tuple[Value, Hashable]:
     """Tell what a `get_attr` node holds: a parameter, a parametrized weight, a constant.
 
     Args:
         gm: The module that the graph belongs to.
         node: The node.
+        prefix: What comes before its target in the whole model.
 
     Returns:
         Its value, and what its memory is known by: two names may be of tensors in one storage.
@@ -183,17 +195,19 @@ def attribute_value(gm: fx.GraphModule, node: Node) -> tuple[Value, Hashable]:
     owner = gm.get_submodule(owner_path) if owner_path else gm
     if is_parametrized(owner, name):
         own: Any = owner.parametrizations[name]  # type: ignore[index]
-        prefix = ".".join(filter(None, (owner_path, "parametrizations", name)))
-        return Value().with_parameters(prefix, own), target
+        path = ".".join(filter(None, (owner_path, "parametrizations", name)))
+        return Value().with_parameters(prefix + path, own), prefix + target
     value = lookup(gm, node)
     if isinstance(value, nn.Module):
-        return Value().with_parameters(target, value), target
+        return Value().with_parameters(prefix + target, value), prefix + target
     if not isinstance(value, torch.Tensor):
-        return Value(), target
-    memory: Hashable = torch_private.storage_of(value) or target
+        return Value(), prefix + target
+    memory: Hashable = torch_private.storage_of(value) or prefix + target
     if isinstance(value, nn.Parameter) or value.requires_grad:
         stale = value.grad_fn is not None
-        return Value(parameters=(target,), trainable=value.requires_grad, stale=stale), memory
+        return Value(
+            parameters=(prefix + target,), trainable=value.requires_grad, stale=stale
+        ), memory
     return Value(), memory
 
 
@@ -208,7 +222,7 @@ def node_shape(gm: fx.GraphModule, node: Node) -> tuple[int, ...] | None:
         The shape, None where it is not known before running.
     """
     if node.op != "get_attr":
-        return static_shape(node.meta.get("val"))
+        return static_shape(node.meta.get("val", node.meta.get("example_value")))
     owner, _, name = str(node.target).rpartition(".")
     if is_parametrized(resolve(gm, owner), name):
         return None  # reading it would compute it, which may change buffers (spectral norm)

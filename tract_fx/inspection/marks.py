@@ -9,6 +9,7 @@ from torch import fx, nn
 from tract_fx.modules import tract_lambda, why_not
 from tract_fx.passes.fx_graph import PROVENANCE
 from tract_fx.passes.fx_graph.calls import is_precondition_grad, match_function
+from tract_fx.passes.fx_graph.regions import graphs
 from tract_fx.passes.records import InputLayer
 
 __all__ = ["lost_marks"]
@@ -40,7 +41,12 @@ def lost_marks(model: nn.Module, records: Sequence[InputLayer]) -> tuple[str, ..
 
 
 def _lost_in_graph(gm: fx.GraphModule, treated: set[str]) -> list[str]:
-    called = [call for node in gm.graph.nodes for call in _marked_calls(gm, node)]
+    called = [
+        prefix + call
+        for prefix, graph in graphs(gm)
+        for node in graph.graph.nodes
+        for call in _marked_calls(graph, node)
+    ]
     return [name for name in dict.fromkeys(called) if name not in treated]
 
 

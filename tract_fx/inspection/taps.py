@@ -17,6 +17,7 @@ from tract_fx.errors import UnsupportedLayerError, UnsupportedModelError
 from tract_fx.inspection.observed import ObservedCall
 from tract_fx.modules import copy_tree
 from tract_fx.passes.fx_graph.calls import match_function, match_module
+from tract_fx.passes.fx_graph.regions import graphs
 from tract_fx.passes.records import InputLayer
 
 __all__ = ["TappedCall", "Taps", "no_such_call", "tap"]
@@ -236,17 +237,22 @@ def tap(model: nn.Module, records: Sequence[InputLayer]) -> tuple[nn.Module, Tap
 
 
 def _tap_nodes(gm: fx.GraphModule, taps: Taps, records: Sequence[InputLayer]) -> None:
-    nodes = {node.name: node for node in gm.graph.nodes}
+    nodes = {
+        prefix + node.name: (graph, node)
+        for prefix, graph in graphs(gm)
+        for node in graph.graph.nodes
+    }
     for number, record in enumerate(records):
-        node = nodes.get(record.node)
+        owner, node = nodes.get(record.node, (gm, None))
         if node is None or node.op not in ("call_function", "call_module"):
             raise no_such_call(gm, record, "no node of that name in its graph calls a layer")
         is_function = callable(node.target)
-        call = node.target if is_function else gm.get_submodule(str(node.target))
+        call = node.target if is_function else owner.get_submodule(str(node.target))
         name = f"tract_tap_{number}"
-        gm.add_submodule(name, _Tap(taps.around(call, [record])))
+        owner.add_submodule(name, _Tap(taps.around(call, [record])))
         node.op, node.target = "call_module", name
-    gm.recompile()
+    for _, graph in list(graphs(gm)):
+        graph.recompile()
 
 
 def _tap_modules(model: nn.Module, taps: Taps, records: Sequence[InputLayer]) -> None:
@@ -287,10 +293,10 @@ def no_such_call(model: nn.Module, record: InputLayer, reason: str) -> Unsupport
         The error.
     """
     if isinstance(model, fx.GraphModule):
-        graphs = []
+        inner = []
     else:
-        graphs = [n for n, m in model.named_modules() if n and isinstance(m, fx.GraphModule)]
-    holding = [n for n in graphs if any(w.startswith(f"{n}.") for w in record.weight)]
+        inner = [n for n, m in model.named_modules() if n and isinstance(m, fx.GraphModule)]
+    holding = [n for n in inner if any(w.startswith(f"{n}.") for w in record.weight)]
     if holding:
         path = max(holding, key=len)
         return UnsupportedModelError(

@@ -97,10 +97,13 @@ def tract_lambda(module: nn.Module) -> float | None:
         module: Any module.
 
     Returns:
-        Its λ, None for a plain one.
+        Its λ, None for a plain one, and for one whose forward method something has replaced behind
+        `__setattr__`'s back.
     """
     value: float | None = vars(module).get("tract_lambda")
-    return value if isinstance(module, TractLayer) else None
+    own = vars(module).get("forward")
+    is_replaced = own is not None and getattr(own, "func", None) is not _run_own
+    return value if isinstance(module, TractLayer) and not is_replaced else None
 
 
 def _run_with_op(layer: nn.Module, lambda_: float, forward: Any, args: Any, kwargs: Any) -> Any:

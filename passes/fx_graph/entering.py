@@ -1,0 +1,66 @@
+"""What enters a model, and which of it competes for being the image.
+
+An input layer is looked for on every tensor that enters. Some never are what TrAct is meant for:
+token ids, masks, edge lists and other integers (but bytes, which are pixels), flags, and one number
+per example, such as a diffusion model's time. Where something else enters beside them, layers on
+them do not compete with layers on that, and they count no more once they have met features. Shapes
+and dtypes are known of exported graphs; in a symbolic trace everything competes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import Node
+
+from tract_fx.passes.fx_graph.values import Value
+
+__all__ = ["entering_values"]
+
+
+def entering_values(graph: fx.Graph) -> dict[Node, Value]:
+    """Tell what the placeholders of a graph bring.
+
+    Args:
+        graph: A traced or exported graph, or one that Dynamo gives to a backend.
+
+    Returns:
+        The value of each placeholder.
+    """
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    values = {node: _value(node) for node in placeholders}
+    inputs = [node for node in placeholders if values[node].path]
+    minor = {node for node in inputs if _is_minor(_example(node))}
+    if len(minor) < len(inputs):
+        for node in minor:
+            values[node] = Value(path=(node.name,), optional=True, minor=True)
+    return values
+
+
+def _value(node: Node) -> Value:
+    # What has a default other than None is a flag or a number.
+    if node.args and node.args[0] is not None:
+        return Value()
+    if _is_lifted_parameter(node):
+        return Value(parameters=(node.name,), trainable=_example(node).requires_grad)
+    if "grapharg" in node.meta and "_buffers_" in str(node.target):
+        return Value()
+    return Value(path=(node.name,), optional=bool(node.args))
+
+
+def _is_lifted_parameter(node: Node) -> bool:
+    """Tell a parameter that Dynamo has made an input of the graph for its backend."""
+    return node.type is nn.Parameter and isinstance(_example(node), torch.Tensor)
+
+
+def _example(node: Node) -> Any:
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def _is_minor(example: Any) -> bool:
+    if not isinstance(example, torch.Tensor):
+        return False
+    is_image = example.is_floating_point() or example.dtype == torch.uint8
+    return not is_image or example.dim() < 2
