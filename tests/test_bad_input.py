@@ -6,6 +6,7 @@ import decimal
 import fractions
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def distributed() -> nn.Module:
 WRAPPED: dict[str, tuple[Callable[[], Any], str]] = {
     "compiled": (lambda: torch.compile(built(net), backend="eager"), "before torch.compile"),
     "compiled-in-place": (compiled_in_place, "before torch.compile"),
-    "compiled-inside": (compiled_inside, r"stem is compiled.*before torch\.compile"),
+    "compiled-inside": (compiled_inside, r"stem is a OptimizedModule.*before torch\.compile"),
     "scripted": (scripted, "the module that it was made from"),
     "data-parallel": (data_parallel, r"\.module"),
     "distributed": (distributed, r"\.module"),
@@ -303,3 +304,85 @@ def test_a_model_that_takes_no_input() -> None:
     with pytest.raises(tract_fx.NoInputLayerError, match="layers="):
         tract_pass(graph)
     assert_tract(model, graph, tract_pass(graph, layers="stem"), (), (0,))
+
+
+def jagged() -> Tensor:
+    parts = [torch.randn(3, 6), torch.randn(5, 6)]
+    return torch.nested.nested_tensor(parts, layout=torch.jagged)
+
+
+@pytest.mark.parametrize(
+    ("x", "says"),
+    [
+        (lambda: torch.eye(5, 6).to_sparse(), r"sparse_coo.*x\.to_dense\(\)"),
+        (lambda: torch.eye(5, 6).to_sparse_csr(), r"sparse_csr.*x\.to_dense\(\)"),
+        (jagged, r"nested input.*to_padded_tensor"),
+        (lambda: torch.nested.nested_tensor([torch.randn(3, 6)]), r"nested input"),
+    ],
+    ids=["coo", "csr", "jagged", "nested"],
+)
+def test_inputs_without_rows_are_refused_in_the_forward_pass(
+    x: Callable[[], Tensor], says: str
+) -> None:
+    model = tract_module(nn.Sequential(nn.Linear(6, 4)), layers="0")
+    with pytest.raises(tract_fx.UnsupportedLayerError, match=says):
+        model(x())
+
+
+def test_expanded_weights_are_refused() -> None:
+    from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+
+    model = tract_module(nn.Linear(6, 4), layers="")
+    with pytest.raises(tract_fx.UnsupportedTransformError, match=r"ExpandedWeight.*torch\.func"):
+        call_for_per_sample_grads(model)(torch.randn(5, 6))
+
+
+@pytest.mark.parametrize("way", ["graph", "program", "module"])
+def test_exports_for_inference_name_both_ways(way: str, tmp_path: Path) -> None:
+    """Refused, or a graph would be exported that is never trained with TrAct."""
+    model, x = nn.Sequential(nn.Linear(6, 4), nn.ReLU()), torch.randn(5, 6)
+    ways: dict[str, Callable[[], nn.Module]] = {
+        "graph": lambda: tract_pass(fx.symbolic_trace(model)),
+        "program": lambda: tract_pass(torch.export.export(model, (x,))),
+        "module": lambda: tract_module(model, x),
+    }
+    tract = ways[way]()
+    both = r"(?s)remove_tract\(model\).*export_training"
+    for given, inputs in ((tract, (x,)), (torch.export.export(tract, (x,)), ())):
+        with pytest.raises(Exception, match=both):  # of the exporter's class, around ours
+            torch.onnx.export(given, inputs, tmp_path / "it.onnx", dynamo=True, verbose=False)
+    if way != "program":  # which PyTorch can't script without TrAct either
+        with pytest.raises(tract_fx.UnsupportedTransformError, match=both):
+            torch.jit.script(tract)
+    torch.jit.script(remove_tract(fx.symbolic_trace(model)))
+
+
+def test_a_function_call_in_a_graph_is_not_scripted() -> None:
+    w = nn.Parameter(torch.randn(4, 6))
+    model = Net(lambda net, x: nn.functional.linear(x, net.w), w=w)
+    with pytest.raises(tract_fx.UnsupportedTransformError, match="remove_tract"):
+        torch.jit.script(tract_pass(fx.symbolic_trace(model)))
+
+
+def wrapped_inside() -> dict[str, Any]:
+    """Models with something inside that goes on calling the original."""
+    prepared: Any = nn.Linear(6, 4)
+    prepared._is_accelerate_prepared = True  # as accelerator.prepare leaves a model
+    program = torch.export.export(nn.Sequential(nn.Linear(6, 4)), (torch.randn(5, 6),))
+    compiled: Any = torch.compile(nn.Linear(6, 4))
+    return {
+        "DataParallel": nn.Sequential(nn.DataParallel(nn.Linear(6, 4))),
+        "ScriptModule": nn.Sequential(torch.jit.script(nn.Linear(6, 4))),
+        "Accelerate": prepared,
+        "exported program itself": torch.export.unflatten(program),
+        "compiled": nn.Sequential(compiled),
+    }
+
+
+@pytest.mark.parametrize("name", wrapped_inside())
+def test_what_is_wrapped_inside_is_refused(name: str) -> None:
+    model = wrapped_inside()[name]
+    with pytest.raises(tract_fx.UnsupportedModelError):
+        tract_module(model, torch.randn(5, 6))
+    with pytest.raises(tract_fx.UnsupportedModelError):
+        tract_module(model, layers=["0"])

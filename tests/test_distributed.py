@@ -99,3 +99,11 @@ def test_one_gram_over_both_processes_would_be_another(results: Results, case: C
         difference = found[f"global-gram {case}"]
         assert isinstance(difference, float)
         assert difference > 1e3 * FLOAT64
+
+
+@pytest.mark.parametrize("split", ["rows", "columns"])
+def test_tensor_parallel(results: Results, split: str) -> None:
+    for found in results:
+        error = found[f"tensor-parallel {split}"]
+        assert isinstance(error, float)
+        assert error < FLOAT64

@@ -16,12 +16,29 @@ import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from oracle import relative_error
-from rewritten import CONV_CASES, Case, Net, expected, gradient, loss, of_rounded, weight_of
+from rewritten import (
+    CONV_CASES,
+    LINEAR_ABOVE,
+    Case,
+    Net,
+    expected,
+    gradient,
+    loss,
+    of_rounded,
+    weight_of,
+)
 from tract_fx import tract_module, tract_pass
 
 PROCESSES = 2
@@ -123,6 +140,21 @@ def sharded_before_the_pass(case: Case, rank: int) -> str:
     return ""
 
 
+def tensor_parallel(plan: ParallelStyle) -> float:
+    """A linear layer whose weight is split over the processes; each has all of the input."""
+    case = Case(LINEAR_ABOVE, "tract_module")
+    net, x = case.net(), case.batch()
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    model = parallelize_module(case.rewrite(net), mesh, {"first": plan})
+    before = whole(weight_of(model)).clone()
+    loss(model(x)).backward()
+    found = whole(weight_of(model).grad)
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    moved = before - whole(weight_of(model))
+    wanted = expected(case.net(), x)  # built again: the first's parameters are split by now
+    return max(relative_error(found, wanted), relative_error(moved, wanted))
+
+
 def global_gram_is_another(net: Net, case: Case) -> float:
     """How far the oracle with one Gram over both processes is: it has to show."""
     batches = [case.batch(seed=process) for process in range(PROCESSES)]
@@ -144,6 +176,10 @@ def main(rank: int, folder: Path) -> None:
             results[f"mixed-precision {case}"] = mixed_precision(case, rank)
             results[f"sharded-before {case}"] = sharded_before_the_pass(case, rank)
         results[f"global-gram {case}"] = global_gram_is_another(case.net(), case)
+    results["tensor-parallel rows"] = tensor_parallel(ColwiseParallel(output_layouts=Replicate()))
+    results["tensor-parallel columns"] = tensor_parallel(
+        RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
+    )
     (folder / f"{rank}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()

@@ -5,6 +5,7 @@ Tested with the torch versions that pyproject.toml names.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from threading import Lock
@@ -31,6 +32,8 @@ __all__ = [
     "inside_dual_level",
     "inside_functorch",
     "is_composite",
+    "is_dtensor",
+    "is_expanded_weight",
     "is_fake",
     "joint_graph",
     "operators_are_seen",
@@ -109,6 +112,31 @@ def is_composite(overload: Any) -> bool | None:
         return bool(overload.has_kernel_for_dispatch_key(key))
     except RuntimeError:
         return None
+
+
+def is_dtensor(*tensors: torch.Tensor) -> bool:
+    """Tell whether one of some tensors is spread over processes.
+
+    Args:
+        *tensors: Any tensors.
+
+    Returns:
+        True for a DTensor.
+    """
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
+
+
+def is_expanded_weight(tensor: torch.Tensor) -> bool:
+    """Tell a weight of `torch.nn.utils._per_sample_grad`, which takes functions of its own list.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        True for such a weight.
+    """
+    return type(tensor).__name__ == "ExpandedWeight"
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

@@ -52,24 +52,48 @@ def refuse_wrapped(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: It is scripted, compiled or wrapped for parallel training.
     """
-    compiled = next((name for name, m in model.named_modules() if _is_compiled(m)), None)
-    if isinstance(model, torch.jit.ScriptModule):
-        reason = "TorchScript keeps the forward pass alone"
-        remedy = "Give the module that it was made from"
-    elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        reason = "it holds on to the layers that it was made with"
-        remedy = "Give the module inside it (.module), and wrap the result"
-    elif any(t.__name__ == "FSDPModule" for m in model.modules() for t in type(m).__mro__):
-        reason = "its parameters are sharded by hooks that hold on to it"
-        remedy = "Give the model as it was before fully_shard, and shard the result"
-    elif compiled is not None:
-        reason = (
-            f"{compiled or 'it'} is compiled, and would go on running the layers it was made of"
+    found = next(((name, *why) for name, m in model.named_modules() if (why := _wrapping(m))), None)
+    if found is not None:
+        name, reason, remedy = found
+        inside = (
+            f", in which {name} is a {type(model.get_submodule(name)).__name__}" if name else ""
         )
-        remedy = "Give the model as it was before torch.compile, and compile the result"
-    else:
-        return
-    raise UnsupportedModelError(f"a model of class {type(model).__name__}", reason, remedy)
+        raise UnsupportedModelError(
+            f"a model of class {type(model).__name__}{inside}", reason, remedy
+        )
+
+
+def _wrapping(module: nn.Module) -> tuple[str, str] | None:
+    """Say why what goes on calling the original can't be copied, and what to give instead."""
+    classes = {t.__name__ for t in type(module).__mro__}
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript keeps the forward pass alone", "Give the module that it was made from"
+    if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return (
+            "it holds on to the layers that it was made with",
+            "Give the module inside it (.module), and wrap the result",
+        )
+    if classes & {"FSDPModule", "FullyShardedDataParallel"}:
+        return (
+            "its parameters are sharded by hooks that hold on to it",
+            "Give the model as it was before it was sharded, and shard the result",
+        )
+    if _is_compiled(module):
+        return (
+            "it is compiled, and would go on running the layers it was made of",
+            "Give the model as it was before torch.compile, and compile the result",
+        )
+    if "UnflattenedModule" in classes:
+        return (
+            "its layers are graphs of their own, which are called in turn",
+            "Give the exported program itself to tract_pass",
+        )
+    if vars(module).get("_is_accelerate_prepared"):
+        return (
+            "Accelerate has prepared it, and goes on training and saving the model that it knows",
+            "Apply TrAct first, then accelerator.prepare to the result",
+        )
+    return None
 
 
 def _is_compiled(module: nn.Module) -> bool:

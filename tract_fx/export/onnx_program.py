@@ -25,7 +25,7 @@ from tract_fx.passes.onnx_graph.repairs import (
     train_dropout,
     training_batch_norms,
 )
-from tract_fx.preconditioner import PRECONDITION_GRAD_OPERATOR
+from tract_fx.preconditioner import PRECONDITION_GRAD_OPERATOR, to_training_graph
 
 __all__ = ["OPSET", "to_onnx", "translate"]
 
@@ -73,6 +73,7 @@ def translate(program: ExportedProgram, table: dict[Any, Any] | None = None) -> 
     Raises:
         ExportError: An operator of the program has no translation, or one name is of two things.
     """
+    token = to_training_graph.set(True)
     try:
         with quiet():
             exported = torch.onnx.export(
@@ -89,6 +90,8 @@ def translate(program: ExportedProgram, table: dict[Any, Any] | None = None) -> 
             "PyTorch's exporter has no translation of an operator, or not in this form",
             "Write that part of the model with other operators",
         ) from error
+    finally:
+        to_training_graph.reset(token)
     assert exported is not None
     refuse_shared_names(exported.model)
     values_apart(exported.model, set(exported.model.graph.initializers))

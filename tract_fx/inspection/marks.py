@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import fx, nn
 
-from tract_fx.modules import tract_lambda, why_not
+from tract_fx.modules import TractLayer, tract_lambda, why_not
 from tract_fx.passes.fx_graph import PROVENANCE
 from tract_fx.passes.fx_graph.calls import is_precondition_grad, match_function
 from tract_fx.passes.fx_graph.regions import graphs
@@ -30,7 +30,7 @@ def lost_marks(model: nn.Module, records: Sequence[InputLayer]) -> tuple[str, ..
     if isinstance(model, fx.GraphModule):
         return tuple(_lost_in_graph(model, {record.node for record in records}))
     found = {model.get_submodule(r.module) for r in records if r.module is not None}
-    layers = [(n, m) for n, m in model.named_modules() if tract_lambda(m) is not None]
+    layers = [(n, m) for n, m in model.named_modules() if _was_given_tract(m)]
     lost = [name for name, module in layers if module not in found]
     for path, graph in model.named_modules():
         if isinstance(graph, fx.GraphModule):
@@ -38,6 +38,11 @@ def lost_marks(model: nn.Module, records: Sequence[InputLayer]) -> tuple[str, ..
             treated = {node.name for node in graph.graph.nodes if _has_tract(graph, node)}
             lost += [f"{path}.{name}" for name in _lost_in_graph(graph, treated)]
     return tuple(dict.fromkeys(lost))
+
+
+def _was_given_tract(module: nn.Module) -> bool:
+    """Tell a TrAct layer, also one whose forward method has been replaced since."""
+    return isinstance(module, TractLayer) and "tract_lambda" in vars(module)
 
 
 def _lost_in_graph(gm: fx.GraphModule, treated: set[str]) -> list[str]:
@@ -66,7 +71,7 @@ def _marked_calls(gm: fx.GraphModule, node: fx.Node) -> list[str]:
     marked = PROVENANCE in (node.meta.get("custom") or {})
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        tract_layer = tract_lambda(module) is not None and node.kwargs.get("tract", True)
+        tract_layer = _was_given_tract(module) and node.kwargs.get("tract", True)
         return [node.name] if marked or tract_layer else []
     if not marked or match_function(node) is not None:
         return [node.name] if marked else []

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from tract_fx.modules.op_on_weight import OpOnWeight
+from tract_fx.preconditioner import refuse_script
 
 __all__ = [
     "TractLayer",
@@ -81,6 +82,14 @@ class TractLayer(nn.Module):
         """
         lambda_ = tract_lambda(self)
         return super().extra_repr() + ("" if lambda_ is None else f", lambda_={lambda_}")
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse `torch.jit.script`, which calls this, unless the layer is the plain one.
+
+        Returns:
+            The layer.
+        """
+        return self if tract_lambda(self) is None else refuse_script()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the user's class, since a TrAct class has no importable name."""

@@ -66,7 +66,8 @@ class OpOnWeight(TorchFunctionMode):
 
     def _is_trained(self, weight: Any) -> bool:
         """Tell the layer's weight, or what is computed from it, from a constant filter."""
-        if isinstance(weight, (nn.Parameter, fx.Proxy)):
+        known = isinstance(weight, (nn.Parameter, fx.Proxy))
+        if known or torch_private.is_expanded_weight(weight):
             return True
         if torch_private.requires_grad_at_any_level(weight):
             return True

@@ -5,8 +5,8 @@ Imports nothing from the rest of the package but errors and the list of private 
 
 from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.gram_matrix import GramWork, gram, gram_algorithm, gram_work
-from tract_fx.preconditioner.op import precondition_grad
-from tract_fx.preconditioner.operators import PRECONDITION_GRAD_OPERATOR
+from tract_fx.preconditioner.op import precondition_grad, refuse_script
+from tract_fx.preconditioner.operators import PRECONDITION_GRAD_OPERATOR, to_training_graph
 from tract_fx.preconditioner.settings import check_lambda
 from tract_fx.preconditioner.solve import (
     SolvePlan,
@@ -28,4 +28,6 @@ __all__ = [
     "precondition_by_plan",
     "precondition_grad",
     "precondition_weight_gradient",
+    "refuse_script",
+    "to_training_graph",
 ]

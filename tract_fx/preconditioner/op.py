@@ -17,6 +17,7 @@ what to call, since no single kind of op survives everything that a model goes t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -26,13 +27,16 @@ from tract_fx import torch_private
 from tract_fx.errors import UnsupportedLayerError, UnsupportedTransformError
 from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.operators import (
+    EXPORT_REMEDY,
     PRECONDITION_GRAD_OPERATOR,
     precondition_grad_eagerly,
     precondition_grad_function,
+    refuse_onnx_export,
 )
 from tract_fx.preconditioner.settings import CallSettings, check_lambda
+from tract_fx.preconditioner.sharding import register_sharding_rules
 
-__all__ = ["precondition_grad"]
+__all__ = ["precondition_grad", "refuse_script"]
 
 
 def precondition_grad(
@@ -66,10 +70,16 @@ def precondition_grad(
     Raises:
         UnsupportedTransformError: Inside `torch.jit.trace`, or under a `torch.func` transform
             inside `torch.compile`: the gradient would be lost.
-        UnsupportedLayerError: The weight or the input is complex.
+        UnsupportedLayerError: The weight or the input is complex, sparse or nested.
     """
     exporting = torch.compiler.is_exporting()
     compiling = exporting or torch.compiler.is_compiling()
+    if not compiling and torch_private.is_expanded_weight(weight):
+        raise UnsupportedTransformError(
+            "precondition_grad on an ExpandedWeight",
+            "PyTorch's per-sample gradients by ExpandedWeights know no functions but their own",
+            "Use torch.func: vmap(grad(…)) over functional_call, which TrAct goes through",
+        )
     if not compiling and has_torch_function((weight, input)):
         return handle_torch_function(
             precondition_grad,
@@ -91,6 +101,11 @@ def precondition_grad(
     if not compiling:
         exporting = torch_private.tracing_operators()
         lambda_ = check_lambda(lambda_)
+    if exporting:
+        refuse_onnx_export()
+    _refuse_layouts(weight, input)
+    if not compiling and torch_private.is_dtensor(weight, input):
+        register_sharding_rules()
     if weight.is_complex() or input.is_complex():
         raise UnsupportedLayerError(
             f"a weight of {weight.dtype} and an input of {input.dtype}",
@@ -117,3 +132,36 @@ def precondition_grad(
     return PRECONDITION_GRAD_OPERATOR(  # type: ignore[no-any-return]
         weight, input, *settings.operator_arguments()
     )
+
+
+def _refuse_layouts(weight: Tensor, x: Tensor) -> None:
+    """Refuse tensors that are no dense arrays of rows."""
+    if x.is_nested:
+        found, remedy = "a nested input", "Pad it: torch.nested.to_padded_tensor(x, 0.0)"
+    elif x.layout != torch.strided:
+        found, remedy = f"an input of layout {x.layout}", "Give x.to_dense()"
+    elif weight.layout != torch.strided:
+        found, remedy = f"a weight of layout {weight.layout}", "Use a dense weight"
+    else:
+        return
+    raise UnsupportedLayerError(
+        found,
+        "the Gram is that of dense rows",
+        f"{remedy}; or the plain layer: remove_tract(model)",
+    )
+
+
+def refuse_script() -> NoReturn:
+    """Refuse `torch.jit.script`, which asks what it is given for a form that can be scripted.
+
+    Raises:
+        UnsupportedTransformError: Always.
+    """
+    raise UnsupportedTransformError(
+        "a model with TrAct in torch.jit.script",
+        "TorchScript keeps the forward pass alone and would train with the plain gradient",
+        EXPORT_REMEDY.replace("export remove_tract", "script remove_tract"),
+    )
+
+
+precondition_grad.__prepare_scriptable__ = refuse_script  # type: ignore[attr-defined]

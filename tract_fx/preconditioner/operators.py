@@ -8,6 +8,7 @@ kinds share one set of derivatives, exact in the gradient and in the input, to a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +22,12 @@ from tract_fx.preconditioner.settings import CallSettings, read_settings
 from tract_fx.preconditioner.solve import precondition_weight_gradient
 
 __all__ = [
+    "EXPORT_REMEDY",
     "PRECONDITION_GRAD_OPERATOR",
     "precondition_grad_eagerly",
     "precondition_grad_function",
+    "refuse_onnx_export",
+    "to_training_graph",
 ]
 
 # The custom operators: what a compiler or exporter sees.
@@ -42,6 +46,26 @@ def _precondition_grad_op(
 ) -> Tensor:
     _refuse_forward_mode()
     return weight.clone()  # an operator's result may not alias its argument
+
+
+to_training_graph: ContextVar[bool] = ContextVar("to_training_graph", default=False)
+"""Whether an export to ONNX is this library's own, which knows what to make of the operator."""
+
+
+def refuse_onnx_export() -> None:
+    """Refuse an export to ONNX by PyTorch alone, which has no such operator and no gradients."""
+    if torch.onnx.is_in_onnx_export() and not to_training_graph.get():
+        raise UnsupportedTransformError(
+            "a model with TrAct in torch.onnx.export",
+            "what it exports is for inference, where TrAct has no meaning, and is not trained with "
+            "TrAct later",
+            EXPORT_REMEDY,
+        )
+
+
+EXPORT_REMEDY = (
+    "For inference export remove_tract(model); to train the graph use tract_fx.export_training"
+)
 
 
 def _refuse_forward_mode() -> None:
@@ -78,6 +102,7 @@ PRECONDITION_GRAD_OPERATOR = torch.ops.tract_fx.precondition_grad.default
 @_precondition_grad_op.register_fake
 def _(weight: Tensor, *_: object) -> Tensor:
     _refuse_forward_mode()
+    refuse_onnx_export()
     return torch.empty_like(weight)
 
 
