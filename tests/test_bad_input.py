@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 import tract_fx
 from reference import Net, assert_tract, built, exported, images
+from rewritten import FunctionalNet
 from tract_fx import (
     InvalidLambdaError,
     TractError,
@@ -358,8 +359,7 @@ def test_exports_for_inference_name_both_ways(way: str, tmp_path: Path) -> None:
 
 
 def test_a_function_call_in_a_graph_is_not_scripted() -> None:
-    w = nn.Parameter(torch.randn(4, 6))
-    model = Net(lambda net, x: nn.functional.linear(x, net.w), w=w)
+    model = FunctionalNet(nn.Linear(6, 4), nn.Linear(4, 2))
     with pytest.raises(tract_fx.UnsupportedTransformError, match="remove_tract"):
         torch.jit.script(tract_pass(fx.symbolic_trace(model)))
 
