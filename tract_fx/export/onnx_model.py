@@ -24,6 +24,7 @@ from tract_fx.passes.onnx_graph.repairs import (
     supported_versions,
     train_batch_norm,
     train_dropout,
+    unread_operands,
 )
 from tract_fx.passes.onnx_graph.repairs.auto_pad import explicit_pads
 
@@ -58,6 +59,7 @@ def read_model(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
     standardised_preprocessing(graph)
     ShapeInferencePass(check_type=False, strict_mode=False)(graph)
     explicit_pads(graph)
+    unread_operands(graph)
     return graph
 
 

@@ -13,6 +13,9 @@ __all__ = ["supported_versions"]
 
 OLDEST_OPSET = 18  # since it, all reductions take their axes as an input, as the repairs write them
 NEWEST_OPSET = 20  # 21 changes GroupNormalization, and is the last that the runtime knows
+OLDEST_IR = (
+    4  # before it, each initializer had to be an input too, on which onnx's converter insists
+)
 NEWEST_IR = 10
 
 
@@ -28,16 +31,15 @@ def supported_versions(model: ir.Model) -> int:
     Raises:
         ExportError: If the opset can't be converted.
     """  # noqa: DOC502 - raised by _convert
-    changed = 0
+    ir_version = min(max(model.ir_version, OLDEST_IR), NEWEST_IR)
+    changed = int(model.ir_version != ir_version)
+    model.ir_version = ir_version  # first, since the converter asks for it
     for domain in ("", "ai.onnx"):
         opset = model.opset_imports.get(domain)
         if opset is not None and not OLDEST_OPSET <= opset <= NEWEST_OPSET:
             target = OLDEST_OPSET if opset < OLDEST_OPSET else NEWEST_OPSET
             _convert(model, opset, target)
             changed += 1
-    if model.ir_version > NEWEST_IR:
-        model.ir_version = NEWEST_IR
-        changed += 1
     return changed
 
 
