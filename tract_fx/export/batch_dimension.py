@@ -100,14 +100,15 @@ def open_batch(
     needed = list(outputs) if read is None else [read]
     by_data = {n for n, v in outputs.items() if n not in needed and _has_rows_by_data(v)}
 
+    def each_half(tried: Sequence[str]) -> list[dict[str, np.ndarray]]:
+        """Values of the model as it is."""
+        parts = ({n: v[i * size :][:size] for n, v in batches.items()} for i in range(2))
+        return [_run(model, part, tried) for part in parts]
+
     def changed(tried: Sequence[str]) -> dict[str, str]:
         """What is wrong, by the name of a value that would be another one."""
         try:
-            found = _run(opened, batches, tried)
-            halves = [
-                _run(model, {n: v[i * size :][:size] for n, v in batches.items()}, tried)
-                for i in range(2)
-            ]
+            found, halves = _run(opened, batches, tried), each_half(tried)
         except Exception as error:  # ONNX Runtime's exceptions have no common root of their own
             if len(tried) > 1:
                 return {n: why for name in tried for n, why in changed([name]).items()}
@@ -115,12 +116,13 @@ def open_batch(
         return {
             name: f"the output {name!r} is another one then"
             for name in tried
-            if not _is_joined(found[name], *(half[name] for half in halves), name in by_data)
+            if not _is_joined(found[name], halves[0][name], halves[1][name], name in by_data)
         }
 
     wrong = changed(list(dict.fromkeys([*needed, *outputs])))
     for name in needed:
         if name in wrong:
+            each_half([name])  # a model that does not run at all says so itself
             raise _refused(size, inputs, wrong[name])
     opened_for = f"its batch dimension was opened, {size} in the file, and"
     warn_of_left_out({name: f"{opened_for} {why}" for name, why in wrong.items()})
@@ -143,7 +145,7 @@ def _run(
 
 
 def _refused(size: int, inputs: Sequence[ir.Value], why: str) -> ExportError:
-    shapes = ", ".join(f"{value.name}{value.shape}" for value in inputs)
+    shapes = ", ".join(f"{value.name!r} of shape {value.shape}" for value in inputs)
     return ExportError(
         f"a model for batches of {size} ({shapes}), run on {2 * size} after its batch dimension "
         "was opened",

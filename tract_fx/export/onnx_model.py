@@ -13,6 +13,7 @@ from onnx_ir.passes.common import RemoveInitializersFromInputsPass, ShapeInferen
 from tract_fx.errors import UnsupportedModelError, UnsupportedTrainingError
 from tract_fx.export.ml_operators import read_with_scores, standardised_preprocessing
 from tract_fx.export.records import ForwardGraphs
+from tract_fx.export.value_names import refuse_shared_names
 from tract_fx.passes.choose import LayerChoice, choose, named_lambdas
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.find import locate
@@ -53,6 +54,7 @@ def read_model(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
             "tract_fx.passes.tract_onnx_pass, `tract-fx rewrite` in a shell",
         )
     RemoveInitializersFromInputsPass()(graph)
+    refuse_shared_names(graph)
     ir.external_data.load_to_model(graph)  # a converter of opsets forgets where the files lie
     supported_versions(graph)
     named_nodes(graph)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from tract_fx.errors import ExportError
 from tract_fx.export.gradient_builder import build_gradients
 from tract_fx.export.left_out import only_output
+from tract_fx.export.value_names import gradient_names_apart
 from tract_fx.passes.onnx_graph.calls import match_call
 from tract_fx.passes.onnx_graph.repairs import prepare_for_gradients, unbiased_running_variance
 from tract_fx.passes.onnx_graph.rewrite import insert_tract, present_lambdas
@@ -44,6 +45,7 @@ def build_plain_training_graph(
     """  # noqa: DOC502 (raised by what it calls)
     graph = forward.clone()
     only_output(graph, loss)
+    gradient_names_apart(graph)
     prepare_for_gradients(graph, trainable=trainable)
     training = build_gradients(ir.to_proto(graph), trainable, frozen, directory)
     if unbiased_variance:

@@ -57,7 +57,6 @@ BEFORE: tuple[Callable[[ir.Model], int], ...] = (
     named_nodes,
     inferred_shapes,
     explicit_pads,
-    identity_permutations,
     unread_operands,
     explicit_permutations,
     detached_values,
@@ -83,6 +82,7 @@ BEFORE: tuple[Callable[[ir.Model], int], ...] = (
     transposed_convolutions_as_convolutions,
     paddings_as_gathers,
     reversals_as_gathers,
+    identity_permutations,  # those of the passes before too
     full_size_selections,
     separate_operands,
     optional_outputs,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import onnx.version_converter
 import onnx_ir as ir
 
-from tract_fx.errors import ExportError
+from tract_fx.passes.onnx_graph.repairs.conversion import convert_opset
 from tract_fx.passes.onnx_graph.repairs.normalizations import normalizations_as_primitives
 from tract_fx.passes.onnx_graph.repairs.shapes import inferred_shapes
 
@@ -53,20 +52,11 @@ def _convert(model: ir.Model, opset: int, target: int) -> None:
 
     Raises:
         ExportError: If onnx's converter can't.
-    """
+    """  # noqa: DOC502 - raised by convert_opset
     if opset > target:  # onnx can't bring GroupNormalization back to its older form
         inferred_shapes(model)
         normalizations_as_primitives(model)
-    try:
-        converted = onnx.version_converter.convert_version(ir.to_proto(model), target)
-    except Exception as error:  # the converter raises RuntimeError and others of its own
-        raise ExportError(
-            f"the model is of opset {opset}, and onnx can't convert it to opset {target}: {error}",
-            f"ONNX Runtime Training 1.19.2 builds gradients for opset {OLDEST_OPSET} to "
-            f"{NEWEST_OPSET}",
-            f"Export it with opset {NEWEST_OPSET}",
-        ) from error
-    new = ir.from_proto(converted)
+    new = convert_opset(model, opset, target)
     model.graph = new.graph
     model.functions.clear()
     model.functions.update(new.functions)
