@@ -6,8 +6,8 @@ import onnx_ir as ir
 
 from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.passes.onnx_graph.calls import is_standard
-from tract_fx.passes.onnx_graph.node_names import described
 from tract_fx.passes.onnx_graph.layers import module_of
+from tract_fx.passes.onnx_graph.node_names import described
 from tract_fx.passes.onnx_graph.values import static_shape
 
 __all__ = ["refuse_merged"]

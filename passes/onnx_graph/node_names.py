@@ -45,11 +45,11 @@ def described(node: ir.Node) -> str:
         node: The node.
 
     Returns:
-        Its operator and its name in the user's file.
+        Its operator and its name; where the file has none, with the output by which it is found.
     """
-    name = name_in_file(node)
-    own = node.name or ""
-    return f"{node.op_type} {name!r}" if name == own else f"{node.op_type} (output {name!r})"
+    name, found_by = node.name or "", name_in_file(node)
+    output = "" if name == found_by else f" (output {found_by!r})"
+    return node.op_type + f" {name!r}" * bool(name) + output
 
 
 def described_shape(shape: ir.Shape | None) -> str:

@@ -20,6 +20,7 @@ from tract_fx.passes.onnx_graph.find import locate
 from tract_fx.passes.onnx_graph.parameters import forward_parameters, is_training_graph
 from tract_fx.passes.onnx_graph.repairs import (
     evaluation_mode,
+    identity_permutations,
     named_nodes,
     strip_exporter_metadata,
     supported_versions,
@@ -61,6 +62,7 @@ def read_model(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
     standardised_preprocessing(graph)
     ShapeInferencePass(check_type=False, strict_mode=False)(graph)
     explicit_pads(graph)
+    identity_permutations(graph)  # before ONNX Runtime runs this graph for the first time
     unread_operands(graph)
     return graph
 
