@@ -1,4 +1,4 @@
-"""What ONNX Runtime Training's gradient builder needs repaired, one pass each.
+"""What ONNX Runtime Training's gradient builder, or its optimizer, needs repaired, one pass each.
 
 Each pass takes an `onnx_ir.Model`, edits it in place and returns the number of its changes; a
 second application changes nothing. None changes the values that a forward graph computes, beyond
