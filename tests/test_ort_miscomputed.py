@@ -77,7 +77,7 @@ POOLS = """
 
 def pools() -> Net:
     """Padding in front of pools, and borders that `ceil_mode` reaches over, in both outputs."""
-    body = "c = Conv (x, w, cb)" + POOLS.format("c") + "y = Gemm (c8, head, b) n = Neg (c)"
+    body = "c = Conv (x, w, cb)" + POOLS.format("c") + "y = Gemm (c8, head, b) n = Add (c, c)"
     model = by_hand(
         body + POOLS.format("n") + "other = MatMul (n8, head)",
         {
@@ -99,7 +99,7 @@ def pools() -> Net:
 
     def outputs(p: Parameters, x: Tensor) -> list[Tensor]:
         h = F.conv2d(x, p["w"], p["cb"])
-        return [pooled(h) @ p["head"] + p["b"], pooled(-h) @ p["head"]]
+        return [pooled(h) @ p["head"] + p["b"], pooled(2 * h) @ p["head"]]
 
     return Net(model, outputs, (3, 10, 10))
 

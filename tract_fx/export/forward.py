@@ -169,8 +169,11 @@ def onnx_source(
 
 def _read_by(model: ir.Model, loss: Loss | None, output: str | None) -> str | None:
     """Tell what a loss reads, None where that can't be told (and is asked again later)."""
-    if loss is None or output is not None:
-        return output
+    if output is not None:
+        named = {value.name for node in model.graph for value in node.outputs}
+        return output if output in named else None
+    if loss is None:
+        return None
     evaluation = model.clone()
     evaluation_mode(evaluation)
     try:

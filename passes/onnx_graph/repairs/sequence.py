@@ -165,9 +165,9 @@ def prepare_for_evaluation(model: ir.Model, *, loss: str) -> None:
         if repair not in GRADIENTS_ALONE:
             repair(model)
     graph.extend(others)
-    values = {value.name: value for node in graph for value in node.outputs}
-    inputs = {value.name: value for value in (*graph.inputs, *graph.initializers.values())}
-    graph.outputs[:] = [values.get(name) or inputs[name] for name in names]
+    made = (value for node in graph for value in node.outputs)
+    values = {v.name: v for v in (*graph.inputs, *graph.initializers.values(), *made)}
+    graph.outputs[:] = [values[name] for name in names]
     inferred_shapes(model)
     for repair in MISCOMPUTED:
         repair(model)
