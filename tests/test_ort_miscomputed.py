@@ -62,11 +62,12 @@ def transposes() -> Net:
 
 
 POOLS = """
-    {0}p = Pad ({0}, pads)
+    {0}p = Pad ({0}, narrow)
     {0}1 = AveragePool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> ({0}p)
     {0}2 = AveragePool <kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1],
                         ceil_mode = 1, count_include_pad = 1> ({0})
-    {0}3 = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> ({0}p)
+    {0}w = Pad ({0}, wide)
+    {0}3 = MaxPool <kernel_shape = [3, 3], strides = [2, 2], pads = [0, 0, 0, 0]> ({0}w)
     {0}4 = GlobalAveragePool ({0}1)
     {0}5 = GlobalAveragePool ({0}2)
     {0}6 = GlobalAveragePool ({0}3)
@@ -81,19 +82,19 @@ def pools() -> Net:
     model = by_hand(
         body + POOLS.format("n") + "other = MatMul (n8, head)",
         {
-            **{"w": (4, 3, 3, 3), "cb": np.full(4, -3, np.float32), "head": (12, 5), "b": (5,)},
-            "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+            **{"w": (4, 3, 3, 3), "cb": np.full(4, -9, np.float32), "head": (12, 5), "b": (5,)},
+            "narrow": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+            "wide": np.array([0, 0, 2, 2, 0, 0, 2, 2]),
         },
         "float[N,3,10,10] x",
         "float[N,5] y, float[N,5] other",
     )
 
     def pooled(h: Tensor) -> Tensor:
-        padded = F.pad(h, (1, 1, 1, 1))
         each = [
-            F.avg_pool2d(padded, 3, 1, 1, count_include_pad=False),
+            F.avg_pool2d(F.pad(h, (1, 1, 1, 1)), 3, 1, 1, count_include_pad=False),
             F.avg_pool2d(h, 3, 2, 1, ceil_mode=True),
-            F.max_pool2d(padded, 2),
+            F.max_pool2d(F.pad(h, (2, 2, 2, 2)), 3, 2),
         ]
         return torch.cat([part.mean((2, 3)) for part in each], dim=1)
 
@@ -111,7 +112,11 @@ def test_trained_and_evaluated_right(net: Net, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     x, target = torch.randn(6, *net.size, generator=generator), torch.arange(6) % 5
     values = initializers(net.model)
-    p = {k: torch.tensor(v).double().requires_grad_() for k, v in values.items() if k != "pads"}
+    p = {
+        k: torch.tensor(v).double().requires_grad_()
+        for k, v in values.items()
+        if v.dtype == np.float32
+    }
     expected = net.outputs(p, x.double())
     loss = F.cross_entropy(expected[0], target)
     loss.backward()
