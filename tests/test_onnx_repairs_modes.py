@@ -276,6 +276,28 @@ def test_unreached_parameters() -> None:
     assert repairs.unreached_parameters(model, ["u", "v", "w"]) == ["u", "v"]
 
 
+def test_evaluation_has_the_operators_that_are_trained() -> None:
+    """Behind the loss they stay the runtime's, but for those that it gets wrong."""
+    text = (
+        "agraph (float[N, 3, 6, 6] x) => (float y, float z, float h) { h = Conv (x, w) "
+        "n = BatchNormalization (h, s, s, s, s) m = Mish (n) y = ReduceMean <keepdims = 0> (m) "
+        "t = Mish (m) p = AveragePool <kernel_shape = [2, 2]> (t) "
+        "z = Transpose <perm = [0, 1, 2, 3]> (p) }"
+    )
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.standard_normal((4, 3, 3, 3)).astype(np.float32), "s": np.ones(4, "f")}
+    model = graph(text, weights)
+    feeds = {"x": rng.standard_normal((2, 3, 6, 6)).astype(np.float32)}
+    before = outputs(model, feeds)
+    repairs.prepare_for_evaluation(model, loss="y")
+    assert [value.name for value in model.graph.outputs] == ["y", "z", "h"]
+    kinds = [node.op_type for node in model.graph]
+    assert kinds.count("Mish") == kinds.count("BatchNormalization") == 1
+    assert not {"AveragePool", "Transpose"} & set(kinds)
+    for found, expected in zip(outputs(model, feeds), before, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 class _Layer(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

@@ -316,3 +316,49 @@ def test_a_training_graph_is_not_exported_again(tmp_path: Path) -> None:
     export_training(mlp(), None, tmp_path / "a")
     with pytest.raises(UnsupportedModelError, match="tract-fx rewrite"):
         export_training(tmp_path / "a" / "training_model.onnx", None, tmp_path / "b")
+
+
+def test_files_of_onnx_before_ir_4(tmp_path: Path) -> None:
+    """Initializers are inputs too, the opset is 6; the outputs lie beside these files."""
+    data = Path(onnx.__file__).parent / "backend/test/data/pytorch-converted"
+    for case in ("test_Conv2d_groups", "test_Linear"):
+        model = onnx.load(data / case / "model.onnx")
+        assert model.ir_version == 3
+        x, y = (
+            numpy_helper.to_array(onnx.load_tensor(data / case / f"test_data_set_0/{name}_0.pb"))
+            for name in ("input", "output")
+        )
+        export_training(model, x, tmp_path / case, loss="mse")
+        trainer = load_trainer(tmp_path / case)
+        found = trainer.predict(x)
+        assert not isinstance(found, tuple)
+        assert relative_error(found, torch.tensor(y)) < FLOAT32
+        assert {len(g) for g in trainer.compute_gradients(x, y).values()} == {y.shape[1]}
+
+
+def test_a_c_that_no_gemm_reads_is_no_parameter(tmp_path: Path) -> None:
+    model = by_hand(
+        "h = Gemm <beta = 0.0> (x, w1, c) r = Tanh (h) y = Gemm <beta = 0.0, alpha = 2.0> (r, w2)",
+        {"w1": (8, 6), "w2": (6, 3), "c": (6,)},
+        outputs="float[N,3] y",
+    )
+    case = Foreign(
+        lambda: model,
+        lambda p, x: x @ p["w1"],
+        lambda p, z: 2 * torch.tanh(z) @ p["w2"],
+        "w1",
+        transposed=True,
+        size=(8,),
+        classes=3,
+    )
+    export_training(model, None, tmp_path / "a")
+    trainer = load_trainer(tmp_path / "a")
+    assert {spec.name for spec in trainer.manifest.parameters} == {"w1", "w2"}
+    assert_gradients(case, trainer, initializers(model))
+
+
+def test_values_that_are_called_like_gradients(tmp_path: Path) -> None:
+    model = mlp(ending="l_grad = Neg (l) y = Neg (l_grad)")
+    export_training(model, None, tmp_path / "a")
+    case = CASES["mlp"]
+    assert_gradients(case, load_trainer(tmp_path / "a"), initializers(model))

@@ -275,6 +275,10 @@ def run_session(session: Any, feeds: Mapping[str, Any]) -> list[np.ndarray[Any, 
     return [value.numpy() for value in session.run_with_ort_values(None, dict(feeds))]
 
 
+_SOURCE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)?(?: \[[^\]]*\])? ")
+"""A file and a line of ONNX Runtime's source, with the signature of the function there."""
+
+
 def message_of(error: Exception) -> str:
     """Shorten an exception of ONNX Runtime, for the messages of ours.
 
@@ -282,10 +286,11 @@ def message_of(error: Exception) -> str:
         error: The exception.
 
     Returns:
-        The first line, without the place in ONNX Runtime's source and without a full stop.
+        The first line, without places in ONNX Runtime's source and without a full stop.
     """
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return re.sub(r"^.*?\[ONNXRuntimeError\] : \d+ : \w+ : ", "", line).strip(" .")
+    line = re.sub(r"^.*?\[ONNXRuntimeError\] : \d+ : \w+ : ", "", line)
+    return _SOURCE.sub("", line).strip(" .")
 
 
 def _probe() -> bytes:

@@ -7,6 +7,7 @@ import onnx_ir as ir
 from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.layers import module_of
+from tract_fx.passes.onnx_graph.node_names import described
 from tract_fx.passes.onnx_graph.values import static_shape
 
 __all__ = ["refuse_merged"]
@@ -35,7 +36,7 @@ def refuse_merged(value: ir.Value) -> None:
     elif len(modules) > 1:
         merged = merged or is_vector or _is_filled(value)
     if merged:
-        names = ", ".join(repr(node.name or node.op_type) for node in readers[:4])
+        names = ", ".join(described(node) for node in readers[:4])
         raise UnsupportedTrainingError(
             f"the initializer {value.name!r}, read by {names}",
             "the exporter has merged what was equal when it ran, and it would stay equal",

@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
 from tract_fx.errors import UnsupportedModelError
+from tract_fx.passes.onnx_graph.validity import require_consistent_names
 
 __all__ = ["as_ir_model"]
 
@@ -71,6 +72,7 @@ def _read(path: Path) -> ir.Model:
 
 def _deserialized(proto: onnx.ModelProto) -> ir.Model:
     _refuse_sparse(proto)
+    require_consistent_names(proto)
     return ir.serde.deserialize_model(_without_maps(proto))
 
 

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.merged import refuse_merged
+from tract_fx.passes.onnx_graph.node_names import described
 from tract_fx.passes.onnx_graph.values import (
     FLOATING,
     carries_no_values,
@@ -206,7 +207,7 @@ class _Walk:
         is_weight = is_standard(node, *_WEIGHTED) and value in node.inputs[:2]
         if not origin.sources:
             if is_weight and origin.fixed:
-                self.fixed_weights.append(f"{node.op_type} {node.name or node.outputs[0].name!r}")
+                self.fixed_weights.append(described(node))
             return False
         if is_standard(node, "Gather") and len(static_shape(value) or (1, 1)) < 2:
             return False  # a list of numbers, not a table of rows
@@ -251,7 +252,7 @@ def _computed(node: ir.Node, origins: list[_Origin]) -> _Origin:
 def _untold(node: ir.Node, sources: list[ir.Value]) -> UnsupportedTrainingError:
     names = ", ".join(repr(value.name) for value in sources)
     return UnsupportedTrainingError(
-        f"{node.op_type} {node.name or node.outputs[0].name!r} reads what is computed from {names}",
+        f"{described(node)} reads what is computed from {names}",
         "the graph does not tell which of them are parameters and which are constants",
         "Name the initializers that are trained with trainable=[…]",
     )

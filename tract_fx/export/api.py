@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from tract_fx.errors import NoInputLayerError, UnsupportedTrainingError
 from tract_fx.export.directory import OPTIMIZER_MODEL, write_directory
+from tract_fx.export.evaluation_graph import with_runnable_predictions
 from tract_fx.export.forward import onnx_source, torch_source
 from tract_fx.export.graphs import describe, write_graphs
 from tract_fx.export.loss_choice import put_loss
@@ -150,6 +151,7 @@ def export_training(
         example_targets=_targets(example_targets),
         trained=source.parameters,
     )
+    chosen = with_runnable_predictions(source.graphs.evaluation, chosen, source.feeds)
     source = source.without_gradient(chosen.name)
     with write_directory(directory, overwrite=overwrite) as new:
         graphs = write_graphs(source, chosen, new.path)

@@ -8,16 +8,21 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from tract_fx.errors import ExportError
+from tract_fx.errors import ExportError, TractError
 from tract_fx.export.gradient_builder import run_graph
+from tract_fx.export.left_out import remove_unused, warn_of_left_out
 from tract_fx.ort_training import message_of
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.repairs import evaluation_mode
+from tract_fx.passes.onnx_graph.values import ancestors
 
 __all__ = ["BATCH", "fixed_batch", "name_batch", "open_batch"]
 
 BATCH = "batch"
 """Name of the inputs' first dimension where it is left open."""
+
+ROWS_BY_DATA = ("NonMaxSuppression", "NonZero", "Unique", "Compress")
+"""Operators whose results have as many entries as the numbers in their operands make it."""
 
 TOLERANCE = 1e-4
 """Largest difference of outputs between the opened and the fixed graph, relative to the largest
@@ -55,24 +60,29 @@ def name_batch(model: ir.Model, inputs: Sequence[ir.Value]) -> None:
 
 
 def open_batch(
-    model: ir.Model, inputs: Sequence[ir.Value], feeds: Mapping[str, np.ndarray]
+    model: ir.Model,
+    inputs: Sequence[ir.Value],
+    feeds: Mapping[str, np.ndarray],
+    read: str | None = None,
 ) -> ir.Model:
     """Let a model that was exported for batches of one size take batches of any size.
 
     The first dimension of the inputs becomes open, and so does each Reshape's that repeats its
     size. Both graphs are then run: the opened one has to give for two batches in one what the
-    fixed one gives for each.
+    fixed one gives for each. Outputs that the loss does not read are left out where they don't, but
+    for those whose number of rows depends on the data: these need only be as many together.
 
     Args:
         model: A forward graph whose inputs fix their first dimension. Not changed.
         inputs: Its inputs.
         feeds: Example inputs.
+        read: Name of the value that the loss reads, None where it may be any output.
 
     Returns:
-        The opened graph.
+        The opened graph. A `TractWarning` names the outputs that it lacks.
 
     Raises:
-        ExportError: It would compute something else.
+        ExportError: What the loss reads would be something else.
     """  # noqa: DOC501, DOC502 (made by _refused)
     size = fixed_batch(inputs)
     assert size is not None
@@ -85,20 +95,45 @@ def open_batch(
         if value.name in names:
             _set_first(value, BATCH)
     _infer_again(opened, lambda _: True, size)
-    outputs = [str(value.name) for value in model.graph.outputs]
     batches = {name: _two_batches(feeds[name], size) for name in names}
-    try:
-        found = _run(opened, batches, outputs)
-        halves = [
-            _run(model, {n: v[i * size :][:size] for n, v in batches.items()}, outputs)
-            for i in range(2)
-        ]
-    except Exception as error:  # ONNX Runtime's exceptions have no common root of their own
-        raise _refused(size, inputs, message_of(error)) from error
-    for name in outputs:
-        if not _is_joined(found[name], halves[0][name], halves[1][name]):
-            raise _refused(size, inputs, f"the output {name!r} is another one then")
+    outputs = {str(value.name): value for value in model.graph.outputs}
+    needed = list(outputs) if read is None else [read]
+    by_data = {n for n, v in outputs.items() if n not in needed and _has_rows_by_data(v)}
+
+    def each_half(tried: Sequence[str]) -> list[dict[str, np.ndarray]]:
+        """Values of the model as it is."""
+        parts = ({n: v[i * size :][:size] for n, v in batches.items()} for i in range(2))
+        return [_run(model, part, tried) for part in parts]
+
+    def changed(tried: Sequence[str]) -> dict[str, str]:
+        """What is wrong, by the name of a value that would be another one."""
+        try:
+            found, halves = _run(opened, batches, tried), each_half(tried)
+        except Exception as error:  # ONNX Runtime's exceptions have no common root of their own
+            if len(tried) > 1:
+                return {n: why for name in tried for n, why in changed([name]).items()}
+            return {tried[0]: error.found if isinstance(error, TractError) else message_of(error)}
+        return {
+            name: f"the output {name!r} is another one then"
+            for name in tried
+            if not _is_joined(found[name], halves[0][name], halves[1][name], name in by_data)
+        }
+
+    wrong = changed(list(dict.fromkeys([*needed, *outputs])))
+    for name in needed:
+        if name in wrong:
+            each_half([name])  # a model that does not run at all says so itself
+            raise _refused(size, inputs, wrong[name])
+    opened_for = f"its batch dimension was opened, {size} in the file, and"
+    warn_of_left_out({name: f"{opened_for} {why}" for name, why in wrong.items()})
+    opened.graph.outputs[:] = [v for v in opened.graph.outputs if v.name not in wrong]
+    remove_unused(opened)
     return opened
+
+
+def _has_rows_by_data(value: ir.Value) -> bool:
+    """Tell whether how many rows a value has depends on the numbers in the batch."""
+    return any(is_standard(node, *ROWS_BY_DATA) for node in ancestors(value))
 
 
 def _run(
@@ -110,7 +145,7 @@ def _run(
 
 
 def _refused(size: int, inputs: Sequence[ir.Value], why: str) -> ExportError:
-    shapes = ", ".join(f"{value.name}{value.shape}" for value in inputs)
+    shapes = ", ".join(f"{value.name!r} of shape {value.shape}" for value in inputs)
     return ExportError(
         f"a model for batches of {size} ({shapes}), run on {2 * size} after its batch dimension "
         "was opened",
@@ -173,18 +208,24 @@ def _two_batches(example: np.ndarray, size: int) -> np.ndarray:
     return np.ascontiguousarray(rows[: 2 * size])
 
 
-def _is_joined(whole: np.ndarray, first: np.ndarray, second: np.ndarray) -> bool:
+def _is_joined(
+    whole: np.ndarray, first: np.ndarray, second: np.ndarray, by_data: bool = False
+) -> bool:
     """Tell whether an output is those of both batches together.
 
     Args:
         whole: The output for both batches in one.
         first: That for the first.
         second: That for the second.
+        by_data: Whether it is enough that it has as many entries as these: how many rows there are
+            depends on the data, and what they say may count through the whole batch.
 
     Returns:
         Whether it has one's rows behind the other's; of a number (a loss), whether it is their mean
         or their sum.
     """
+    if by_data:
+        return whole.size == first.size + second.size
     if whole.ndim != first.ndim:
         return False
     if not first.ndim:

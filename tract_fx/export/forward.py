@@ -22,7 +22,7 @@ from tract_fx.export.records import ForwardGraphs
 from tract_fx.export.torch_model import TorchForward, export_forward
 from tract_fx.passes import remove_tract
 from tract_fx.passes.choose import LayerChoice
-from tract_fx.passes.onnx_graph.repairs import unreached_parameters
+from tract_fx.passes.onnx_graph.repairs import evaluation_mode, unreached_parameters
 from tract_fx.program import arguments
 
 __all__ = ["Source", "onnx_source", "torch_source"]
@@ -152,7 +152,7 @@ def onnx_source(
     name_batch(whole, inputs)
     if dynamic_batch and fixed_batch(inputs) is not None:
         feeds = _feeds(inputs, example_inputs, free_batch=True)
-        whole = open_batch(whole, inputs, feeds)
+        whole = open_batch(whole, inputs, feeds, _read_by(whole, loss, output))
         inputs = list(whole.graph.inputs)
     feeds = _feeds(inputs, example_inputs)
     graphs = read_forward(
@@ -165,6 +165,21 @@ def onnx_source(
     if loss is not None and output is None:
         output = logits_of(graphs.evaluation, default_output(graphs.evaluation, loss), loss)
     return Source(graphs, feeds, output, {})
+
+
+def _read_by(model: ir.Model, loss: Loss | None, output: str | None) -> str | None:
+    """Tell what a loss reads, None where that can't be told (and is asked again later)."""
+    if output is not None:
+        named = {value.name for node in model.graph for value in node.outputs}
+        return output if output in named else None
+    if loss is None:
+        return None
+    evaluation = model.clone()
+    evaluation_mode(evaluation)
+    try:
+        return logits_of(evaluation, default_output(evaluation, loss), loss)
+    except UnsupportedTrainingError:
+        return None
 
 
 def _feeds(

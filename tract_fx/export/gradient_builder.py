@@ -12,6 +12,7 @@ import onnx_ir as ir
 from tract_fx import ort_training
 from tract_fx.errors import ExportError
 from tract_fx.export.quiet import quiet
+from tract_fx.passes.onnx_graph.node_names import name_in_file
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
 from tract_fx.passes.onnx_graph.values import operands
 
@@ -51,7 +52,7 @@ def build_gradients(
                 artifact_directory=str(directory),
             )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        reason = ort_training.message_of(error)
         raise ExportError(
             f"ONNX Runtime's gradient builder failed ({type(error).__name__}: {reason})",
             "the graph has an operator, or a form of one, that it can't differentiate",
@@ -126,6 +127,8 @@ def run_graph(
     for value in model.graph.outputs:
         value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
     given = {str(v.name): feeds[str(v.name)] for v in model.graph.inputs}
+    for node in model.graph:
+        node.name = name_in_file(node)  # what ONNX Runtime calls it in its errors
     proto = ir.to_proto(model)
     try:
         session = ort_training.inference_session(proto.SerializeToString(), "cpu", 0)

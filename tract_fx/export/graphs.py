@@ -15,15 +15,12 @@ import onnx_ir as ir
 import torch
 
 from tract_fx.export.directory import CHECKPOINT, CONSTANTS, EVAL_MODEL, TRAINING_MODEL
+from tract_fx.export.evaluation_graph import build_evaluation_graph
 from tract_fx.export.forward import Source
 from tract_fx.export.loss_choice import ChosenLoss
 from tract_fx.export.manifest import Manifest, ParameterSpec, TensorSpec, TractLayer
 from tract_fx.export.optimizers import OptimizerConfig
-from tract_fx.export.training_graph import (
-    add_tract,
-    build_evaluation_graph,
-    build_plain_training_graph,
-)
+from tract_fx.export.training_graph import add_tract, build_plain_training_graph
 from tract_fx.export.versions import versions
 from tract_fx.passes.records import InputLayer
 

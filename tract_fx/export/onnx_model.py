@@ -13,17 +13,20 @@ from onnx_ir.passes.common import RemoveInitializersFromInputsPass, ShapeInferen
 from tract_fx.errors import UnsupportedModelError, UnsupportedTrainingError
 from tract_fx.export.ml_operators import read_with_scores, standardised_preprocessing
 from tract_fx.export.records import ForwardGraphs
+from tract_fx.export.value_names import refuse_shared_names
 from tract_fx.passes.choose import LayerChoice, choose, named_lambdas
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.find import locate
 from tract_fx.passes.onnx_graph.parameters import forward_parameters, is_training_graph
 from tract_fx.passes.onnx_graph.repairs import (
     evaluation_mode,
+    identity_permutations,
     named_nodes,
     strip_exporter_metadata,
     supported_versions,
     train_batch_norm,
     train_dropout,
+    unread_operands,
 )
 from tract_fx.passes.onnx_graph.repairs.auto_pad import explicit_pads
 
@@ -52,12 +55,15 @@ def read_model(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
             "tract_fx.passes.tract_onnx_pass, `tract-fx rewrite` in a shell",
         )
     RemoveInitializersFromInputsPass()(graph)
+    refuse_shared_names(graph)
     ir.external_data.load_to_model(graph)  # a converter of opsets forgets where the files lie
     supported_versions(graph)
     named_nodes(graph)
     standardised_preprocessing(graph)
     ShapeInferencePass(check_type=False, strict_mode=False)(graph)
     explicit_pads(graph)
+    identity_permutations(graph)  # before ONNX Runtime runs this graph for the first time
+    unread_operands(graph)
     return graph
 
 

@@ -34,7 +34,11 @@ from tract_fx.modules import copy_tree
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.find import locate
 from tract_fx.passes.onnx_graph.markers import take_markers
-from tract_fx.passes.onnx_graph.repairs import evaluation_mode
+from tract_fx.passes.onnx_graph.repairs import (
+    evaluation_mode,
+    identity_permutations,
+    unread_operands,
+)
 from tract_fx.passes.onnx_graph.repairs.evaluation import RANDOM
 from tract_fx.program import capture
 
@@ -233,6 +237,8 @@ def _graph(program: ExportedProgram, outputs: tuple[str, ...]) -> ir.Model:
     with quiet():
         exact = exact_losses(exact_layers(program))
     model = to_onnx(exact)
+    identity_permutations(model)
+    unread_operands(model)
     _refuse_random(model)
     _name_batch(model)
     kept = [v for v in program.graph_signature.user_outputs if v is not None]

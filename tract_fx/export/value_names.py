@@ -1,4 +1,4 @@
-"""Names in a graph that PyTorch's exporter made: state_dict keys, inputs, outputs, values."""
+"""Names in a graph: state_dict keys, inputs, outputs, values, and those that are ONNX Runtime's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ import onnx_ir as ir
 from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.parameters import RESET
 
-__all__ = ["free_name", "name_outputs", "refuse_shared_names", "values_apart"]
+__all__ = [
+    "free_name",
+    "gradient_names_apart",
+    "name_outputs",
+    "refuse_shared_names",
+    "values_apart",
+]
 
 RESERVED = frozenset({RESET})
 """Inputs that ONNX Runtime Training adds."""
@@ -49,6 +55,19 @@ def values_apart(model: ir.Model, names: Collection[str]) -> None:
     for value in values:
         if value.name in names:
             value.name = free_name(f"{value.name}_value", taken)
+
+
+def gradient_names_apart(model: ir.Model) -> None:
+    """Rename values that are called as ONNX Runtime calls the gradients of others, in place.
+
+    Args:
+        model: A graph, whose outputs keep their names.
+    """
+    graph = model.graph
+    names = {str(value.name) for node in graph.all_nodes() for value in node.outputs}
+    names |= {str(value.name) for value in graph.inputs} | set(graph.initializers)
+    outputs = {value.name for value in graph.outputs}
+    values_apart(model, {f"{name}_grad" for name in names} & names - outputs)
 
 
 def refuse_shared_names(model: ir.Model) -> None:

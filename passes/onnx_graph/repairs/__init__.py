@@ -1,4 +1,4 @@
-"""What ONNX Runtime Training's gradient builder needs repaired, one pass each.
+"""What ONNX Runtime Training's gradient builder, or its optimizer, needs repaired, one pass each.
 
 Each pass takes an `onnx_ir.Model`, edits it in place and returns the number of its changes; a
 second application changes nothing. None changes the values that a forward graph computes, beyond
@@ -27,10 +27,13 @@ from tract_fx.passes.onnx_graph.repairs.matrices import vectors_as_matrices
 from tract_fx.passes.onnx_graph.repairs.metadata import strip_exporter_metadata
 from tract_fx.passes.onnx_graph.repairs.names import named_nodes
 from tract_fx.passes.onnx_graph.repairs.normalizations import normalizations_as_primitives
-from tract_fx.passes.onnx_graph.repairs.operands import separate_operands
+from tract_fx.passes.onnx_graph.repairs.operands import separate_operands, unread_operands
 from tract_fx.passes.onnx_graph.repairs.optional_outputs import optional_outputs
 from tract_fx.passes.onnx_graph.repairs.padding import paddings_as_gathers
-from tract_fx.passes.onnx_graph.repairs.permutations import explicit_permutations
+from tract_fx.passes.onnx_graph.repairs.permutations import (
+    explicit_permutations,
+    identity_permutations,
+)
 from tract_fx.passes.onnx_graph.repairs.pooling import (
     average_pools_as_convolutions,
     max_pools_as_gathers,
@@ -46,7 +49,10 @@ from tract_fx.passes.onnx_graph.repairs.resizing import resizes_as_products
 from tract_fx.passes.onnx_graph.repairs.reversals import reversals_as_gathers
 from tract_fx.passes.onnx_graph.repairs.running_variance import unbiased_running_variance
 from tract_fx.passes.onnx_graph.repairs.selections import full_size_selections
-from tract_fx.passes.onnx_graph.repairs.sequence import prepare_for_gradients
+from tract_fx.passes.onnx_graph.repairs.sequence import (
+    prepare_for_evaluation,
+    prepare_for_gradients,
+)
 from tract_fx.passes.onnx_graph.repairs.sequences import partly_used_splits, sequences_as_splits
 from tract_fx.passes.onnx_graph.repairs.shapes import inferred_shapes
 from tract_fx.passes.onnx_graph.repairs.stop_gradients import (
@@ -73,6 +79,7 @@ __all__ = [
     "frozen_batch_norm",
     "full_size_selections",
     "gradient_path",
+    "identity_permutations",
     "inferred_shapes",
     "layer_norm_biases",
     "max_pools_as_gathers",
@@ -83,6 +90,7 @@ __all__ = [
     "paddings_as_gathers",
     "partly_used_splits",
     "powers_as_exponentials",
+    "prepare_for_evaluation",
     "prepare_for_gradients",
     "random_free",
     "random_operators",
@@ -101,6 +109,7 @@ __all__ = [
     "transposed_convolutions_as_convolutions",
     "unbiased_running_variance",
     "unreached_parameters",
+    "unread_operands",
     "variadic_as_binary",
     "vectors_as_matrices",
 ]

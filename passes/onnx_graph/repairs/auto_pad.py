@@ -7,6 +7,7 @@ import onnx_ir as ir
 from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.geometry import conv_geometry
+from tract_fx.passes.onnx_graph.node_names import described, described_shape
 
 __all__ = ["explicit_pads"]
 
@@ -38,7 +39,8 @@ def explicit_pads(model: ir.Model) -> int:
         geometry = conv_geometry(node, x, weight)
         if geometry is None:
             raise ExportError(
-                f"Conv {node.name!r} with auto_pad={auto_pad} on {x.name!r} of shape {x.shape}",
+                f"{described(node)} with auto_pad={auto_pad} on {x.name!r} of shape "
+                f"{described_shape(x.shape)}",
                 "the padding depends on a size that is not fixed, and ONNX Runtime's gradient of "
                 "Conv knows fixed padding alone",
                 "Fix the image's size in the model's input, or write the zeros as pads",

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.calls import is_standard
+from tract_fx.passes.onnx_graph.node_names import described
 from tract_fx.passes.onnx_graph.repairs.replacement import (
     Replacement,
     known_dtype,
@@ -110,8 +111,7 @@ def _require_unread(node: ir.Node) -> None:
     for output in node.outputs[1:]:
         if output.uses() or output.is_graph_output():
             raise ExportError(
-                f"BatchNormalization {node.name!r}, to be frozen, has its output {output.name!r} "
-                "read elsewhere",
+                f"{described(node)}, to be frozen, has its output {output.name!r} read elsewhere",
                 "with fixed statistics there is no such value",
                 "Export the model with this layer in eval mode, or leave it in training mode",
             )

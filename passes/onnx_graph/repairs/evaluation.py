@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.calls import is_standard
+from tract_fx.passes.onnx_graph.node_names import described
 
 __all__ = ["evaluation_mode", "random_free", "random_operators"]
 
@@ -110,7 +111,7 @@ def _drop_outputs(node: ir.Node) -> None:
     for output in node.outputs[1:]:
         if output.uses():
             raise ExportError(
-                f"{node.op_type} {node.name!r} has its output {output.name!r} read by other nodes",
+                f"{described(node)} has its output {output.name!r} read by other nodes",
                 "in evaluation there is no such value",
                 "Export the model in eval mode as well",
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from tract_fx.errors import ExportError
+from tract_fx.passes.onnx_graph.node_names import described
 from tract_fx.passes.onnx_graph.repairs.replacement import constant_array
 from tract_fx.passes.onnx_graph.values import FLOATING, operands
 
@@ -177,8 +178,7 @@ def _name(node: ir.Node, index: int) -> str | None:
 
 def _refusal(node: ir.Node, reason: str) -> ExportError:
     return ExportError(
-        f"{node.op_type} {node.name or node.outputs[0].name!r}, between a trained parameter and "
-        f"the output, {reason}",
+        f"{described(node)}, between a trained parameter and the output, {reason}",
         "its gradient, and those of all parameters before it, would be missing or wrong",
         "Write the layer with other operations, freeze the parameters before it, or train the "
         "model in PyTorch",

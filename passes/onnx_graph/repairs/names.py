@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from tract_fx.passes.onnx_graph.node_names import made_up_name
+
 __all__ = ["named_nodes"]
 
 
@@ -26,7 +28,7 @@ def named_nodes(model: ir.Model) -> int:
         if node.name and node.name not in taken:
             taken.add(node.name)
             continue
-        stem = node.name or f"{node.op_type}_{node.outputs[0].name or ''}"
+        stem = node.name or made_up_name(node)
         name, number = stem, 0
         reserved = taken.union(wanted)
         while name in reserved:

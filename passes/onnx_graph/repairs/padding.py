@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.calls import is_standard
+from tract_fx.passes.onnx_graph.node_names import described, described_shape
 from tract_fx.passes.onnx_graph.repairs.replacement import Replacement, constant_array, known_rank
 
 __all__ = ["paddings_as_gathers"]
@@ -64,7 +65,7 @@ def _indices(node: ir.Node, x: ir.Value, mode: str) -> list[tuple[int, np.ndarra
     axes = np.arange(rank) if given is None else constant_array(given)
     if pads is None or axes is None:
         raise ExportError(
-            f"Pad {node.name!r} in mode {mode!r} has computed padding",
+            f"{described(node)} in mode {mode!r} has computed padding",
             "ONNX Runtime Training 1.19.2 has no gradient for it, and as a Gather it needs the "
             "numbers",
             "Export the model with fixed sizes; the batch may stay dynamic",
@@ -78,8 +79,8 @@ def _indices(node: ir.Node, x: ir.Value, mode: str) -> list[tuple[int, np.ndarra
         size = x.shape[axis] if x.shape is not None else None
         if not isinstance(size, int):
             raise ExportError(
-                f"Pad {node.name!r} in mode {mode!r} pads axis {axis} of {x.name!r}, of shape "
-                f"{x.shape}",
+                f"{described(node)} in mode {mode!r} pads axis {axis} of {x.name!r}, of shape "
+                f"{described_shape(x.shape)}",
                 "ONNX Runtime Training 1.19.2 has no gradient for it, and as a Gather it needs the "
                 "size of that axis",
                 "Export the model with this size fixed; the batch may stay dynamic",

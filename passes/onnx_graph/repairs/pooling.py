@@ -11,6 +11,7 @@ import onnx_ir as ir
 from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.geometry import same_padding
+from tract_fx.passes.onnx_graph.node_names import described, described_shape
 from tract_fx.passes.onnx_graph.repairs.replacement import Replacement, known_dtype
 
 __all__ = ["average_pools_as_convolutions", "max_pools_as_gathers"]
@@ -169,7 +170,7 @@ def _window(node: ir.Node, x: ir.Value) -> _Window:
     uniform = not ceil and not same and (include or not any(pads) or auto_pad == "VALID")
     if not isinstance(channels, int) or not (sized or uniform):
         raise ExportError(
-            f"AveragePool {node.name!r} over {x.name!r} of shape {x.shape}",
+            f"{described(node)} over {x.name!r} of shape {described_shape(x.shape)}",
             "the entries in each of its windows can't be counted without the number of channels "
             "and, with padding or ceil_mode, the spatial sizes",
             "Export the model with these sizes fixed; the batch may stay dynamic",

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tract_fx.errors import ExportError
+from tract_fx.passes.onnx_graph.node_names import described
 
 __all__ = [
     "Additions",
@@ -150,7 +151,7 @@ def known_dtype(value: ir.Value, node: ir.Node) -> ir.DataType:
     """
     if value.dtype is None:
         raise ExportError(
-            f"{node.op_type} {node.name!r} reads {value.name!r} of unknown dtype",
+            f"{described(node)} reads {value.name!r} of unknown dtype",
             "it can't be written with other operators without it",
             "Run onnx.shape_inference.infer_shapes on the model first",
         )
@@ -172,7 +173,7 @@ def known_rank(value: ir.Value, node: ir.Node) -> int:
     """
     if value.shape is None:
         raise ExportError(
-            f"{node.op_type} {node.name!r} reads {value.name!r} of unknown rank",
+            f"{described(node)} reads {value.name!r} of unknown rank",
             "it can't be written with other operators without it",
             "Run onnx.shape_inference.infer_shapes on the model first, or give its inputs shapes",
         )

@@ -1,4 +1,4 @@
-"""The repairs that come before the gradient builder, in their order."""
+"""The repairs of forward graphs, for the gradient builder and for evaluation, in their order."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from tract_fx.passes.onnx_graph.repairs.matrices import vectors_as_matrices
 from tract_fx.passes.onnx_graph.repairs.metadata import strip_exporter_metadata
 from tract_fx.passes.onnx_graph.repairs.names import named_nodes
 from tract_fx.passes.onnx_graph.repairs.normalizations import normalizations_as_primitives
-from tract_fx.passes.onnx_graph.repairs.operands import separate_operands
+from tract_fx.passes.onnx_graph.repairs.operands import separate_operands, unread_operands
 from tract_fx.passes.onnx_graph.repairs.optional_outputs import optional_outputs
 from tract_fx.passes.onnx_graph.repairs.padding import paddings_as_gathers
-from tract_fx.passes.onnx_graph.repairs.permutations import explicit_permutations
+from tract_fx.passes.onnx_graph.repairs.permutations import (
+    explicit_permutations,
+    identity_permutations,
+)
 from tract_fx.passes.onnx_graph.repairs.pooling import (
     average_pools_as_convolutions,
     max_pools_as_gathers,
@@ -45,14 +48,16 @@ from tract_fx.passes.onnx_graph.repairs.transposed_convolution import (
     transposed_convolutions_as_convolutions,
 )
 from tract_fx.passes.onnx_graph.repairs.versions import supported_versions
+from tract_fx.passes.onnx_graph.values import ancestors
 
-__all__ = ["prepare_for_gradients"]
+__all__ = ["prepare_for_evaluation", "prepare_for_gradients"]
 
 BEFORE: tuple[Callable[[ir.Model], int], ...] = (
     supported_versions,
     named_nodes,
     inferred_shapes,
     explicit_pads,
+    unread_operands,
     explicit_permutations,
     detached_values,
     norms_of_everything,
@@ -77,10 +82,34 @@ BEFORE: tuple[Callable[[ir.Model], int], ...] = (
     transposed_convolutions_as_convolutions,
     paddings_as_gathers,
     reversals_as_gathers,
+    identity_permutations,  # those of the passes before too
     full_size_selections,
     separate_operands,
     optional_outputs,
 )
+
+GRADIENTS_ALONE: frozenset[Callable[[ir.Model], int]] = frozenset(
+    {
+        explicit_permutations,
+        detached_values,
+        steps_without_gradient,
+        frozen_batch_norm,
+        layer_norm_biases,
+        full_size_selections,
+        separate_operands,
+        optional_outputs,
+    }
+)
+"""Of these, what ONNX Runtime needs for gradients, and computes right without them."""
+
+MISCOMPUTED: tuple[Callable[[ir.Model], int], ...] = (
+    identity_permutations,
+    average_pools_as_convolutions,
+    max_pools_as_gathers,
+)
+"""Of these, what ONNX Runtime 1.19.2 is known to compute wrongly without them: it merges a Pad with
+the pooling behind it as if both padded with the same values, and miscounts at a border that
+`ceil_mode` reaches over."""
 
 
 def prepare_for_gradients(
@@ -111,3 +140,34 @@ def prepare_for_gradients(
         inferred_shapes(model)
     require_gradients(model, trainable, outputs)
     return tuple(done)
+
+
+def prepare_for_evaluation(model: ir.Model, *, loss: str) -> None:
+    """Write a graph for evaluation with the operators that training has.
+
+    What the loss depends on is repaired as for the gradient builder. What it does not depend on,
+    other outputs alone, is not trained either: of that, what ONNX Runtime gets wrong is repaired.
+
+    Args:
+        model: A forward graph in evaluation mode, edited in place.
+        loss: Name of the loss among its outputs.
+
+    Raises:
+        ExportError: If a repair is not possible.
+    """  # noqa: DOC502 - raised by the passes
+    graph = model.graph
+    names = [value.name for value in graph.outputs]
+    trained = ancestors(graph.outputs[names.index(loss)])
+    others = [node for node in graph if node not in trained]
+    graph.outputs[:] = [v for v in graph.outputs if v.producer() not in others]
+    graph.remove(others)  # they go on reading the others' results, whatever makes these
+    for repair in BEFORE:
+        if repair not in GRADIENTS_ALONE:
+            repair(model)
+    graph.extend(others)
+    made = (value for node in graph for value in node.outputs)
+    values = {v.name: v for v in (*graph.inputs, *graph.initializers.values(), *made)}
+    graph.outputs[:] = [values[name] for name in names]
+    inferred_shapes(model)
+    for repair in MISCOMPUTED:
+        repair(model)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.calls import is_standard
+from tract_fx.passes.onnx_graph.node_names import described
 from tract_fx.passes.onnx_graph.repairs.gradients import gradient_path
 from tract_fx.passes.onnx_graph.repairs.replacement import (
     Additions,
@@ -109,7 +110,7 @@ def _sliced(node: ir.Node, moving: set[ir.Value]) -> list[ir.Value]:
     sizes = _split_sizes(node, x, axis % known_rank(x, node))
     if sizes is None:
         raise ExportError(
-            f"Split {node.name!r} has pieces of sizes that are computed, and a loss depends on "
+            f"{described(node)} has pieces of sizes that are computed, and a loss depends on "
             "some of them only",
             "ONNX Runtime Training 1.19.2 has a wrong gradient for it",
             "Export the model with fixed sizes; the batch may stay dynamic",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import onnx.version_converter
 import onnx_ir as ir
 
-from tract_fx.errors import ExportError
+from tract_fx.passes.onnx_graph.repairs.conversion import convert_opset
 from tract_fx.passes.onnx_graph.repairs.normalizations import normalizations_as_primitives
 from tract_fx.passes.onnx_graph.repairs.shapes import inferred_shapes
 
@@ -13,6 +12,9 @@ __all__ = ["supported_versions"]
 
 OLDEST_OPSET = 18  # since it, all reductions take their axes as an input, as the repairs write them
 NEWEST_OPSET = 20  # 21 changes GroupNormalization, and is the last that the runtime knows
+OLDEST_IR = (
+    4  # before it, each initializer had to be an input too, on which onnx's converter insists
+)
 NEWEST_IR = 10
 
 
@@ -28,16 +30,15 @@ def supported_versions(model: ir.Model) -> int:
     Raises:
         ExportError: If the opset can't be converted.
     """  # noqa: DOC502 - raised by _convert
-    changed = 0
+    ir_version = min(max(model.ir_version, OLDEST_IR), NEWEST_IR)
+    changed = int(model.ir_version != ir_version)
+    model.ir_version = ir_version  # first, since the converter asks for it
     for domain in ("", "ai.onnx"):
         opset = model.opset_imports.get(domain)
         if opset is not None and not OLDEST_OPSET <= opset <= NEWEST_OPSET:
             target = OLDEST_OPSET if opset < OLDEST_OPSET else NEWEST_OPSET
             _convert(model, opset, target)
             changed += 1
-    if model.ir_version > NEWEST_IR:
-        model.ir_version = NEWEST_IR
-        changed += 1
     return changed
 
 
@@ -51,20 +52,11 @@ def _convert(model: ir.Model, opset: int, target: int) -> None:
 
     Raises:
         ExportError: If onnx's converter can't.
-    """
+    """  # noqa: DOC502 - raised by convert_opset
     if opset > target:  # onnx can't bring GroupNormalization back to its older form
         inferred_shapes(model)
         normalizations_as_primitives(model)
-    try:
-        converted = onnx.version_converter.convert_version(ir.to_proto(model), target)
-    except Exception as error:  # the converter raises RuntimeError and others of its own
-        raise ExportError(
-            f"the model is of opset {opset}, and onnx can't convert it to opset {target}: {error}",
-            f"ONNX Runtime Training 1.19.2 builds gradients for opset {OLDEST_OPSET} to "
-            f"{NEWEST_OPSET}",
-            f"Export it with opset {NEWEST_OPSET}",
-        ) from error
-    new = ir.from_proto(converted)
+    new = convert_opset(model, opset, target)
     model.graph = new.graph
     model.functions.clear()
     model.functions.update(new.functions)

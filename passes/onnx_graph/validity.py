@@ -1,0 +1,87 @@
+"""What makes a file no ONNX model: names that are defined twice, late or never."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx
+
+from tract_fx.errors import UnsupportedModelError
+
+__all__ = ["require_consistent_names"]
+
+_REMEDY = "Repair the file; onnx.checker.check_model says what else is wrong with it"
+
+
+def require_consistent_names(proto: onnx.ModelProto) -> None:
+    """Refuse a model in which a name is of two values, or of none when it is read.
+
+    Args:
+        proto: The model.
+
+    Raises:
+        UnsupportedModelError: It is such a model, or has operators of a domain that it does not
+            import.
+    """
+    _require_names(proto.graph, frozenset())
+    imported = {opset.domain or "ai.onnx" for opset in proto.opset_import}
+    imported |= {function.domain for function in proto.functions}
+    for node in _all_nodes(proto.graph):
+        if (node.domain or "ai.onnx") not in imported:
+            raise UnsupportedModelError(
+                f"{_described(node)} of the domain {node.domain or 'ai.onnx'!r}",
+                "the model does not import operators of that domain, so that what it computes is "
+                "not said",
+                _REMEDY,
+            )
+
+
+def _require_names(graph: onnx.GraphProto, outer: frozenset[str]) -> None:
+    """Go through a graph in its order, with the names that it sees from outside."""
+    known = {v.name for v in (*graph.input, *graph.initializer)}
+    known |= {sparse.values.name for sparse in graph.sparse_initializer}
+    made = {name for node in graph.node for name in node.output}
+    for node in graph.node:
+        for name in filter(None, node.input):
+            if name in known or name in outer:
+                continue
+            when = "later, or out of itself" if name in made else "nowhere"
+            raise UnsupportedModelError(
+                f"{_described(node)}, which reads {name!r}",
+                f"that value is computed {when}: nodes come in the order in which they are run",
+                _REMEDY,
+            )
+        for inner in _subgraphs(node):
+            _require_names(inner, outer | known)
+        for name in filter(None, node.output):
+            if name in known:
+                raise UnsupportedModelError(
+                    f"{_described(node)}, which gives {name!r}",
+                    "another value of that name is there already",
+                    _REMEDY,
+                )
+            known.add(name)
+    for value in graph.output:
+        if value.name not in known and value.name not in outer:
+            raise UnsupportedModelError(
+                f"the output {value.name!r}", "no node of the model gives it", _REMEDY
+            )
+
+
+def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for inner in _subgraphs(node):
+            yield from _all_nodes(inner)
+
+
+def _described(node: onnx.NodeProto) -> str:
+    first = next(filter(None, node.output), "")
+    return f"{node.op_type} {node.name!r}" if node.name else f"{node.op_type} (output {first!r})"

@@ -1,0 +1,50 @@
+"""Outputs that an exported model does without, and the nodes that nothing needs then."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from tract_fx.errors import TractWarning
+
+__all__ = ["only_output", "remove_unused", "warn_of_left_out"]
+
+
+def only_output(model: ir.Model, name: str) -> None:
+    """Leave one output, and drop the nodes that nothing needs then, in place.
+
+    Args:
+        model: A graph.
+        name: Name of the output to keep.
+    """
+    kept = next(value for value in model.graph.outputs if value.name == name)
+    model.graph.outputs[:] = [kept]
+    remove_unused(model)
+
+
+def remove_unused(model: ir.Model) -> None:
+    """Remove nodes whose outputs nothing reads, in place.
+
+    Args:
+        model: A graph.
+    """
+    for node in reversed(list(model.graph)):
+        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+            model.graph.remove(node, safe=True)
+
+
+def warn_of_left_out(reasons: Mapping[str, str]) -> None:
+    """Warn of outputs that an exported model does without.
+
+    Args:
+        reasons: Why, by the output's name.
+    """
+    for name, why in reasons.items():
+        warnings.warn(
+            f"the output {name!r}, which the loss does not read, is left out: {why}. Training is "
+            "not touched, and predict() gives the other outputs.",
+            TractWarning,
+            stacklevel=2,
+        )
