@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from tract_fx.errors import InvalidBatchError, UnsupportedTrainingError
 from tract_fx.export.batch_dimension import fixed_batch, name_batch, open_batch
 from tract_fx.export.losses import Loss
+from tract_fx.export.ml_operators import read_with_scores
 from tract_fx.export.model_outputs import default_output, logits_of
 from tract_fx.export.onnx_model import read_forward, read_model
 from tract_fx.export.records import ForwardGraphs
@@ -43,6 +44,7 @@ class Source:
         parameters: A PyTorch model's parameters.
         state: A PyTorch model's state_dict.
         torch_forward: The PyTorch model's program, None for an ONNX model.
+        given: An ONNX model as it was given, before anything was changed; None for a PyTorch model.
     """
 
     graphs: ForwardGraphs
@@ -52,6 +54,7 @@ class Source:
     parameters: Sequence[Tensor] = ()
     state: Mapping[str, Tensor] = field(default_factory=dict)
     torch_forward: TorchForward | None = None
+    given: ir.Model | None = None
 
     def without_gradient(self, loss: str) -> Source:
         """Take the parameters that the loss does not depend on out of those that are trained.
@@ -147,7 +150,9 @@ def onnx_source(
         InvalidBatchError: The example inputs do not fit.
         UnsupportedTrainingError: There are none, and none can be made up.
     """  # noqa: DOC502 (raised by what it calls)
-    whole = read_model(model)
+    given = read_with_scores(model)
+    ir.external_data.load_to_model(given)
+    whole = read_model(given)
     inputs = list(whole.graph.inputs)
     name_batch(whole, inputs)
     if dynamic_batch and fixed_batch(inputs) is not None:
@@ -164,7 +169,7 @@ def onnx_source(
     )
     if loss is not None and output is None:
         output = logits_of(graphs.evaluation, default_output(graphs.evaluation, loss), loss)
-    return Source(graphs, feeds, output, {})
+    return Source(graphs, feeds, output, {}, given=given)
 
 
 def _read_by(model: ir.Model, loss: Loss | None, output: str | None) -> str | None:

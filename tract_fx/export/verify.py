@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tract_fx.errors import ExportError
+from tract_fx.export.example_batch import first_of, loss_of_output, open_batch_size
 from tract_fx.export.forward import Source
-from tract_fx.export.gradient_builder import (
-    accumulated_gradients,
-    run_graph,
-    run_training_graph,
-)
+from tract_fx.export.gradient_builder import run_graph
 from tract_fx.export.graphs import Graphs, plain_training_graph
 from tract_fx.export.loss_choice import ChosenLoss
+from tract_fx.export.torch_model import TorchForward
 from tract_fx.export.training_graph import add_tract
+from tract_fx.export.training_session import TrainingSession
+from tract_fx.export.verify_by_reference import verify_by_reference
 from tract_fx.export.verify_torch import (
     Gradients,
     compare_gradients,
@@ -31,16 +29,18 @@ from tract_fx.export.verify_torch import (
     torch_outputs,
 )
 from tract_fx.export.verify_tract import verify_tract
+from tract_fx.inspection.onnx_calls import without_tract
 from tract_fx.passes.onnx_graph.repairs import random_free
 
 __all__ = ["verify_graphs"]
 
 
 def verify_graphs(source: Source, chosen: ChosenLoss, graphs: Graphs) -> None:
-    """Compare the training graph with float64 and with PyTorch, on the example batch.
+    """Compare what ONNX Runtime makes of the graphs with float64, on the example batch.
 
-    TrAct's gradient is compared with the float64 definition, for every model. The loss and the
-    gradients are compared with those of a PyTorch model, both without dropout.
+    TrAct's gradient is compared with its definition. Loss, outputs and plain gradients are compared
+    with the model as it was given, by `onnx.reference`, and with those of a PyTorch model; all
+    without dropout.
 
     Args:
         source: The model.
@@ -48,21 +48,33 @@ def verify_graphs(source: Source, chosen: ChosenLoss, graphs: Graphs) -> None:
         graphs: The graphs that were written.
 
     Raises:
-        ExportError: They differ by more than rounding.
+        ExportError: They differ by more than rounding, or nothing can compute the model in float64.
     """  # noqa: DOC502 (raised by what it calls)
     feeds = {**source.feeds, **chosen.targets}
     verify_tract(graphs.training, source.graphs.layers, feeds, graphs.initial)
-    forward = source.torch_forward
-    if forward is None:
-        return
     training = _without_dropout(source, chosen, graphs)
-    gathered = accumulated_gradients(training)
-    loss_name = str(training.graph.outputs[0].name)
-    values = run_training_graph(training, feeds, graphs.initial, [loss_name, *gathered.values()])
-    gradients = {name: values[value] for name, value in gathered.items()}
+    found = Gradients(*TrainingSession(training).run(feeds, graphs.initial)[:2])
     treated = {weight for record in source.graphs.layers for weight in record.weight}
-    loss = _loss_of_output(source, chosen)
-    found = Gradients(float(values[loss_name]), gradients)
+    forward = source.torch_forward
+    if forward is not None:
+        _verify_by_torch(source, chosen, forward, found, treated)
+        if forward.evaluation is not None:
+            _verify_evaluation(source, chosen, graphs, feeds)
+    plain, _ = without_tract(training)
+    session = TrainingSession(plain)
+    _compare_others(found, Gradients(*session.run(feeds, graphs.initial)[:2]), treated)
+    verify_by_reference(source, chosen, graphs, session)
+
+
+def _verify_by_torch(
+    source: Source,
+    chosen: ChosenLoss,
+    forward: TorchForward,
+    found: Gradients,
+    treated: Collection[str],
+) -> None:
+    """Compare loss and gradients with PyTorch's, in its own dtype or else in float64."""
+    loss = loss_of_output(source, chosen, chosen.targets)
 
     def in_torch(dtype: torch.dtype | None) -> Gradients:
         result = torch_gradients(forward.training, loss, forward.args, forward.kwargs, dtype)
@@ -74,8 +86,21 @@ def verify_graphs(source: Source, chosen: ChosenLoss, graphs: Graphs) -> None:
         compare_gradients(expected, found, treated)
     except ExportError:
         compare_gradients(expected, found, treated, in_torch(torch.float64))
-    if forward.evaluation is not None:
-        _verify_evaluation(source, chosen, graphs, feeds)
+
+
+def _compare_others(found: Gradients, plain: Gradients, treated: Collection[str]) -> None:
+    """Make sure that TrAct's nodes have changed no other gradient, and nothing of the step."""
+    norms = {name: float(np.linalg.norm(value)) for name, value in plain.by_name.items()}
+    negligible = 1e-6 * max(norms.values(), default=0.0)
+    for name in norms.keys() - set(treated):
+        error = float(np.linalg.norm(found.by_name[name] - plain.by_name[name]))
+        if not error <= 1e-5 * norms[name] + negligible:
+            raise ExportError(
+                f"the gradient of {name}, which is another by {error:.2e} of {norms[name]:.2e} in "
+                "the graph with TrAct",
+                "TrAct is on another layer, and changes that layer's weight's gradient alone",
+                "Report the model; verify=False exports all the same",
+            )
 
 
 def _verify_evaluation(
@@ -90,12 +115,10 @@ def _verify_evaluation(
     names = [str(name) for name in pytree.tree_leaves(source.graphs.structure)]
     evaluation = graphs.evaluation.clone()
     random_free(evaluation)  # a dropout that the model leaves on in evaluation
-    batch = _open_batch(evaluation, feeds)
+    batch = open_batch_size(evaluation, feeds)
     for size in {batch, None if batch is None else 1}:
-        args, kwargs = pytree.tree_map(
-            lambda value, size=size: _first(value, batch, size), (forward.args, forward.kwargs)
-        )
-        given = {name: _first(value, batch, size) for name, value in feeds.items()}
+        args, kwargs = first_of((forward.args, forward.kwargs), batch, size)
+        given = first_of(dict(feeds), batch, size)
         try:
             values = torch_outputs(forward.evaluation, args, kwargs)
         except Exception:
@@ -107,20 +130,6 @@ def _verify_evaluation(
         compare_outputs({name: outputs[name] for name in chosen.predictions}, found)
 
 
-def _open_batch(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> int | None:
-    """The example batch's size, None where the graph fixes it."""
-    for value in model.graph.inputs:
-        if value.name in feeds and value.shape and isinstance(value.shape[0], ir.SymbolicDim):
-            return len(feeds[str(value.name)])
-    return None
-
-
-def _first(value: Any, batch: int | None, size: int | None) -> Any:
-    """Cut a batch."""
-    whole = isinstance(value, (Tensor, np.ndarray)) and value.ndim and len(value) == batch
-    return value[:size] if whole else value
-
-
 def _without_dropout(source: Source, chosen: ChosenLoss, graphs: Graphs) -> ir.Model:
     """The training graph, built again without dropout where it has any."""
     deterministic = source.graphs.train.clone()
@@ -130,17 +139,3 @@ def _without_dropout(source: Source, chosen: ChosenLoss, graphs: Graphs) -> ir.M
         training = plain_training_graph(deterministic, source, chosen, Path(scratch))
     add_tract(training, source.graphs.lambdas)
     return training
-
-
-def _loss_of_output(source: Source, chosen: ChosenLoss) -> Callable[[Any], Tensor]:
-    """The loss as a function of what the PyTorch model returns."""
-    names = pytree.tree_leaves(source.graphs.structure)
-    targets = [torch.from_numpy(np.array(target)) for target in chosen.targets.values()]
-
-    def compute(output: Any) -> Tensor:
-        by_name = dict(zip(names, pytree.tree_leaves(output), strict=True))
-        if chosen.function is None:
-            return by_name[chosen.name]  # type: ignore[no-any-return]
-        return chosen.function(*(by_name[name] for name in chosen.reads), *targets)
-
-    return compute

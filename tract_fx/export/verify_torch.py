@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -129,12 +130,7 @@ def torch_gradients(
     Returns:
         The loss, and the gradients by parameter.
     """
-
-    def turned(value: Any) -> Any:
-        if not isinstance(value, Tensor) or dtype is None or value.dtype != torch.float32:
-            return value.detach().clone() if isinstance(value, Tensor) else value
-        return value.detach().to(dtype)
-
+    turned = functools.partial(_turned, dtype=dtype)
     args, kwargs = pytree.tree_map(turned, (args, dict(kwargs)))
     parameters = {
         name: turned(value).requires_grad_(value.requires_grad)
@@ -149,7 +145,10 @@ def torch_gradients(
 
 
 def torch_outputs(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
 ) -> list[np.ndarray]:
     """Compute a model's outputs in PyTorch, without dropout and without touching the model.
 
@@ -157,12 +156,22 @@ def torch_outputs(
         module: The model in evaluation mode.
         args: Positional arguments of the model.
         kwargs: Keyword arguments of the model.
+        dtype: What all float32 tensors are turned into, None to leave them.
 
     Returns:
         The outputs, flat.
     """
-    tensors = {name: value.detach() for name, value in module.named_parameters()}
-    tensors |= {name: value.detach().clone() for name, value in module.named_buffers()}
+    turned = functools.partial(_turned, dtype=dtype)
+    args, kwargs = pytree.tree_map(turned, (args, dict(kwargs)))
+    tensors = {name: turned(value) for name, value in module.named_parameters()}
+    tensors |= {name: turned(value) for name, value in module.named_buffers()}
     with no_dropout(module) as plain, torch.no_grad():
         output = call_on_copies(plain, tensors, args, kwargs)
     return [value.cpu().numpy() for value in pytree.tree_leaves(output)]
+
+
+def _turned(value: Any, dtype: torch.dtype | None) -> Any:
+    """A tensor's copy, in another dtype if it is float32; anything else itself."""
+    if not isinstance(value, Tensor) or dtype is None or value.dtype != torch.float32:
+        return value.detach().clone() if isinstance(value, Tensor) else value
+    return value.detach().to(dtype)

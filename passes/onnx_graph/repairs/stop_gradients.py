@@ -11,7 +11,7 @@ from tract_fx.passes.onnx_graph.repairs.replacement import Additions
 from tract_fx.passes.onnx_graph.repairs.torch_exports import FX_NODE
 from tract_fx.passes.onnx_graph.values import FLOATING
 
-__all__ = ["detached_values", "steps_without_gradient", "stopped_copy"]
+__all__ = ["detached_names", "detached_values", "steps_without_gradient", "stopped_copy"]
 
 DETACH = ("aten.detach.", "aten.detach_.")
 STEPS = ("Ceil", "Floor", "Round", "Sign")
@@ -29,12 +29,28 @@ def detached_values(model: ir.Model) -> int:
     Returns:
         The number of values stopped.
     """
-    changed = 0
-    for node in list(model.graph):
-        note = node.metadata_props.get(FX_NODE, "")
-        if is_standard(node, "Identity") and any(name in note for name in DETACH):
-            changed += _stop(model.graph, node.outputs[0])
-    return changed
+    return sum(_stop(model.graph, value) for value in _detached(model))
+
+
+def detached_names(model: ir.Model) -> tuple[str, ...]:
+    """Name the values that `detached_values` would stop.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Their names.
+    """
+    return tuple(str(value.name) for value in _detached(model))
+
+
+def _detached(model: ir.Model) -> list[ir.Value]:
+    return [
+        node.outputs[0]
+        for node in model.graph
+        if is_standard(node, "Identity")
+        and any(name in node.metadata_props.get(FX_NODE, "") for name in DETACH)
+    ]
 
 
 def steps_without_gradient(model: ir.Model) -> int:

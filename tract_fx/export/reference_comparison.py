@@ -1,0 +1,112 @@
+"""Compare what a session gives with what a forward graph is in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+
+from tract_fx.errors import ExportError
+from tract_fx.export.central_differences import BOUND, Tensors, wide
+from tract_fx.export.reference_model import ReferenceModel
+
+__all__ = [
+    "MOST_ROUNDING",
+    "REMEDY",
+    "REPORT",
+    "ROUNDING_UNITS",
+    "Exact",
+    "compare_values",
+    "rounded",
+]
+
+Exact: TypeAlias = Callable[[], Tensors]
+
+REPORT = "the graph does not compute what the model does, as onnx.reference computes it in float64"
+REMEDY = "Report the model; verify=False exports all the same"
+
+ROUNDING_UNITS = 8.0
+MOST_ROUNDING = 1e-3
+"""A badly conditioned model magnifies the rounding of its inputs and parameters. A result may be
+off by a few times what that moves it by, in float64, but by no more than this."""
+
+_ROUNDING = 2.0**-24
+
+
+def compare_values(
+    reference: ReferenceModel,
+    feeds: Tensors,
+    found: Tensors,
+    mode: str,
+    exact: Exact | None = None,
+) -> None:
+    """Compare what a session gave with what a model's forward graph is.
+
+    Args:
+        reference: The graph.
+        feeds: The inputs, and the parameters.
+        found: The session's values by name; the graph's other values are left out.
+        mode: The model's mode, `"training"` or `"evaluation"`.
+        exact: PyTorch's values in float64, where there are any: they decide where the two differ.
+
+    Raises:
+        ExportError: They differ by more than rounding.
+    """
+    expected = reference.run(feeds)
+    differing = {n: v for n, v in expected.items() if n in found and not _same(found[n], v)}
+    if not differing:
+        return
+    moved = [reference.run(rounded(feeds, seed)) for seed in range(2)]
+    truth = {} if exact is None else exact()
+    for name, value in differing.items():
+        spread = max(_distance(other[name], value) for other in moved)
+        size = float(np.linalg.norm(value.astype(np.float64)))
+        slack = min(ROUNDING_UNITS * spread, MOST_ROUNDING * size)
+        right = truth.get(name, value)
+        if not _same(found[name], right, slack):
+            raise ExportError(
+                f"{name!r} in {mode} mode, off by {_distance(found[name], right):.2e} of "
+                f"{size:.2e} on the example batch",
+                REPORT,
+                REMEDY,
+            )
+
+
+def _same(found: np.ndarray, expected: np.ndarray, slack: float = 0.0) -> bool:
+    """Whether two arrays are equal to rounding; where both are not finite they are equal, too."""
+    if found.shape != expected.shape:
+        return False
+    if expected.dtype.kind != "f":
+        return bool(np.array_equal(found, expected))
+    wild = ~np.isfinite(expected)
+    if not np.array_equal(found[wild], expected[wild].astype(found.dtype), equal_nan=True):
+        return False
+    tame = np.where(wild, 0.0, expected)
+    bound = BOUND * float(np.linalg.norm(tame)) + slack + 1e-30
+    return _distance(np.where(wild, 0.0, found), tame) <= bound
+
+
+def _distance(found: np.ndarray, expected: np.ndarray) -> float:
+    if found.shape != expected.shape:
+        return np.inf
+    return float(np.linalg.norm(found.astype(np.float64) - expected.astype(np.float64)))
+
+
+def rounded(values: Tensors, seed: int) -> dict[str, np.ndarray]:
+    """Move floating numbers by what float32 rounds them by.
+
+    Args:
+        values: The numbers, by name.
+        seed: What the roundings are drawn from.
+
+    Returns:
+        The same in float64; integers stay.
+    """
+    generator = np.random.default_rng(seed)
+    return {
+        name: wide(value) * (1 + _ROUNDING * generator.standard_normal(value.shape))
+        if value.dtype.kind == "f"
+        else value
+        for name, value in values.items()
+    }

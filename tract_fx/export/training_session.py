@@ -1,0 +1,96 @@
+"""A whole training graph in a session as a trainer runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from tract_fx import ort_training
+from tract_fx.errors import ExportError
+from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
+
+__all__ = ["TrainingSession"]
+
+
+class TrainingSession:
+    """A training graph on the CPU, accumulation and all, under the trainer's session options.
+
+    What ONNX Runtime's optimizer makes of a graph depends on what is read of it, so nothing is cut
+    off.
+
+    Args:
+        training: A training graph. Not changed.
+        also: Names of values inside it that are read as well.
+
+    Raises:
+        ExportError: ONNX Runtime can't run the graph.
+    """
+
+    def __init__(self, training: ir.Model, also: Sequence[str] = ()) -> None:
+        model = training.clone()
+        made = {str(value.name): value for node in model.graph for value in node.outputs}
+        present = {str(value.name) for value in model.graph.outputs}
+        for name in dict.fromkeys(also):
+            if name in made and name not in present:
+                made[name].type = made[name].type or ir.TensorType(ir.DataType.FLOAT)
+                model.graph.outputs.append(made[name])
+        self._also = tuple(also)
+        self._loss = str(model.graph.outputs[0].name)
+        self._inputs = [str(value.name) for value in model.graph.inputs]
+        self._outputs = [str(value.name) for value in model.graph.outputs]
+        try:
+            proto = ir.to_proto(model).SerializeToString()
+            self._session = ort_training.inference_session(proto, "cpu", 0)
+        except Exception as error:  # ONNX Runtime's own classes are not public
+            raise _can_not_run(error) from error
+
+    def run(
+        self, feeds: Mapping[str, np.ndarray], parameters: Mapping[str, np.ndarray]
+    ) -> tuple[float, dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Run a step that changes nothing.
+
+        Args:
+            feeds: The model's inputs and targets.
+            parameters: All tensors of the checkpoint. Not changed.
+
+        Returns:
+            The loss, what the step leaves in the gradients' buffers by parameter, and the values
+            that are read as well.
+
+        Raises:
+            ExportError: ONNX Runtime can't run the graph.
+        """  # noqa: DOC501, DOC502 (made by _can_not_run)
+        given: dict[str, np.ndarray] = {}
+        for name in self._inputs:
+            if name in feeds:
+                given[name] = np.ascontiguousarray(feeds[name])
+            elif name in parameters:
+                given[name] = parameters[name].copy()  # running statistics are updated in place
+            elif name.endswith(BUFFER):
+                given[name] = np.zeros_like(parameters[name.removesuffix(BUFFER)])
+            else:
+                assert name == RESET, name
+                given[name] = np.array([True])
+        # On the CPU such a value may share the array's memory: read the gradients off the value.
+        shared = {name: ort_training.ort_value(array, "cpu", 0) for name, array in given.items()}
+        try:
+            outputs = ort_training.run_session(self._session, shared)
+        except Exception as error:
+            raise _can_not_run(error) from error
+        values = {**given, **dict(zip(self._outputs, outputs, strict=True))}
+        gradients = {
+            name.removesuffix(BUFFER): np.array(shared[name].numpy())
+            for name in self._inputs
+            if name.endswith(BUFFER)
+        }
+        return float(values[self._loss]), gradients, {name: values[name] for name in self._also}
+
+
+def _can_not_run(error: Exception) -> ExportError:
+    return ExportError(
+        f"ONNX Runtime can't run the exported graph ({ort_training.message_of(error)})",
+        "it has an operator, or one in a dtype, that has no kernel there",
+        "Write that part of the model otherwise, without autocast for one",
+    )
