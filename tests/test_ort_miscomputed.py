@@ -126,6 +126,6 @@ def test_trained_and_evaluated_right(net: Net, tmp_path: Path) -> None:
     gradients = trainer.compute_gradients(x, target)
     assert gradients.keys() == p.keys()
     for name, gradient in gradients.items():
-        wanted = p[name].grad
-        assert wanted is not None
-        assert relative_error(gradient, wanted) < FLOAT32, name
+        exact = p[name].grad
+        assert exact is not None
+        assert relative_error(gradient, exact) < FLOAT32, name
