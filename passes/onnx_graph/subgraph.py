@@ -6,12 +6,15 @@ Two forms of one definition (arXiv 2410.23970, section 3):
 - by rows, for R < n: gW (XᵀX/R + λI)⁻¹ = dzᵀ (XXᵀ/R + λI)⁻¹ X, with dz the gradient of the
   pre-activations. The R × R matrix is better conditioned there: XᵀX has n - R zero eigenvalues.
 
-Which form runs is decided here where the number of rows is known, else by an If at run time.
+Which form runs is decided here where the number of rows is known, else by an If at run time. Input
+that is not standardised (images in [0, 255]) leaves too little of float32's digits in XᵀX: then
+matrix, inverse and product are computed again in float64, by an If on the trace.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +26,9 @@ from tract_fx.passes.onnx_graph.gram_forms import choose_gram_form
 from tract_fx.passes.onnx_graph.row_matrix import cast, row_matrix
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient
+from tract_fx.passes.onnx_graph.wide_gram import in_float64, write_wide_gram
 from tract_fx.passes.onnx_graph.writer import NodeWriter
+from tract_fx.preconditioner.solve import MAX_FLOAT32_AMPLIFICATION
 
 __all__ = ["write_tract"]
 
@@ -96,21 +101,32 @@ def _by_columns(
         [write.constant(index[:, None], "row_index"), write.constant(index[None], "column_index")],
         "diagonal",
     )
-    inverse = _regularised_inverse(
-        write, write_gram(write, sizes, choose_gram_form(sizes)), count, diagonal, lambda_
-    )
+    gram = write_gram(write, sizes, choose_gram_form(sizes))
     term = cast(write, gradient.term, ir.DataType.FLOAT)
-    if sizes.call.layout is Layout.IN_OUT:
-        return write.op("MatMul", [inverse, term], "gradient")
+    if sizes.kernel:
+        shape = [sizes.outputs // sizes.groups, sizes.columns]
+        if sizes.groups > 1:
+            shape.insert(0, sizes.groups)
+        term = write.op("Reshape", [term, write.integers(shape, "matrix_shape")], "plain_matrix")
+
+    def product(inner: NodeWriter, gram: ir.Value, wide: bool) -> ir.Value:
+        inverse = _regularised_inverse(inner, gram, count, diagonal, lambda_, wide)
+        plain = in_float64(inner, term) if wide else term
+        operands = [plain, inverse]
+        if sizes.call.layout is Layout.IN_OUT:
+            operands.reverse()
+        return inner.op("MatMul", operands, "product")
+
+    result = _in_sufficient_precision(
+        write,
+        _coarseness(write, sizes, gram, count, diagonal, lambda_),
+        lambda inner: product(inner, gram, False),
+        lambda inner: product(inner, write_wide_gram(inner, sizes), True),
+    )
     if not sizes.kernel:
-        return write.op("MatMul", [term, inverse], "gradient")
-    shape = [sizes.outputs // sizes.groups, sizes.columns]
-    if sizes.groups > 1:
-        shape.insert(0, sizes.groups)
-    term = write.op("Reshape", [term, write.integers(shape, "matrix_shape")], "plain_matrix")
-    product = write.op("MatMul", [term, inverse], "product")
+        return result
     target = write.integers(sizes.weight_shape, "weight_shape")
-    return write.op("Reshape", [product, target], "gradient")
+    return write.op("Reshape", [result, target], "gradient")
 
 
 def _by_rows(
@@ -134,16 +150,33 @@ def _by_rows(
         dz = write.op("Reshape", [dz, flat], "output_gradient")
         dz = write.op("Transpose", [dz], "dz_transposed", {"perm": [1, 0]})
     kernel = write.microsoft("FusedMatMul", [x, x], "row_gram", {"transB": 1})
-    inverse = _regularised_inverse(write, kernel, count, _row_diagonal(write, kernel), lambda_)
-    product = write.op("MatMul", [write.op("MatMul", [dz, inverse], "solved"), x], "product")
+    diagonal = _row_diagonal(write, kernel)
+
+    def product(inner: NodeWriter, gram: ir.Value, rows: ir.Value, wide: bool) -> ir.Value:
+        inverse = _regularised_inverse(inner, gram, count, diagonal, lambda_, wide)
+        outer = in_float64(inner, dz) if wide else dz
+        return inner.op("MatMul", [inner.op("MatMul", [outer, inverse], "solved"), rows], "product")
+
+    def wide_product(inner: NodeWriter) -> ir.Value:
+        rows = in_float64(inner, x)
+        equation = "gri,gsi->grs" if sizes.kernel else "ri,si->rs"
+        gram = inner.op("Einsum", [rows, rows], "wide_row_gram", {"equation": equation})
+        return product(inner, gram, rows, True)
+
+    result = _in_sufficient_precision(
+        write,
+        _coarseness(write, sizes, kernel, count, diagonal, lambda_),
+        lambda inner: product(inner, kernel, x, False),
+        wide_product,
+    )
     alpha = sizes.call.node.attributes.get_float("alpha", 1.0) if not sizes.kernel else 1.0
     if alpha != 1.0:
         scale = write.constant(np.asarray(alpha, np.float32), "alpha")
-        product = write.op("Mul", [product, scale], "scaled")
+        result = write.op("Mul", [result, scale], "scaled")
     if sizes.call.layout is Layout.IN_OUT:
-        return write.op("Transpose", [product], "gradient", {"perm": [1, 0]})
+        return write.op("Transpose", [result], "gradient", {"perm": [1, 0]})
     target = write.integers(sizes.weight_shape, "weight_shape")
-    return write.op("Reshape", [product, target], "gradient")
+    return write.op("Reshape", [result, target], "gradient")
 
 
 def _row_diagonal(write: NodeWriter, square: ir.Value) -> ir.Value:
@@ -159,12 +192,62 @@ def _row_diagonal(write: NodeWriter, square: ir.Value) -> ir.Value:
     return write.op("Equal", [column, index], "diagonal")
 
 
+def _coarseness(
+    write: NodeWriter,
+    sizes: CallSizes,
+    gram: ir.Value,
+    count: ir.Value,
+    diagonal: ir.Value,
+    lambda_: ir.Value,
+) -> ir.Value:
+    """Whether float32 is too coarse for a Gram, by its trace: a bool, of all groups together."""
+    # The rounding of the Gram is about eps times its trace, and the inverse magnifies it by 1/λ.
+    zero = write.constant(np.asarray(0, np.float32), "no_entry")
+    squares = write.op("Where", [diagonal, gram, zero], "gram_diagonal")
+    total = write.op("ReduceSum", [squares], "sum_of_squares", {"keepdims": 0})
+    trace = write.op("Div", [total, count], "trace")
+    eps = float(np.finfo(np.float32).eps)
+    most = np.asarray(sizes.groups * MAX_FLOAT32_AMPLIFICATION / eps, np.float32)
+    limit = write.op("Mul", [lambda_, write.constant(most, "most_traces_per_lambda")], "limit")
+    return write.op("Greater", [trace, limit], "float32_is_too_coarse")
+
+
+def _in_sufficient_precision(
+    write: NodeWriter,
+    coarse: ir.Value,
+    single: Callable[[NodeWriter], ir.Value],
+    double: Callable[[NodeWriter], ir.Value],
+) -> ir.Value:
+    """One of two ways to compute a float32 value: `double` gives it in float64, where it runs."""
+    branches = {}
+    for name, branch, compute in (
+        ("then_branch", "in_float64", double),
+        ("else_branch", "in_float32", single),
+    ):
+        inner = write.branch(branch)
+        output = compute(inner)
+        if compute is double:
+            output = inner.op("Cast", [output], "narrow", {"to": int(ir.DataType.FLOAT)})
+        output.type = ir.TensorType(ir.DataType.FLOAT)
+        branches[name] = ir.AttrGraph(
+            name, ir.Graph([], [output], nodes=list(inner.nodes), name=name)
+        )
+    return write.op("If", [coarse], "float32_or_float64", branches)
+
+
 def _regularised_inverse(
-    write: NodeWriter, gram: ir.Value, count: ir.Value, diagonal: ir.Value, lambda_: ir.Value
+    write: NodeWriter,
+    gram: ir.Value,
+    count: ir.Value,
+    diagonal: ir.Value,
+    lambda_: ir.Value,
+    wide: bool,
 ) -> ir.Value:
     """(gram/R + λI)⁻¹; all NaN for a matrix that holds an infinity."""
+    if wide:
+        count, lambda_ = in_float64(write, count), in_float64(write, lambda_)
     mean = write.op("Div", [gram, count], "mean_gram")
-    zero = write.constant(np.asarray(0, np.float32), "zero")
+    zero = write.constant(np.asarray(0, np.float64 if wide else np.float32), "zero")
     ridge = write.op("Where", [diagonal, lambda_, zero], "ridge")
     matrix = write.op("Add", [mean, ridge], "regularised")
     inverse = write.microsoft("Inverse", [matrix], "unguarded_inverse")
