@@ -8,16 +8,18 @@ on working, also those that are added later.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from tract_fx.modules.op_on_weight import OpOnWeight
-from tract_fx.preconditioner import refuse_script
+from tract_fx.modules.op_on_weight import OpOnWeight, refuse_frozen_value
+from tract_fx.preconditioner import precondition_grad, refuse_script
 
 __all__ = [
     "TractLayer",
@@ -30,7 +32,12 @@ __all__ = [
     "why_not",
 ]
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Linear: functional.linear,
+    nn.Conv1d: functional.conv1d,
+    nn.Conv2d: functional.conv2d,
+    nn.Conv3d: functional.conv3d,
+}
 
 
 class TractLayer(nn.Module):
@@ -40,9 +47,13 @@ class TractLayer(nn.Module):
 
     Attributes:
         tract_lambda: λ of this layer, > 0.
+        tract_plain: The user's class.
+        tract_kind: PyTorch's class that it derives from.
     """
 
     tract_lambda: float
+    tract_plain: type[nn.Module]
+    tract_kind: type[nn.Module]
 
     def forward(self, *args: Any, tract: bool = True, **kwargs: Any) -> Any:
         """Compute what the plain layer computes.
@@ -61,6 +72,8 @@ class TractLayer(nn.Module):
         lambda_ = tract_lambda(self)
         if lambda_ is None or not tract or _runs_own(self):
             return super().forward(*args, **kwargs)
+        if _is_standard(self, self.tract_plain, self.tract_kind):
+            return _run_standard(self, lambda_, *args, **kwargs)
         return _run_with_op(self, lambda_, super().forward, args, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -115,6 +128,22 @@ def tract_lambda(module: nn.Module) -> float | None:
     return value if isinstance(module, TractLayer) and not is_replaced else None
 
 
+def _run_standard(layer: Any, lambda_: float, input: Tensor) -> Tensor:  # noqa: A002
+    """Run PyTorch's own forward method with the op in it: no mode, which compilers can't always."""
+    (function,) = (f for base, f in _FUNCTIONS.items() if isinstance(layer, base))
+    geometry: dict[str, Any] = {}
+    if not isinstance(layer, nn.Linear):
+        geometry = {k: getattr(layer, k) for k in ("stride", "padding", "dilation", "groups")}
+        if layer.padding_mode != "zeros":
+            pads = layer._reversed_padding_repeated_twice
+            input = functional.pad(input, pads, mode=layer.padding_mode)  # noqa: A001
+            geometry["padding"] = 0
+    weight = layer.weight
+    refuse_frozen_value(layer, weight, input)
+    weight = precondition_grad(weight, input, lambda_=lambda_, **geometry)
+    return function(input, weight, layer.bias, **geometry)
+
+
 def _run_with_op(layer: nn.Module, lambda_: float, forward: Any, args: Any, kwargs: Any) -> Any:
     op = OpOnWeight(layer, lambda_)
     with op:
@@ -158,7 +187,13 @@ def _tract_class(base: type[nn.Module]) -> type[nn.Module]:
     cls = _tract_classes.get(base)
     if cls is None:
         # The user's __module__, by which fx tells a leaf: inlined, a layer would lose its hooks.
-        namespace = {"__doc__": TractLayer.__doc__, "__module__": base.__module__}
+        kind = next(kind for kind in _FUNCTIONS if issubclass(base, kind))
+        namespace = {
+            "__doc__": TractLayer.__doc__,
+            "__module__": base.__module__,
+            "tract_plain": base,
+            "tract_kind": kind,
+        }
         cls = type(f"Tract{base.__name__}", (TractLayer, base), namespace)
         _tract_classes[base] = cls
     return cls
@@ -234,7 +269,7 @@ def why_not(module: nn.Module) -> str | None:
     cls = plain_class(type(module)) if isinstance(module, TractLayer) else type(module)
     if any(base.__module__.partition(".")[0] == "torch_tract" for base in cls.__mro__):
         return "it is wrapped by torch-tract already, which a graph would lose"
-    if not issubclass(cls, _LAYERS):
+    if not issubclass(cls, tuple(_FUNCTIONS)):
         return "it is neither nn.Linear nor nn.Conv1d, nn.Conv2d or nn.Conv3d"
     if any(is_lazy(p) for p in module.parameters(recurse=False)):
         return "its parameters are not initialised yet (run one batch through the model first)"
@@ -265,15 +300,22 @@ def is_standard(module: nn.Module) -> bool:
         module: A linear or convolution module.
 
     Returns:
-        Whether it runs PyTorch's own forward method.
+        Whether it runs PyTorch's own forward method, which nobody has replaced.
     """
     cls = plain_class(type(module))
-    base = next(base for base in _LAYERS if issubclass(cls, base))
-    methods = ("forward", "_conv_forward")
-    return not any(m in vars(module) for m in methods) and all(
-        getattr(cls, m, None) is _STANDARD.get((base, m)) for m in methods
-    )
+    kind = next((base for base in _FUNCTIONS if issubclass(cls, base)), None)
+    return kind is not None and _is_standard(module, cls, kind)
+
+
+def _is_standard(module: nn.Module, cls: Any, kind: Any) -> bool:
+    """Compare by identity alone, which the compiler can trace."""
+    forward, beneath = _STANDARD[kind]
+    own = "forward" in vars(module) or "_conv_forward" in vars(module)
+    same = cls.forward is forward and getattr(cls, "_conv_forward", None) is beneath
+    return same and not own
 
 
 # As they are before anybody replaces one for the whole process.
-_STANDARD = {(c, m): getattr(c, m, None) for c in _LAYERS for m in ("forward", "_conv_forward")}
+_STANDARD: dict[type[nn.Module], tuple[Any, Any]] = {
+    base: (base.forward, getattr(base, "_conv_forward", None)) for base in _FUNCTIONS
+}

@@ -19,7 +19,7 @@ from tract_fx import torch_private
 from tract_fx.errors import UnsupportedLayerError, UnsupportedTransformError
 from tract_fx.preconditioner import precondition_grad
 
-__all__ = ["OpOnWeight"]
+__all__ = ["OpOnWeight", "refuse_frozen_value"]
 
 _LINEAR = ("input", "weight", "bias")
 _CONV = (*_LINEAR, "stride", "padding", "dilation", "groups")
@@ -60,7 +60,7 @@ class OpOnWeight(TorchFunctionMode):
         if not self._is_trained(weight):
             return func(*args, **kwargs)
         self.calls += 1
-        self._refuse_frozen_value(weight, x)
+        refuse_frozen_value(self.layer, weight, x)
         weight = precondition_grad(weight, x, lambda_=self.lambda_, **given)
         return func(x, weight, bias, **given)
 
@@ -75,17 +75,6 @@ class OpOnWeight(TorchFunctionMode):
         frozen = not any(p.requires_grad for p in self.layer.parameters())
         is_constant = any(weight is b for b in self.layer.buffers())
         return torch.compiler.is_exporting() and frozen and not is_constant
-
-    def _refuse_frozen_value(self, weight: Any, x: Any) -> None:
-        """Refuse a computed weight whose value a tracer would keep instead of its computation."""
-        if isinstance(x, fx.Proxy) and not isinstance(weight, (nn.Parameter, fx.Proxy)):
-            raise UnsupportedTransformError(
-                f"the computed weight of a {type(self.layer).__name__} under an fx tracer",
-                "the tracer would freeze the weight's present value, and its parameters would get "
-                "no gradient",
-                "Trace the plain model and apply the pass to that, or make the layer a leaf of the "
-                "tracer",
-            )
 
     def check(self) -> None:
         """Make sure, after the method has run, that TrAct's gradient is exact.
@@ -109,4 +98,25 @@ class OpOnWeight(TorchFunctionMode):
             found,
             several if self.calls else none,
             "Use tract_pass on torch.export.export(model, inputs), where each call is a node",
+        )
+
+
+def refuse_frozen_value(layer: nn.Module, weight: Any, x: Any) -> None:
+    """Refuse a computed weight whose value a tracer would keep instead of its computation.
+
+    Args:
+        layer: The layer.
+        weight: What it multiplies with.
+        x: What it reads.
+
+    Raises:
+        UnsupportedTransformError: An fx tracer is running, and the weight is no parameter.
+    """
+    if isinstance(x, fx.Proxy) and not isinstance(weight, (nn.Parameter, fx.Proxy)):
+        raise UnsupportedTransformError(
+            f"the computed weight of a {type(layer).__name__} under an fx tracer",
+            "the tracer would freeze the weight's present value, and its parameters would get no "
+            "gradient",
+            "Trace the plain model and apply the pass to that, or make the layer a leaf of the "
+            "tracer",
         )
