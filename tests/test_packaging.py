@@ -168,6 +168,12 @@ try:
     from tract_fx import export_training
 except tract_fx.MissingRuntimeError as error:
     print(error)
+from tract_fx.shell.app import app
+from typer.testing import CliRunner
+for command in ("--help", "doctor"):
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [command])
+    print(result.output)
+    assert result.exit_code == 0, result.output
 """
 
 
@@ -179,6 +185,8 @@ def test_everything_is_imported_without_any_extra(site: Path, tmp_path: Path) ->
     )
     assert (imported.returncode, imported.stderr) == (0, "")
     assert "pip install 'tract_fx[onnx]'" in imported.stdout
+    assert "not installed (extra onnx)" in imported.stdout
+    assert imported.stdout.splitlines()[-2] == "right: 9 of 10 checks, 1 not made"
 
 
 def test_passes_is_no_package_of_its_own() -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from tract_fx import extras
 from tract_fx.eager import tract_module
 from tract_fx.errors import MissingRuntimeError, TractWarning
 from tract_fx.passes.fx_graph import tract_pass
@@ -106,18 +107,20 @@ class Step:
         Returns:
             The relative error of the gradient, read off the update.
         """
-        from tract_fx.export import SGD, export_training
-        from tract_fx.trainers import load_trainer
-
+        export_training: Any = extras.load("tract_fx.export", "export_training")
+        gradient_descent: Any = extras.load("tract_fx.export", "SGD")
+        load_trainer: Any = extras.load("tract_fx.trainers", "load_trainer")
         images, labels = self.images.cpu(), self.labels.cpu()
         treated = _treat(copy.deepcopy(self.model).cpu())
         (name, before), *_ = treated.state_dict().items()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "run")
-            export_training(treated, images, path, loss="cross_entropy", optimizer=SGD(lr=1.0))
+            export_training(
+                treated, images, path, loss="cross_entropy", optimizer=gradient_descent(lr=1.0)
+            )
             trainer = load_trainer(path, device=self.images.device)
             trainer.train_step(images.numpy(), labels.numpy())
-            after = trainer.state_dict()[name]
+            after: Tensor = trainer.state_dict()[name]
         return self.error(before - after)
 
 

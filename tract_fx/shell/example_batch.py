@@ -6,9 +6,9 @@ import re
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from tract_fx import extras
 from tract_fx.errors import InvalidBatchError
 
 __all__ = ["read_example_batch"]
@@ -26,8 +26,9 @@ def read_example_batch(path: Path) -> tuple[torch.Tensor, ...] | dict[str, torch
     Raises:
         InvalidBatchError: The file can't be read, holds what is no tensor, or leaves out a place.
     """
+    load = extras.load("numpy", "load")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with load(path, allow_pickle=False) as file:
             arrays = {name: torch.from_numpy(file[name]) for name in file}
     except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise InvalidBatchError(
