@@ -8,13 +8,15 @@ Two forms of one definition (arXiv 2410.23970, section 3):
 
 Which form runs is decided here where the number of rows is known, else by an If at run time. Input
 that is not standardised (images in [0, 255]) leaves too little of float32's digits in XᵀX: then
-matrix, inverse and product are computed again in float64, by an If on the trace.
+matrix, inverse and product are computed again in float64, by an If on the trace; NaN says that its
+digits do not do either.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -119,7 +121,9 @@ def _by_columns(
 
     result = _in_sufficient_precision(
         write,
-        _coarseness(write, sizes, gram, count, diagonal, lambda_),
+        sizes,
+        _trace(write, gram, count, diagonal),
+        lambda_,
         lambda inner: product(inner, gram, False),
         lambda inner: product(inner, write_wide_gram(inner, sizes), True),
     )
@@ -165,7 +169,9 @@ def _by_rows(
 
     result = _in_sufficient_precision(
         write,
-        _coarseness(write, sizes, kernel, count, diagonal, lambda_),
+        sizes,
+        _trace(write, kernel, count, diagonal),
+        lambda_,
         lambda inner: product(inner, kernel, x, False),
         wide_product,
     )
@@ -192,46 +198,49 @@ def _row_diagonal(write: NodeWriter, square: ir.Value) -> ir.Value:
     return write.op("Equal", [column, index], "diagonal")
 
 
-def _coarseness(
-    write: NodeWriter,
-    sizes: CallSizes,
-    gram: ir.Value,
-    count: ir.Value,
-    diagonal: ir.Value,
-    lambda_: ir.Value,
-) -> ir.Value:
-    """Whether float32 is too coarse for a Gram, by its trace: a bool, of all groups together."""
-    # The rounding of the Gram is about eps times its trace, and the inverse magnifies it by 1/λ.
+def _trace(write: NodeWriter, gram: ir.Value, count: ir.Value, diagonal: ir.Value) -> ir.Value:
+    """The trace of XᵀX/R or XXᵀ/R in float32, of all groups together."""
     zero = write.constant(np.asarray(0, np.float32), "no_entry")
     squares = write.op("Where", [diagonal, gram, zero], "gram_diagonal")
     total = write.op("ReduceSum", [squares], "sum_of_squares", {"keepdims": 0})
-    trace = write.op("Div", [total, count], "trace")
-    eps = float(np.finfo(np.float32).eps)
-    most = np.asarray(sizes.groups * MAX_FLOAT32_AMPLIFICATION / eps, np.float32)
-    limit = write.op("Mul", [lambda_, write.constant(most, "most_traces_per_lambda")], "limit")
-    return write.op("Greater", [trace, limit], "float32_is_too_coarse")
+    return write.op("Div", [total, count], "trace")
+
+
+def _is_too_coarse(
+    write: NodeWriter,
+    sizes: CallSizes,
+    trace: ir.Value,
+    lambda_: ir.Value,
+    dtype: type[np.floating[Any]],
+) -> ir.Value:
+    """Whether a dtype has too few digits: its rounding of the trace is magnified by 1/λ."""
+    most = sizes.groups * MAX_FLOAT32_AMPLIFICATION / float(np.finfo(dtype).eps)
+    constant = write.constant(np.asarray(most, np.float32), "most_traces_per_lambda")
+    limit = write.op("Mul", [lambda_, constant], "limit")
+    return write.op("Greater", [trace, limit], "is_too_coarse")
 
 
 def _in_sufficient_precision(
     write: NodeWriter,
-    coarse: ir.Value,
+    sizes: CallSizes,
+    trace: ir.Value,
+    lambda_: ir.Value,
     single: Callable[[NodeWriter], ir.Value],
     double: Callable[[NodeWriter], ir.Value],
 ) -> ir.Value:
-    """One of two ways to compute a float32 value: `double` gives it in float64, where it runs."""
+    """What `single` computes, or `double` in float64; all NaN where that is too coarse as well."""
+    narrow, wide = write.branch("in_float32"), write.branch("in_float64")
+    outputs = {"else_branch": single(narrow)}
+    result = wide.op("Cast", [double(wide)], "narrow", {"to": int(ir.DataType.FLOAT)})
+    beyond = _is_too_coarse(wide, sizes, trace, lambda_, np.float64)
+    nan = wide.constant(np.asarray(np.nan, np.float32), "nan")
+    outputs["then_branch"] = wide.op("Where", [beyond, nan, result], "result")
     branches = {}
-    for name, branch, compute in (
-        ("then_branch", "in_float64", double),
-        ("else_branch", "in_float32", single),
-    ):
-        inner = write.branch(branch)
-        output = compute(inner)
-        if compute is double:
-            output = inner.op("Cast", [output], "narrow", {"to": int(ir.DataType.FLOAT)})
-        output.type = ir.TensorType(ir.DataType.FLOAT)
-        branches[name] = ir.AttrGraph(
-            name, ir.Graph([], [output], nodes=list(inner.nodes), name=name)
-        )
+    for name, inner in (("then_branch", wide), ("else_branch", narrow)):
+        outputs[name].type = ir.TensorType(ir.DataType.FLOAT)
+        graph = ir.Graph([], [outputs[name]], nodes=list(inner.nodes), name=name)
+        branches[name] = ir.AttrGraph(name, graph)
+    coarse = _is_too_coarse(write, sizes, trace, lambda_, np.float32)
     return write.op("If", [coarse], "float32_or_float64", branches)
 
 

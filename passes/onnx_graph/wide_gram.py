@@ -28,7 +28,13 @@ def in_float64(write: NodeWriter, value: ir.Value) -> ir.Value:
     Returns:
         The same numbers in float64.
     """
-    return write.op("Cast", [value], "wide", {"to": int(ir.DataType.DOUBLE)})
+    return _wide(write.op("Cast", [value], "wide", {"to": int(ir.DataType.DOUBLE)}))
+
+
+def _wide(value: ir.Value) -> ir.Value:
+    """Say what no shape inference finds out behind operators of ONNX Runtime's own."""
+    value.type = ir.TensorType(ir.DataType.DOUBLE)
+    return value
 
 
 def write_wide_gram(write: NodeWriter, sizes: CallSizes) -> ir.Value:
@@ -43,17 +49,14 @@ def write_wide_gram(write: NodeWriter, sizes: CallSizes) -> ir.Value:
     """
     if not sizes.kernel:
         rows = in_float64(write, row_matrix(write, sizes))
-        return write.op("Einsum", [rows, rows], "wide_gram", {"equation": "ri,rj->ij"})
+        return _wide(write.op("Einsum", [rows, rows], "wide_gram", {"equation": "ri,rj->ij"}))
     groups = [sizes.groups] if sizes.groups > 1 else []
     shape = [*groups, sizes.columns, sizes.columns]
     images = cast(write, sizes.call.input, ir.DataType.FLOAT)
     body = ir.AttrGraph("body", _one_more_image(write.branch("image"), sizes, shape))
-    return write.op(
-        "Scan",
-        [write.constant(np.zeros(shape), "no_gram"), images],
-        "wide_gram",
-        {"body": body, "num_scan_inputs": 1},
-    )
+    start = write.constant(np.zeros(shape), "no_gram")
+    attributes = {"body": body, "num_scan_inputs": 1}
+    return _wide(write.op("Scan", [start, images], "wide_gram", attributes))
 
 
 def _one_more_image(write: NodeWriter, sizes: CallSizes, shape: list[int]) -> ir.Graph:
