@@ -55,7 +55,7 @@ def write_wide_gram(write: NodeWriter, sizes: CallSizes) -> ir.Value:
     images = cast(write, sizes.call.input, ir.DataType.FLOAT)
     body = ir.AttrGraph("body", _one_more_image(write.branch("image"), sizes, shape))
     start = write.constant(np.zeros(shape), "no_gram")
-    attributes = {"body": body, "num_scan_inputs": 1}
+    attributes: dict[str, int | ir.Attr] = {"body": body, "num_scan_inputs": 1}
     return _wide(write.op("Scan", [start, images], "wide_gram", attributes))
 
 
