@@ -6,17 +6,12 @@ Two forms of one definition (arXiv 2410.23970, section 3):
 - by rows, for R < n: gW (XᵀX/R + λI)⁻¹ = dzᵀ (XXᵀ/R + λI)⁻¹ X, with dz the gradient of the
   pre-activations. The R × R matrix is better conditioned there: XᵀX has n - R zero eigenvalues.
 
-Which form runs is decided here where the number of rows is known, else by an If at run time. Input
-that is not standardised (images in [0, 255]) leaves too little of float32's digits in XᵀX: then
-matrix, inverse and product are computed again in float64, by an If on the trace; NaN says that its
-digits do not do either.
+Which form runs is decided here where the number of rows is known, else by an If at run time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -28,9 +23,7 @@ from tract_fx.passes.onnx_graph.gram_forms import choose_gram_form
 from tract_fx.passes.onnx_graph.row_matrix import cast, row_matrix
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient
-from tract_fx.passes.onnx_graph.wide_gram import in_float64, write_wide_gram
 from tract_fx.passes.onnx_graph.writer import NodeWriter
-from tract_fx.preconditioner.solve import MAX_FLOAT32_AMPLIFICATION
 
 __all__ = ["write_tract"]
 
@@ -103,34 +96,21 @@ def _by_columns(
         [write.constant(index[:, None], "row_index"), write.constant(index[None], "column_index")],
         "diagonal",
     )
-    gram = write_gram(write, sizes, choose_gram_form(sizes))
-    term = cast(write, gradient.term, ir.DataType.FLOAT)
-    if sizes.kernel:
-        shape = [sizes.outputs // sizes.groups, sizes.columns]
-        if sizes.groups > 1:
-            shape.insert(0, sizes.groups)
-        term = write.op("Reshape", [term, write.integers(shape, "matrix_shape")], "plain_matrix")
-
-    def product(inner: NodeWriter, gram: ir.Value, wide: bool) -> ir.Value:
-        inverse = _regularised_inverse(inner, gram, count, diagonal, lambda_, wide)
-        plain = in_float64(inner, term) if wide else term
-        operands = [plain, inverse]
-        if sizes.call.layout is Layout.IN_OUT:
-            operands.reverse()
-        return inner.op("MatMul", operands, "product")
-
-    result = _in_sufficient_precision(
-        write,
-        sizes,
-        _trace(write, gram, count, diagonal),
-        lambda_,
-        lambda inner: product(inner, gram, False),
-        lambda inner: product(inner, write_wide_gram(inner, sizes), True),
+    inverse = _regularised_inverse(
+        write, write_gram(write, sizes, choose_gram_form(sizes)), count, diagonal, lambda_
     )
+    term = cast(write, gradient.term, ir.DataType.FLOAT)
+    if sizes.call.layout is Layout.IN_OUT:
+        return write.op("MatMul", [inverse, term], "gradient")
     if not sizes.kernel:
-        return result
+        return write.op("MatMul", [term, inverse], "gradient")
+    shape = [sizes.outputs // sizes.groups, sizes.columns]
+    if sizes.groups > 1:
+        shape.insert(0, sizes.groups)
+    term = write.op("Reshape", [term, write.integers(shape, "matrix_shape")], "plain_matrix")
+    product = write.op("MatMul", [term, inverse], "product")
     target = write.integers(sizes.weight_shape, "weight_shape")
-    return write.op("Reshape", [result, target], "gradient")
+    return write.op("Reshape", [product, target], "gradient")
 
 
 def _by_rows(
@@ -154,35 +134,16 @@ def _by_rows(
         dz = write.op("Reshape", [dz, flat], "output_gradient")
         dz = write.op("Transpose", [dz], "dz_transposed", {"perm": [1, 0]})
     kernel = write.microsoft("FusedMatMul", [x, x], "row_gram", {"transB": 1})
-    diagonal = _row_diagonal(write, kernel)
-
-    def product(inner: NodeWriter, gram: ir.Value, rows: ir.Value, wide: bool) -> ir.Value:
-        inverse = _regularised_inverse(inner, gram, count, diagonal, lambda_, wide)
-        outer = in_float64(inner, dz) if wide else dz
-        return inner.op("MatMul", [inner.op("MatMul", [outer, inverse], "solved"), rows], "product")
-
-    def wide_product(inner: NodeWriter) -> ir.Value:
-        rows = in_float64(inner, x)
-        equation = "gri,gsi->grs" if sizes.kernel else "ri,si->rs"
-        gram = inner.op("Einsum", [rows, rows], "wide_row_gram", {"equation": equation})
-        return product(inner, gram, rows, True)
-
-    result = _in_sufficient_precision(
-        write,
-        sizes,
-        _trace(write, kernel, count, diagonal),
-        lambda_,
-        lambda inner: product(inner, kernel, x, False),
-        wide_product,
-    )
+    inverse = _regularised_inverse(write, kernel, count, _row_diagonal(write, kernel), lambda_)
+    product = write.op("MatMul", [write.op("MatMul", [dz, inverse], "solved"), x], "product")
     alpha = sizes.call.node.attributes.get_float("alpha", 1.0) if not sizes.kernel else 1.0
     if alpha != 1.0:
         scale = write.constant(np.asarray(alpha, np.float32), "alpha")
-        result = write.op("Mul", [result, scale], "scaled")
+        product = write.op("Mul", [product, scale], "scaled")
     if sizes.call.layout is Layout.IN_OUT:
-        return write.op("Transpose", [result], "gradient", {"perm": [1, 0]})
+        return write.op("Transpose", [product], "gradient", {"perm": [1, 0]})
     target = write.integers(sizes.weight_shape, "weight_shape")
-    return write.op("Reshape", [result, target], "gradient")
+    return write.op("Reshape", [product, target], "gradient")
 
 
 def _row_diagonal(write: NodeWriter, square: ir.Value) -> ir.Value:
@@ -198,65 +159,12 @@ def _row_diagonal(write: NodeWriter, square: ir.Value) -> ir.Value:
     return write.op("Equal", [column, index], "diagonal")
 
 
-def _trace(write: NodeWriter, gram: ir.Value, count: ir.Value, diagonal: ir.Value) -> ir.Value:
-    """The trace of XᵀX/R or XXᵀ/R in float32, of all groups together."""
-    zero = write.constant(np.asarray(0, np.float32), "no_entry")
-    squares = write.op("Where", [diagonal, gram, zero], "gram_diagonal")
-    total = write.op("ReduceSum", [squares], "sum_of_squares", {"keepdims": 0})
-    return write.op("Div", [total, count], "trace")
-
-
-def _is_too_coarse(
-    write: NodeWriter,
-    sizes: CallSizes,
-    trace: ir.Value,
-    lambda_: ir.Value,
-    dtype: type[np.floating[Any]],
-) -> ir.Value:
-    """Whether a dtype has too few digits: its rounding of the trace is magnified by 1/λ."""
-    most = sizes.groups * MAX_FLOAT32_AMPLIFICATION / float(np.finfo(dtype).eps)
-    constant = write.constant(np.asarray(most, np.float32), "most_traces_per_lambda")
-    limit = write.op("Mul", [lambda_, constant], "limit")
-    return write.op("Greater", [trace, limit], "is_too_coarse")
-
-
-def _in_sufficient_precision(
-    write: NodeWriter,
-    sizes: CallSizes,
-    trace: ir.Value,
-    lambda_: ir.Value,
-    single: Callable[[NodeWriter], ir.Value],
-    double: Callable[[NodeWriter], ir.Value],
-) -> ir.Value:
-    """What `single` computes, or `double` in float64; all NaN where that is too coarse as well."""
-    narrow, wide = write.branch("in_float32"), write.branch("in_float64")
-    outputs = {"else_branch": single(narrow)}
-    result = wide.op("Cast", [double(wide)], "narrow", {"to": int(ir.DataType.FLOAT)})
-    beyond = _is_too_coarse(wide, sizes, trace, lambda_, np.float64)
-    nan = wide.constant(np.asarray(np.nan, np.float32), "nan")
-    outputs["then_branch"] = wide.op("Where", [beyond, nan, result], "result")
-    branches = {}
-    for name, inner in (("then_branch", wide), ("else_branch", narrow)):
-        outputs[name].type = ir.TensorType(ir.DataType.FLOAT)
-        graph = ir.Graph([], [outputs[name]], nodes=list(inner.nodes), name=name)
-        branches[name] = ir.AttrGraph(name, graph)
-    coarse = _is_too_coarse(write, sizes, trace, lambda_, np.float32)
-    return write.op("If", [coarse], "float32_or_float64", branches)
-
-
 def _regularised_inverse(
-    write: NodeWriter,
-    gram: ir.Value,
-    count: ir.Value,
-    diagonal: ir.Value,
-    lambda_: ir.Value,
-    wide: bool,
+    write: NodeWriter, gram: ir.Value, count: ir.Value, diagonal: ir.Value, lambda_: ir.Value
 ) -> ir.Value:
     """(gram/R + λI)⁻¹; all NaN for a matrix that holds an infinity."""
-    if wide:
-        count, lambda_ = in_float64(write, count), in_float64(write, lambda_)
     mean = write.op("Div", [gram, count], "mean_gram")
-    zero = write.constant(np.asarray(0, np.float64 if wide else np.float32), "zero")
+    zero = write.constant(np.asarray(0, np.float32), "zero")
     ridge = write.op("Where", [diagonal, lambda_, zero], "ridge")
     matrix = write.op("Add", [mean, ridge], "regularised")
     inverse = write.microsoft("Inverse", [matrix], "unguarded_inverse")

@@ -85,11 +85,7 @@ class TrainingSession:
             for name in self._inputs
             if name.endswith(BUFFER)
         }
-        return (
-            float(values[self._loss]),
-            gradients,
-            {n: values[n] for n in self._also if n in values},
-        )
+        return float(values[self._loss]), gradients, {name: values[name] for name in self._also}
 
 
 def _can_not_run(error: Exception) -> ExportError:
