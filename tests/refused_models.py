@@ -255,12 +255,6 @@ def _half_frozen(norm: nn.BatchNorm2d) -> nn.Module:
     return norm
 
 
-def _under_autocast(net: Any, x: Tensor) -> Tensor:
-    with torch.autocast("cpu", enabled=False):
-        result: Tensor = net.stem(x)
-    return result
-
-
 class WithMetadata(nn.Module):
     """An image and a table row: two layers, each of which reads an input."""
 

@@ -100,7 +100,6 @@ TAKEN_APART = {
     "matmul": {"p"},
     "mm": {"p"},
     "gru-cell": {"rnn"},
-    "autocast-region": {"stem"},
 }
 REFUSED = [
     *refused_models.OPERATIONS,
