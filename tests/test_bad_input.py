@@ -372,7 +372,6 @@ def wrapped_inside() -> dict[str, Any]:
     compiled: Any = torch.compile(nn.Linear(6, 4))
     return {
         "DataParallel": nn.Sequential(nn.DataParallel(nn.Linear(6, 4))),
-        "ScriptModule": nn.Sequential(torch.jit.script(nn.Linear(6, 4))),
         "Accelerate": prepared,
         "exported program itself": torch.export.unflatten(program),
         "compiled": nn.Sequential(compiled),

@@ -52,6 +52,12 @@ def refuse_wrapped(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: It is scripted, compiled or wrapped for parallel training.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError(
+            f"a model of class {type(model).__name__}",
+            "TorchScript keeps the forward pass alone",
+            "Give the module that it was made from",
+        )
     found = next(((name, *why) for name, m in model.named_modules() if (why := _wrapping(m))), None)
     if found is not None:
         name, reason, remedy = found
@@ -66,8 +72,6 @@ def refuse_wrapped(model: nn.Module) -> None:
 def _wrapping(module: nn.Module) -> tuple[str, str] | None:
     """Say why what goes on calling the original can't be copied, and what to give instead."""
     classes = {t.__name__ for t in type(module).__mro__}
-    if isinstance(module, torch.jit.ScriptModule):
-        return "TorchScript keeps the forward pass alone", "Give the module that it was made from"
     if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return (
             "it holds on to the layers that it was made with",
@@ -76,7 +80,7 @@ def _wrapping(module: nn.Module) -> tuple[str, str] | None:
     if classes & {"FSDPModule", "FullyShardedDataParallel"}:
         return (
             "its parameters are sharded by hooks that hold on to it",
-            "Give the model as it was before it was sharded, and shard the result",
+            "Give the model as it was before fully_shard, and shard the result",
         )
     if _is_compiled(module):
         return (
