@@ -1,16 +1,21 @@
 """Kernels for `onnx.reference` that compute in the dtype of what they read.
 
 The stock Erf rounds to float32, in which central differences drown; the stock LayerNormalization
-knows one `stash_type`; BatchNormalization before opset 14 takes inference for training.
+knows one `stash_type`; BatchNormalization before opset 14 takes inference for training; Conv is
+slow, and PyTorch's in float64 stands in for it; NonMaxSuppression takes no scalars.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops import op_non_max_suppression
+from torch.nn import functional
 
 __all__ = ["KERNELS"]
 
@@ -88,5 +93,62 @@ class BatchNormalization(OpRun):
         return tuple(results[:outputs])
 
 
-KERNELS: list[type[OpRun]] = [Erf, LayerNormalization, BatchNormalization]
+class Conv(OpRun):
+    """A convolution of any number of dimensions, by PyTorch."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: Array,
+        weight: Array,
+        bias: Array | None = None,
+        auto_pad: str | None = None,
+        dilations: Sequence[int] | None = None,
+        group: int | None = None,
+        kernel_shape: Sequence[int] | None = None,
+        pads: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+    ) -> tuple[Array]:
+        dims = x.ndim - 2
+        strides, dilations = (list(given or [1] * dims) for given in (strides, dilations))
+        before, after = np.asarray(pads or [0] * 2 * dims).reshape(2, dims)
+        if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+            extent = (np.asarray(weight.shape[2:]) - 1) * dilations + 1
+            size = np.asarray(x.shape[2:])
+            total = np.maximum((-(-size // strides) - 1) * strides + extent - size, 0)
+            less, more = total // 2, total - total // 2
+            before, after = (less, more) if auto_pad == "SAME_UPPER" else (more, less)
+        sides = [(0, 0), (0, 0), *zip(before, after, strict=True)]
+        padded, kernel = (torch.from_numpy(np.array(v)) for v in (np.pad(x, sides), weight))
+        if bias is not None and bias.ndim > 1 and not bias.any():
+            bias = None  # torch.onnx gives a Conv3d without a bias zeros of shape (out, 2)
+        added = None if bias is None else torch.from_numpy(np.array(bias))
+        convolution = (functional.conv1d, functional.conv2d, functional.conv3d)[dims - 1]
+        result = convolution(padded, kernel, added, strides, 0, dilations, group or 1)
+        return (result.numpy(),)
+
+
+class NonMaxSuppression(op_non_max_suppression.NonMaxSuppression):  # type: ignore[misc]
+    """The stock one, with limits that are scalars or left out."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        boxes: Array,
+        scores: Array,
+        most: Array | None = None,
+        overlap: Array | None = None,
+        least: Array | None = None,
+        center_point_box: int | None = None,
+    ) -> tuple[Array]:
+        limits = [np.zeros(1, np.int64) if most is None else most]
+        limits += [np.zeros(1) if overlap is None else overlap]
+        limits += [np.full(1, -np.inf) if least is None else least]
+        limits = [np.reshape(limit, -1) for limit in limits]
+        return super()._run(boxes, scores, *limits, center_point_box=center_point_box or 0)
+
+
+KERNELS: list[type[OpRun]] = [Erf, LayerNormalization, BatchNormalization, Conv, NonMaxSuppression]
 """What takes the place of the stock kernels."""
