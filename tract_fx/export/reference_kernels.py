@@ -129,7 +129,7 @@ class Conv(OpRun):
         return (result.numpy(),)
 
 
-class NonMaxSuppression(op_non_max_suppression.NonMaxSuppression):  # type: ignore[misc]
+class NonMaxSuppression(op_non_max_suppression.NonMaxSuppression):
     """The stock one, with limits that are scalars or left out."""
 
     op_domain = ""
@@ -142,12 +142,15 @@ class NonMaxSuppression(op_non_max_suppression.NonMaxSuppression):  # type: igno
         overlap: Array | None = None,
         least: Array | None = None,
         center_point_box: int | None = None,
-    ) -> tuple[Array]:
-        limits = [np.zeros(1, np.int64) if most is None else most]
-        limits += [np.zeros(1) if overlap is None else overlap]
-        limits += [np.full(1, -np.inf) if least is None else least]
-        limits = [np.reshape(limit, -1) for limit in limits]
-        return super()._run(boxes, scores, *limits, center_point_box=center_point_box or 0)
+    ) -> Any:
+        given = (most, overlap, least)
+        left_out = (np.zeros(1, np.int64), np.zeros(1), np.full(1, -np.inf))
+        limits = [
+            default if limit is None else limit.reshape(-1)
+            for limit, default in zip(given, left_out, strict=True)
+        ]
+        stock: Any = super()._run
+        return stock(boxes, scores, *limits, center_point_box or 0)
 
 
 KERNELS: list[type[OpRun]] = [Erf, LayerNormalization, BatchNormalization, Conv, NonMaxSuppression]
