@@ -179,6 +179,7 @@ def _release_branches(node: ir.Node) -> None:
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
             for inner in attribute.as_graph():
+                _release_branches(inner)
                 for index in range(len(inner.inputs)):
                     inner.replace_input_with(index, None)
 

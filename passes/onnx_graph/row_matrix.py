@@ -58,6 +58,7 @@ def unfold(
     sizes: CallSizes,
     kernel: tuple[int, ...],
     changed: Mapping[str, Sequence[int]] | None = None,
+    image: ir.Value | None = None,
 ) -> ir.Value:
     """Write a Conv that gives every input entry under a kernel a channel of its own.
 
@@ -66,6 +67,7 @@ def unfold(
         sizes: A convolution.
         kernel: Size of the kernel, in place of the convolution's own.
         changed: Attributes in place of the convolution's own.
+        image: What is unfolded, in float32; None for the convolution's input.
 
     Returns:
         (N, C · kernel elements, *positions), the channels in the weight's order.
@@ -84,7 +86,7 @@ def unfold(
         attributes[name] = ir.AttrInt64s(name, values)
     attributes["group"] = ir.AttrInt64("group", sizes.channels)
     attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", kernel)
-    x = cast(write, sizes.call.input, ir.DataType.FLOAT)
+    x = cast(write, sizes.call.input, ir.DataType.FLOAT) if image is None else image
     return write.op("Conv", [x, kernels], "patches", attributes)
 
 

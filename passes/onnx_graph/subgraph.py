@@ -6,12 +6,17 @@ Two forms of one definition (arXiv 2410.23970, section 3):
 - by rows, for R < n: gW (XᵀX/R + λI)⁻¹ = dzᵀ (XXᵀ/R + λI)⁻¹ X, with dz the gradient of the
   pre-activations. The R × R matrix is better conditioned there: XᵀX has n - R zero eigenvalues.
 
-Which form runs is decided here where the number of rows is known, else by an If at run time.
+Which form runs is decided here where the number of rows is known, else by an If at run time. Inside
+another If goes over to float64 where the input is not standardised (images in [0, 255]) and float32
+has too few digits for XᵀX: by the input's mean square, as the pass does in PyTorch on a CPU. All
+NaN says that float64 has too few as well.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,9 +28,15 @@ from tract_fx.passes.onnx_graph.gram_forms import choose_gram_form
 from tract_fx.passes.onnx_graph.row_matrix import cast, row_matrix
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient
+from tract_fx.passes.onnx_graph.wide_gram import in_float64, write_wide_gram
 from tract_fx.passes.onnx_graph.writer import NodeWriter
+from tract_fx.preconditioner.solve import MAX_FLOAT32_AMPLIFICATION
 
 __all__ = ["write_tract"]
+
+
+Branch = Callable[[NodeWriter], ir.Value]
+Form = Callable[[NodeWriter, CallSizes, WeightGradient, ir.Value, ir.Value, bool], ir.Value]
 
 
 def write_tract(
@@ -45,12 +56,53 @@ def write_tract(
     sizes = CallSizes.of(gradient.call, weight_shape)
     rows = _known_rows(gradient, sizes)
     if rows is None:
-        result = _either_form(write, sizes, gradient, lambda_)
+        count, fewer = _count_rows(write, sizes, gradient)
     else:
-        form = _by_columns if rows >= sizes.columns else _by_rows
         count = write.constant(np.asarray(max(rows, 1), np.float32), "rows")
-        result = form(write, sizes, gradient, lambda_, count)
+    amplification = _amplification(write, sizes, lambda_)
+    coarse = _exceeds(write, amplification, np.float32)
+
+    def by(form: Form) -> Branch:
+        def narrow(inner: NodeWriter) -> ir.Value:
+            return form(inner, sizes, gradient, lambda_, count, False)
+
+        def wide(inner: NodeWriter) -> ir.Value:
+            result = form(inner, sizes, gradient, lambda_, count, True)
+            result = inner.op("Cast", [result], "narrow", {"to": int(ir.DataType.FLOAT)})
+            nan = inner.constant(np.asarray(np.nan, np.float32), "nan")
+            beyond = _exceeds(inner, amplification, np.float64)
+            return inner.op("Where", [beyond, nan, result], "guarded")
+
+        return lambda inner: _choose(
+            inner, sizes, coarse, "float64_or_float32", {"in_float64": wide, "in_float32": narrow}
+        )
+
+    if rows is None:
+        forms = {"by_rows": by(_by_rows), "by_columns": by(_by_columns)}
+        result = _choose(write, sizes, fewer, "by_rows_or_columns", forms)
+    else:
+        result = by(_by_columns if rows >= sizes.columns else _by_rows)(write)
     return cast(write, result, gradient.term.dtype)
+
+
+def _choose(
+    write: NodeWriter,
+    sizes: CallSizes,
+    condition: ir.Value,
+    name: str,
+    branches: dict[str, Branch],
+) -> ir.Value:
+    """Write an If between two ways to compute the gradient, in float32, the first where true."""
+    attributes = {}
+    for branch, (prefix, compute) in zip(
+        ("then_branch", "else_branch"), branches.items(), strict=True
+    ):
+        inner = write.branch(prefix)
+        output = compute(inner)
+        output.shape, output.type = ir.Shape(sizes.weight_shape), ir.TensorType(ir.DataType.FLOAT)
+        graph = ir.Graph([], [output], nodes=list(inner.nodes), name=branch)
+        attributes[branch] = ir.AttrGraph(branch, graph)
+    return write.op("If", [condition], name, attributes)
 
 
 def _known_rows(gradient: WeightGradient, sizes: CallSizes) -> int | None:
@@ -61,25 +113,36 @@ def _known_rows(gradient: WeightGradient, sizes: CallSizes) -> int | None:
     return None
 
 
-def _either_form(
-    write: NodeWriter, sizes: CallSizes, gradient: WeightGradient, lambda_: ir.Value
-) -> ir.Value:
-    """Both forms, and an If between them."""
+def _count_rows(
+    write: NodeWriter, sizes: CallSizes, gradient: WeightGradient
+) -> tuple[ir.Value, ir.Value]:
+    """R in float32, and whether it is less than n."""
     shape = write.op("Shape", [gradient.output_gradient], "output_shape")
     size = write.op("ReduceProd", [shape], "size", {"keepdims": 0})
     outputs = write.constant(np.asarray(sizes.outputs, np.int64), "outputs")
     rows = write.op("Div", [size, outputs], "row_count")
     count = write.op("Cast", [rows], "rows", {"to": int(ir.DataType.FLOAT)})
     columns = write.constant(np.asarray(sizes.columns, np.int64), "columns")
-    branches = {}
-    for name, form in (("then_branch", _by_rows), ("else_branch", _by_columns)):
-        inner = write.branch("by_rows" if form is _by_rows else "by_columns")
-        output = form(inner, sizes, gradient, lambda_, count)
-        output.shape, output.type = ir.Shape(sizes.weight_shape), ir.TensorType(ir.DataType.FLOAT)
-        graph = ir.Graph([], [output], nodes=list(inner.nodes), name=name)
-        branches[name] = ir.AttrGraph(name, graph)
-    fewer = write.op("Less", [rows, columns], "fewer_rows_than_columns")
-    return write.op("If", [fewer], "by_rows_or_columns", branches)
+    return count, write.op("Less", [rows, columns], "fewer_rows_than_columns")
+
+
+def _amplification(write: NodeWriter, sizes: CallSizes, lambda_: ir.Value) -> ir.Value:
+    """About trace(XᵀX/R) / λ: what the solve makes of a rounding error in the Gram."""
+    x = cast(write, sizes.call.input, ir.DataType.FLOAT)
+    squares = write.op("ReduceSumSquare", [x], "input_squares", {"keepdims": 0})
+    elements = write.op("Size", [x], "input_size")
+    count = write.op("Cast", [elements], "input_elements", {"to": int(ir.DataType.FLOAT)})
+    mean_square = write.op("Div", [squares, count], "mean_square")
+    columns = write.constant(np.asarray(sizes.columns, np.float32), "column_count")
+    trace = write.op("Mul", [mean_square, columns], "trace")
+    return write.op("Div", [trace, lambda_], "amplification")
+
+
+def _exceeds(write: NodeWriter, amplification: ir.Value, dtype: type[np.floating[Any]]) -> ir.Value:
+    """Whether a dtype has too few digits for it."""
+    most = MAX_FLOAT32_AMPLIFICATION / float(np.finfo(dtype).eps)
+    limit = write.constant(np.asarray(most, np.float32), "largest_amplification")
+    return write.op("Greater", [amplification, limit], f"is_beyond_{dtype.__name__}")
 
 
 def _by_columns(
@@ -88,6 +151,7 @@ def _by_columns(
     gradient: WeightGradient,
     lambda_: ir.Value,
     count: ir.Value,
+    wide: bool,
 ) -> ir.Value:
     """gW (XᵀX/R + λI)⁻¹ by the n × n matrix."""
     index = np.arange(sizes.columns, dtype=np.int64)
@@ -96,19 +160,21 @@ def _by_columns(
         [write.constant(index[:, None], "row_index"), write.constant(index[None], "column_index")],
         "diagonal",
     )
-    inverse = _regularised_inverse(
-        write, write_gram(write, sizes, choose_gram_form(sizes)), count, diagonal, lambda_
-    )
-    term = cast(write, gradient.term, ir.DataType.FLOAT)
+    if wide:
+        gram = write_wide_gram(write, sizes)
+    else:
+        gram = write_gram(write, sizes, choose_gram_form(sizes))
+    inverse = _regularised_inverse(write, gram, count, diagonal, lambda_, wide)
+    term = _in_precision(write, gradient.term, wide)
     if sizes.call.layout is Layout.IN_OUT:
-        return write.op("MatMul", [inverse, term], "gradient")
+        return _product(write, inverse, term, "gradient", wide)
     if not sizes.kernel:
-        return write.op("MatMul", [term, inverse], "gradient")
+        return _product(write, term, inverse, "gradient", wide)
     shape = [sizes.outputs // sizes.groups, sizes.columns]
     if sizes.groups > 1:
         shape.insert(0, sizes.groups)
     term = write.op("Reshape", [term, write.integers(shape, "matrix_shape")], "plain_matrix")
-    product = write.op("MatMul", [term, inverse], "product")
+    product = _product(write, term, inverse, "product", wide)
     target = write.integers(sizes.weight_shape, "weight_shape")
     return write.op("Reshape", [product, target], "gradient")
 
@@ -119,10 +185,11 @@ def _by_rows(
     gradient: WeightGradient,
     lambda_: ir.Value,
     count: ir.Value,
+    wide: bool,
 ) -> ir.Value:
     """Compute dzᵀ (XXᵀ/R + λI)⁻¹ X by the R × R matrix; (groups, …) before all three."""
     x = row_matrix(write, sizes)
-    dz = cast(write, gradient.output_gradient, ir.DataType.FLOAT)
+    dz = _in_precision(write, gradient.output_gradient, wide)
     if sizes.kernel:
         split = [0, sizes.groups, sizes.outputs // sizes.groups, -1]
         dz = write.op("Reshape", [dz, write.integers(split, "output_split")], "output_gradient")
@@ -133,17 +200,34 @@ def _by_rows(
         flat = write.integers([-1, sizes.outputs], "output_shape")
         dz = write.op("Reshape", [dz, flat], "output_gradient")
         dz = write.op("Transpose", [dz], "dz_transposed", {"perm": [1, 0]})
-    kernel = write.microsoft("FusedMatMul", [x, x], "row_gram", {"transB": 1})
-    inverse = _regularised_inverse(write, kernel, count, _row_diagonal(write, kernel), lambda_)
-    product = write.op("MatMul", [write.op("MatMul", [dz, inverse], "solved"), x], "product")
+    if wide:
+        x = in_float64(write, x)
+        kernel = write.op("Einsum", [x, x], "row_gram", {"equation": "...ri,...si->...rs"})
+    else:
+        kernel = write.microsoft("FusedMatMul", [x, x], "row_gram", {"transB": 1})
+    diagonal = _row_diagonal(write, kernel)
+    inverse = _regularised_inverse(write, kernel, count, diagonal, lambda_, wide)
+    solved = _product(write, dz, inverse, "solved", wide)
+    product = _product(write, solved, x, "product", wide)
     alpha = sizes.call.node.attributes.get_float("alpha", 1.0) if not sizes.kernel else 1.0
     if alpha != 1.0:
-        scale = write.constant(np.asarray(alpha, np.float32), "alpha")
+        scale = write.constant(np.asarray(alpha, np.float64 if wide else np.float32), "alpha")
         product = write.op("Mul", [product, scale], "scaled")
     if sizes.call.layout is Layout.IN_OUT:
         return write.op("Transpose", [product], "gradient", {"perm": [1, 0]})
     target = write.integers(sizes.weight_shape, "weight_shape")
     return write.op("Reshape", [product, target], "gradient")
+
+
+def _product(write: NodeWriter, left: ir.Value, right: ir.Value, name: str, wide: bool) -> ir.Value:
+    if not wide:
+        return write.op("MatMul", [left, right], name)
+    # Of MatMul and a Transpose ONNX Runtime makes a FusedMatMul, which has no float64 on the CPU.
+    return write.op("Einsum", [left, right], name, {"equation": "...ij,...jk->...ik"})
+
+
+def _in_precision(write: NodeWriter, value: ir.Value, wide: bool) -> ir.Value:
+    return in_float64(write, value) if wide else cast(write, value, ir.DataType.FLOAT)
 
 
 def _row_diagonal(write: NodeWriter, square: ir.Value) -> ir.Value:
@@ -160,11 +244,17 @@ def _row_diagonal(write: NodeWriter, square: ir.Value) -> ir.Value:
 
 
 def _regularised_inverse(
-    write: NodeWriter, gram: ir.Value, count: ir.Value, diagonal: ir.Value, lambda_: ir.Value
+    write: NodeWriter,
+    gram: ir.Value,
+    count: ir.Value,
+    diagonal: ir.Value,
+    lambda_: ir.Value,
+    wide: bool,
 ) -> ir.Value:
     """(gram/R + λI)⁻¹; all NaN for a matrix that holds an infinity."""
+    count, lambda_ = (_in_precision(write, value, wide) for value in (count, lambda_))
     mean = write.op("Div", [gram, count], "mean_gram")
-    zero = write.constant(np.asarray(0, np.float32), "zero")
+    zero = write.constant(np.asarray(0, np.float64 if wide else np.float32), "zero")
     ridge = write.op("Where", [diagonal, lambda_, zero], "ridge")
     matrix = write.op("Add", [mean, ridge], "regularised")
     inverse = write.microsoft("Inverse", [matrix], "unguarded_inverse")

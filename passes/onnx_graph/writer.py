@@ -28,6 +28,11 @@ class NodeWriter:
         self._taken: set[str] = set()
 
     @property
+    def prefix(self) -> str:
+        """What the names begin with."""
+        return self._prefix
+
+    @property
     def nodes(self) -> Sequence[ir.Node]:
         """The nodes, in the order in which they were written."""
         return self._tape.nodes

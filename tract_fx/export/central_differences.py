@@ -158,9 +158,13 @@ def _slope(at_step: Callable[[float], float], found: float, scale: float, step: 
         return slope
     wider = _COARSER * step
     other = (at_step(wider) - at_step(-wider)) / (2 * wider)
-    # A smooth loss bends by the less the smaller the step is, one with a kink right here does not.
-    bend = abs((at_step(step) - at_step(0.0)) + (at_step(-step) - at_step(0.0))) / step
-    return replace(slope, doubt=abs(centred - other) + bend)
+
+    def bend(width: float) -> float:
+        return ((at_step(width) - at_step(0.0)) + (at_step(-width) - at_step(0.0))) / width
+
+    # A smooth loss bends in proportion to the step, one with a kink right here by a constant more.
+    kink = abs(_COARSER * bend(step) - bend(wider)) / (_COARSER - 1)
+    return replace(slope, doubt=abs(centred - other) + kink)
 
 
 def wide(array: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,9 +14,10 @@ import onnx_ir as ir
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from tract_fx.errors import InvalidBatchError, UnsupportedTrainingError
+from tract_fx.errors import InvalidBatchError, TractWarning, UnsupportedTrainingError
 from tract_fx.export.batch_dimension import fixed_batch, name_batch, open_batch
 from tract_fx.export.losses import Loss
+from tract_fx.export.made_up import are_pixels, made_up_numbers
 from tract_fx.export.ml_operators import read_with_scores
 from tract_fx.export.model_outputs import default_output, logits_of
 from tract_fx.export.onnx_model import read_forward, read_model
@@ -243,7 +245,7 @@ def _array(value: Any) -> np.ndarray:
 
 
 def _made_up(inputs: Sequence[ir.Value]) -> dict[str, np.ndarray]:
-    """Make an example batch: noise for floating inputs, zeros for others.
+    """Make an example batch, and say what of it the graph does not tell.
 
     Args:
         inputs: The model's inputs.
@@ -266,6 +268,14 @@ def _made_up(inputs: Sequence[ir.Value]) -> dict[str, np.ndarray]:
             )
         shape = [size if isinstance(size, int) else EXAMPLES for size in sizes]
         dtype = (value.dtype or ir.DataType.FLOAT).numpy()
-        noise = generator.standard_normal(shape)
-        feeds[str(value.name)] = np.asarray(noise if dtype.kind == "f" else 0 * noise, dtype)
+        numbers, kind = made_up_numbers(dtype, shape, generator, pixels=are_pixels(value))
+        feeds[str(value.name)] = numbers
+        if dtype.kind != "f":
+            warnings.warn(
+                TractWarning(
+                    f"no example inputs: the export is checked with {value.name!r} as {kind}. If "
+                    "yours are others, give example inputs"
+                ),
+                stacklevel=2,
+            )
     return feeds

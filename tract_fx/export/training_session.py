@@ -85,7 +85,11 @@ class TrainingSession:
             for name in self._inputs
             if name.endswith(BUFFER)
         }
-        return float(values[self._loss]), gradients, {name: values[name] for name in self._also}
+        return (
+            float(values[self._loss]),
+            gradients,
+            {n: values[n] for n in self._also if n in values},
+        )
 
 
 def _can_not_run(error: Exception) -> ExportError:

@@ -51,7 +51,8 @@ def verify_graphs(source: Source, chosen: ChosenLoss, graphs: Graphs) -> None:
         ExportError: They differ by more than rounding, or nothing can compute the model in float64.
     """  # noqa: DOC502 (raised by what it calls)
     feeds = {**source.feeds, **chosen.targets}
-    verify_tract(graphs.training, source.graphs.layers, feeds, graphs.initial)
+    layers = [layer for layer in source.graphs.layers if layer.name not in graphs.idle]
+    verify_tract(graphs.training, layers, feeds, graphs.initial)
     training = _without_dropout(source, chosen, graphs)
     found = Gradients(*TrainingSession(training).run(feeds, graphs.initial)[:2])
     treated = {weight for record in source.graphs.layers for weight in record.weight}

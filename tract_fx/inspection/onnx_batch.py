@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tract_fx.errors import InvalidBatchError
+from tract_fx.export.made_up import made_up_numbers
 from tract_fx.export.manifest import TensorSpec
 from tract_fx.inspection.onnx_subject import OnnxSubject
 from tract_fx.passes.onnx_graph.values import static_shape
@@ -109,13 +110,11 @@ def _shape(
 
 
 def _noise(spec: TensorSpec, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
-    """Standard normal numbers, and labels of all classes where their number is known."""
+    """Made-up numbers, and labels of all classes where their number is known."""
     dtype = np.dtype(spec.dtype)
-    if np.issubdtype(dtype, np.floating):
-        return generator.standard_normal(shape).astype(dtype)
-    if spec.classes is not None:
+    if spec.classes is not None and dtype.kind in "iu":
         return generator.integers(spec.classes, size=shape).astype(dtype)
-    return np.zeros(shape, dtype)
+    return made_up_numbers(dtype, shape, generator)[0]
 
 
 def _random_parameters(

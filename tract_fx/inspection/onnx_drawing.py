@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import onnx_ir as ir
 
 from tract_fx.inspection.onnx_calls import TreatedCall
-from tract_fx.inspection.onnx_layers import Form, before, branch_of, forms_of
+from tract_fx.inspection.onnx_layers import Form, before, forms_of
 from tract_fx.inspection.records import ViewNode
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.parameters import is_training_graph
@@ -117,18 +117,17 @@ class Drawing:
     def _add_operators(self, call: TreatedCall, chosen: Form | None) -> None:
         """Draw the form that ran, or each with the If between them."""
         forms = forms_of(call) if chosen is None else (chosen,)
-        ends = [branch_of(call, form) for form in forms]
         self._inputs(v for node in call.nodes for v in operands(node) if _is_lambda(v))
-        for form, end in zip(forms, ends, strict=True):
-            for stage, nodes in _stages(form, end).items():
+        for form in forms:
+            for stage, nodes in _stages(form).items():
                 for node in nodes:
                     self._add_operator(node, stage)
-        choice = call.result.producer()
-        if len(ends) == 1 or choice is None:
-            self._drawn[call.result] = self._drawn[ends[0]]
+        if len(forms) == 1:
+            self._drawn[call.result] = self._drawn[forms[0].end]
             return
-        inputs = self._inputs([*ends, *(v for v in choice.inputs if v is not None)])
-        self._put("If", "tract", inputs, choice.outputs, "backward")
+        conditions = {node.inputs[0]: None for form in forms for node, _ in form.choices}
+        read = [*(form.end for form in forms), *(v for v in conditions if v is not None)]
+        self._put("If", "tract", self._inputs(read), (call.result,), "backward")
 
     def _add_operator(self, node: ir.Node, stage: str) -> None:
         inputs = self._inputs(operands(node))
@@ -200,9 +199,9 @@ class Drawing:
         return self._sizes.get(str(size.value), "?" if size.value is None else size.value)
 
 
-def _stages(form: Form, end: ir.Value) -> dict[str, list[ir.Node]]:
+def _stages(form: Form) -> dict[str, list[ir.Node]]:
     """Sort a form's nodes: each stage reads what those in front of it have made."""
-    last = end.producer()
+    last = form.end.producer()
     assert last is not None
     inverses = [node for node in form.nodes if node.op_type == "Inverse"]
     grams = {node for inverse in inverses for node in before(inverse, form.nodes)}

@@ -23,7 +23,7 @@ __all__ = [
     "Form",
     "before",
     "chosen_form",
-    "condition_of",
+    "conditions_of",
     "forms_of",
     "onnx_calls",
     "onnx_layer_reports",
@@ -31,6 +31,8 @@ __all__ = [
 
 _TRACE = "pkg.torch.onnx.stack_trace"
 """Where torch's exporter notes the line that a node comes from."""
+
+_PRODUCTS = frozenset({"Einsum", "FusedMatMul", "Gemm"})
 
 BRANCHES = {True: "then_branch", False: "else_branch"}
 
@@ -41,11 +43,25 @@ class Form:
 
     Attributes:
         nodes: Its nodes, in the order in which they run, those around the branches included.
-        when: The value of the If's condition under which it runs; None where there is no If.
+        end: What it computes: TrAct's result, or its branch's output where an If chooses it.
+        choices: The Ifs on the way to it, the outer ones first, each with the value of its
+            condition under which the form runs.
     """
 
     nodes: tuple[ir.Node, ...]
-    when: bool | None
+    end: ir.Value
+    choices: tuple[tuple[ir.Node, bool], ...] = ()
+
+    @property
+    def conditions(self) -> dict[str, bool]:
+        """What the Ifs' conditions are, by name, where this form runs."""
+        return {str(node.inputs[0].name): when for node, when in self.choices if node.inputs[0]}
+
+    @property
+    def in_float64(self) -> bool:
+        """Whether it computes in float64."""
+        casts = (node for node in self.nodes if is_standard(node, "Cast"))
+        return any(node.attributes.get_int("to") == ir.DataType.DOUBLE for node in casts)
 
 
 def onnx_calls(located: LocatedOnnx) -> LayerCalls:
@@ -74,7 +90,7 @@ def onnx_layer_reports(
         calls: The calls.
         treated: The nodes of those with TrAct.
         observed: What they read on a batch; empty where nothing was run.
-        values: What the conditions of `condition_of` were in that run, by name.
+        values: What the conditions of `conditions_of` were in that run, by name.
 
     Returns:
         A record per call: those with TrAct first, each kind in graph order.
@@ -106,45 +122,34 @@ def forms_of(call: TreatedCall) -> tuple[Form, ...]:
         call: The call.
 
     Returns:
-        One form, or one per branch of an If.
+        One form, or one per branch of an If, and of the Ifs in it.
     """
-    choice = _choice(call)
+    return _forms(Form(call.nodes, call.result))
+
+
+def _forms(form: Form) -> tuple[Form, ...]:
+    choice = next((node for node in form.nodes if is_standard(node, "If")), None)
     if choice is None:
-        return (Form(call.nodes, None),)
-    around = tuple(node for node in call.nodes if node is not choice)
-    return tuple(
-        Form((*around, *choice.attributes[branch].as_graph()), when)
-        for when, branch in BRANCHES.items()
-    )
+        return (form,)
+    around = tuple(node for node in form.nodes if node is not choice)
+    found: list[Form] = []
+    for when, branch in BRANCHES.items():
+        graph = choice.attributes[branch].as_graph()
+        choices = (*form.choices, (choice, when))
+        found += _forms(Form((*around, *graph), graph.outputs[0], choices))
+    return tuple(found)
 
 
-def branch_of(call: TreatedCall, form: Form) -> ir.Value:
-    """Give what a form ends in.
-
-    Args:
-        call: The call.
-        form: One of its forms.
-
-    Returns:
-        The output of the form's branch; TrAct's result where there is no If.
-    """
-    choice = _choice(call)
-    if choice is None or form.when is None:
-        return call.result
-    return choice.attributes[BRANCHES[form.when]].as_graph().outputs[0]
-
-
-def condition_of(call: TreatedCall) -> str | None:
-    """Name the value by which the graph chooses the form.
+def conditions_of(call: TreatedCall) -> tuple[str, ...]:
+    """Name the values by which the graph chooses the form.
 
     Args:
         call: The call.
 
     Returns:
-        The name of a value of one boolean, None where there is one form.
+        The names of values of one boolean each, none where there is one form.
     """
-    choice = _choice(call)
-    return None if choice is None or choice.inputs[0] is None else str(choice.inputs[0].name)
+    return tuple(dict.fromkeys(name for form in forms_of(call) for name in form.conditions))
 
 
 def chosen_form(call: TreatedCall, values: Mapping[str, np.ndarray]) -> Form | None:
@@ -152,33 +157,28 @@ def chosen_form(call: TreatedCall, values: Mapping[str, np.ndarray]) -> Form | N
 
     Args:
         call: The call.
-        values: The condition's value in that run, by its name.
+        values: The conditions' values in that run, by their names.
 
     Returns:
         The form, None where the graph has several and did not run.
     """
-    forms, condition = forms_of(call), condition_of(call)
-    if condition is None:
-        return forms[0]
-    if condition not in values:
-        return None
-    return next(form for form in forms if form.when == bool(values[condition].item()))
-
-
-def _choice(call: TreatedCall) -> ir.Node | None:
-    return next((node for node in call.nodes if is_standard(node, "If")), None)
+    known = {name: bool(values[name].item()) for name in conditions_of(call) if name in values}
+    return next((f for f in forms_of(call) if f.conditions.items() <= known.items()), None)
 
 
 def _in_words(call: TreatedCall, chosen: Form | None) -> tuple[str, str]:
     """The form, and how the Gram is computed."""
     forms = forms_of(call)
-    if len(forms) == 1:
-        return _system(call, forms[0]), _gram(forms[0])
+    systems = list(dict.fromkeys(_system(call, form) for form in forms if not form.in_float64))
+    by_size = len(systems) > 1
     if chosen is not None:
-        return f"{_system(call, chosen)}; an If chooses it by the batch's size", _gram(chosen)
-    both = [_system(call, form) for form in forms]
-    grams = dict.fromkeys(_gram(form) for form in forms)
-    return f"by the batch's size (If): {both[0]}, or {both[1]}", "; or ".join(grams)
+        by = "; an If chooses it by the batch's size" if by_size else ""
+        return f"{_system(call, chosen)}{by}", _gram(chosen)
+    words = f"by the batch's size (If): {', or '.join(systems)}" if by_size else "".join(systems)
+    if any(form.in_float64 for form in forms):
+        words += "; in float64 where the input is not standardised (If)"
+    grams = dict.fromkeys(_gram(form) for form in forms if not form.in_float64)
+    return words, "; or ".join(grams)
 
 
 def _system(call: TreatedCall, form: Form) -> str:
@@ -191,7 +191,7 @@ def _system(call: TreatedCall, form: Form) -> str:
     if not inverses:
         return f"no Inverse, on the {on}"
     matrix = "XXᵀ (R × R)" if on == "output's gradient" else "the Gram (n × n)"
-    return f"Inverse of {matrix}, on the {on}"
+    return f"Inverse of {matrix}{' in float64' if form.in_float64 else ''}, on the {on}"
 
 
 def _gram(form: Form) -> str:
@@ -199,7 +199,7 @@ def _gram(form: Form) -> str:
     inverse = next((node for node in form.nodes if node.op_type == "Inverse"), None)
     if inverse is None:
         return ""
-    nodes = before(inverse, form.nodes)
+    nodes = _with_inner(before(inverse, form.nodes))
     ops = [node.op_type for node in nodes]
     convolutions = [node for node in nodes if is_standard(node, "Conv")]
     transposes = [n for n in nodes if is_standard(n, "Transpose") and n.attributes.get("perm")]
@@ -210,10 +210,25 @@ def _gram(form: Form) -> str:
     else:
         rows = "rows by Reshape" if "Reshape" in ops else "rows as they are"
     # A MatMul is of the products' sums: the products themselves are Gemm or FusedMatMul.
-    products = Counter(op for op in ops if op in {"Gemm", "FusedMatMul"})
+    products = Counter(op for op in ops if op in _PRODUCTS)
     counted = (f"{count} {op}" if count > 1 else op for op, count in products.items())
     product = " and ".join(counted) or "no product"
-    return f"{rows}, {product}{' per image and ReduceSum' if 'ReduceSum' in ops else ''}"
+    if "Scan" in ops:
+        product += " per image, in a Scan"
+    elif "ReduceSum" in ops:
+        product += " per image and ReduceSum"
+    return f"{rows}, {product}"
+
+
+def _with_inner(nodes: Sequence[ir.Node]) -> list[ir.Node]:
+    """Put in front of each node those of the graphs in it."""
+    found: list[ir.Node] = []
+    for node in nodes:
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                found += _with_inner(list(attribute.as_graph()))
+        found.append(node)
+    return found
 
 
 def before(last: ir.Node, nodes: Sequence[ir.Node]) -> list[ir.Node]:

@@ -18,7 +18,7 @@ from tract_fx.export.gradient_builder import (
 from tract_fx.inspection.observed import ObservedCall
 from tract_fx.inspection.onnx_batch import OnnxBatch
 from tract_fx.inspection.onnx_calls import TreatedCall, observe_call
-from tract_fx.inspection.onnx_layers import BRANCHES, Form, condition_of
+from tract_fx.inspection.onnx_layers import BRANCHES, Form, conditions_of
 from tract_fx.passes.onnx_graph.repairs import random_operators
 from tract_fx.trainers.randomness import OWN_GENERATOR
 
@@ -84,7 +84,7 @@ def run_with_tract(
     """  # noqa: DOC502 (raised by what it calls)
     model, plain = _seeded(model), _seeded(plain)
     names = [name for call in treated for name in call.read]
-    names += [name for call in treated if (name := condition_of(call)) is not None]
+    names += [name for call in treated for name in conditions_of(call)]
     rewritten = run_gradients(model, batch, names)
     calls = tuple(observe_call(call, rewritten.values) for call in treated)
     draws = bool(random_operators(model))
@@ -193,7 +193,7 @@ def run_form(
         call: The call in it.
         values: The input, plain gradient and output gradient, by name.
         names: Names of the values to read.
-        form: The form to put in the place of the If, so that values in its branch can be read.
+        form: The form to put in the place of the Ifs, so that values in its branch can be read.
 
     Returns:
         The values.
@@ -203,8 +203,8 @@ def run_form(
     """  # noqa: DOC501, DOC502 (made by _failed)
     alone = model.clone()
     graph = alone.graph
-    if form is not None and form.when is not None:
-        _inline(graph, str(call.result.name), BRANCHES[form.when])
+    for choice, when in () if form is None else form.choices:
+        _inline(graph, str(choice.outputs[0].name), BRANCHES[when])
     known = {v.name: v for node in graph for v in node.outputs} | {v.name: v for v in graph.inputs}
     sources: list[tuple[ir.Value, np.ndarray]] = []
     for name in dict.fromkeys(str(v.name) for v in _outer(call)):

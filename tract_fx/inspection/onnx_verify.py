@@ -19,7 +19,7 @@ from tract_fx.inspection.onnx_calls import (
     observe_call,
     to_weight_layout,
 )
-from tract_fx.inspection.onnx_layers import condition_of
+from tract_fx.inspection.onnx_layers import chosen_form, forms_of
 from tract_fx.inspection.onnx_runs import (
     GraphRun,
     OnnxRuns,
@@ -36,6 +36,7 @@ from tract_fx.inspection.verify import (
 )
 from tract_fx.passes.onnx_graph.rewrite import PROVENANCE
 from tract_fx.passes.records import InputLayer
+from tract_fx.preconditioner.solve import MAX_FLOAT32_AMPLIFICATION
 
 __all__ = ["manifest_problems", "verify_runs", "wiring_problems"]
 
@@ -209,31 +210,55 @@ def _term_checks(runs: OnnxRuns) -> list[Check]:
 
 
 def _form_checks(runs: OnnxRuns) -> tuple[list[Check], list[str]]:
-    """Run the form that the graph keeps for batches of another size, apart from the graph."""
+    """Run the forms that the graph keeps for other batches, apart from the graph."""
     checks, notes = [], []
     for treated, call in zip(runs.treated, runs.calls, strict=True):
-        if condition_of(treated) is None:
-            continue
-        fewer, columns = call.row_count < call.columns, call.columns
-        values = _resized(treated, call, runs.rewritten.values)
-        if values is None:
-            if fewer:
-                form = f"The form of {treated.record.node} for {columns} rows and more"
-                notes.append(f"{form}, an inverse of that size, was not tried")
-            continue
-        other = observe_call(treated, values)
-        assert other.own_gradient is not None and other.incoming is not None
-        incoming = other.own_gradient.to(other.incoming.dtype)
-        values[str(treated.plain.name)] = from_weight_layout(treated.call, incoming)
-        name, error = f"TrAct on {treated.record.node} with {other.row_count} rows", math.nan
-        try:
-            results = run_form(runs.model, treated, values, [treated.term])
-            found = to_weight_layout(treated.call, results[treated.term])
-            error = _error(found, other.precondition(incoming))
-        except FailedRunError as failure:
-            notes.append(f"{name}: {failure.found}")
-        checks.append(Check(name, error, _TOLERANCE))
+        forms, read = forms_of(treated), runs.rewritten.values
+        ran = chosen_form(treated, read)
+        by_size = len({form.in_float64 for form in forms}) < len(forms)
+        resized = _resized(treated, call, read) if by_size else None
+        if by_size and resized is None and call.row_count < call.columns:
+            form = f"The form of {treated.record.node} for {call.columns} rows and more"
+            notes.append(f"{form}, an inverse of that size, was not tried")
+        batches = [] if resized is None else [(resized, "")]
+        if ran is not None and any(form.in_float64 for form in forms):
+            for values in (read, *(values for values, _ in batches)):
+                scaled = _rescaled(treated, call, values, up=not ran.in_float64)
+                if scaled is not None:
+                    words = "standardised" if ran.in_float64 else "not standardised"
+                    batches.append((scaled, f", {words}"))
+        for values, kind in batches:
+            other = observe_call(treated, values)
+            assert other.own_gradient is not None and other.incoming is not None
+            incoming = other.own_gradient.to(other.incoming.dtype)
+            values[str(treated.plain.name)] = from_weight_layout(treated.call, incoming)
+            name = f"TrAct on {treated.record.node} with {other.row_count} rows{kind}"
+            error = math.nan
+            try:
+                results = run_form(runs.model, treated, values, [treated.term])
+                found = to_weight_layout(treated.call, results[treated.term])
+                error = _error(found, other.precondition(incoming))
+            except FailedRunError as failure:
+                notes.append(f"{name}: {failure.found}")
+            checks.append(Check(name, error, _TOLERANCE))
     return checks, notes
+
+
+def _rescaled(
+    treated: TreatedCall, call: ObservedCall, values: Mapping[str, np.ndarray], *, up: bool
+) -> dict[str, np.ndarray] | None:
+    """Scale the input to where float32 is far too coarse, or good enough; None for all zero."""
+    name, lambda_ = str(treated.call.input.name), treated.record.lambda_
+    x = values[name]
+    mean_square = float(np.mean(np.square(x, dtype=np.float64))) if x.size else 0.0
+    assert lambda_ is not None
+    if not 0 < mean_square < math.inf:
+        return None
+    limit = MAX_FLOAT32_AMPLIFICATION / float(np.finfo(np.float32).eps)
+    wanted = limit * (1000 if up else 0.1) * lambda_ / call.columns
+    scaled = (x * math.sqrt(wanted / mean_square)).astype(x.dtype)
+    plain, dz = str(treated.plain.name), str(treated.output_gradient.name)
+    return {name: scaled, dz: values[dz], plain: values[plain]}
 
 
 def _resized(

@@ -67,7 +67,7 @@ class OnnxPictures:
         if not expanded or not self.treated:
             return Backward(short, None)
         several = any(len(forms_of(call)) > 1 for call in self.treated)
-        note = "The form for batches of another size is not shown" if several and chosen else ""
+        note = "The forms that other batches take are not shown" if several and chosen else ""
         title = "Forward and backward pass, TrAct's operators"
         drawing = Drawing(*self._source(), shapes, chosen)
         return Backward(short, self._view(title, drawing, 1, note))

@@ -18,11 +18,18 @@ from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.gram_matrix import gram
 from tract_fx.preconditioner.patches import patch_matrix
 
-__all__ = ["SolvePlan", "plan_solve", "precondition_by_plan", "precondition_weight_gradient"]
+__all__ = [
+    "MAX_FLOAT32_AMPLIFICATION",
+    "SolvePlan",
+    "plan_solve",
+    "precondition_by_plan",
+    "precondition_weight_gradient",
+]
 
 # The Gram in float32 carries an error of about eps·trace, which the solve magnifies by 1/λ. Past
 # this product (an input in [0, 255], say) a CPU computes Gram and factor in float64 at once.
-_MAX_FLOAT32_AMPLIFICATION = 1e-3
+MAX_FLOAT32_AMPLIFICATION = 1e-3
+"""Largest eps · trace(XᵀX/R) / λ for which the Gram and its factor stay in float32."""
 
 # Numbers that are read at a time to tell: of half precision, a copy of them is made.
 _PIECE_ELEMENTS = 1 << 22
@@ -234,7 +241,7 @@ def _float32_is_too_coarse(x: torch.Tensor, lambda_: float, geometry: PatchGeome
     norms = [float(torch.linalg.vector_norm(piece.float())) for piece in x.split(images)]
     mean_square = sum(norm**2 for norm in norms) / max(x.numel(), 1)
     amplification = torch.finfo(torch.float32).eps * mean_square * geometry.columns(x) / lambda_
-    return not amplification <= _MAX_FLOAT32_AMPLIFICATION  # also where it is NaN
+    return not amplification <= MAX_FLOAT32_AMPLIFICATION  # also where it is NaN
 
 
 def _row_space_solve(
