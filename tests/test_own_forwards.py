@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from oracle import relative_error
+from oracle import Spec, precondition, relative_error
 from own_forwards import EXACT, REFUSED, WithMask
 from reference import Net, assert_plain, assert_tract, built, images
 from tract_fx import (
@@ -221,3 +221,20 @@ def test_a_class_made_by_others_is_the_plain_layer() -> None:
     copied = copy.deepcopy(other)
     assert is_tract(copied) == {} and type(remove_tract(nn.Sequential(other))[0]) is nn.Conv2d
     assert is_tract(tract_module(nn.Sequential(other), layers="0")) == {"0": 0.1}
+
+
+def test_quantisation_aware_training_and_then_tract() -> None:
+    """The forward of PyTorch's layer for it multiplies with a weight that is rounded first."""
+    quantization = pytest.importorskip("torch.ao.quantization")
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(54, 4))
+    net.train().qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    plain, x = quantization.prepare_qat(net), images().float()
+    tract = tract_module(copy.deepcopy(plain), x)
+    assert is_tract(tract) == {"0": 0.1}
+    for model in (plain, tract):
+        model(x).square().sum().backward()
+    layer, weight = plain[0], tract[0].weight
+    assert not torch.equal(layer.weight_fake_quant(layer.weight), layer.weight)
+    wanted = precondition(Spec.of(layer), layer.weight.grad, x)
+    assert relative_error(weight.grad, wanted) < 1e-5
+    assert torch.equal(plain[3].weight.grad, tract[3].weight.grad)
