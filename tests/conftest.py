@@ -4,35 +4,57 @@ Tests that import ONNX Runtime Training themselves, not the way the library does
 another `torch.utils.checkpoint.checkpoint` to the tests after them.
 """
 
-import contextlib
-import functools
 import gc
-import importlib
+from collections.abc import Generator
 from typing import Any
+
+import pytest
 
 from tract_fx.errors import MissingRuntimeError
 from tract_fx.ort_training import runtime
 
-with contextlib.suppress(MissingRuntimeError):
+MISSING = ""
+try:
     runtime()
+except MissingRuntimeError as error:  # there is none for every Python
+    MISSING = error.found
 
 
-def read_translations_once() -> None:
-    """Keep the list of operator translations that PyTorch's exporter asks onnxscript for.
-
-    Every export asks three times, and each time all 500 translations are found in their source
-    files and parsed anew, and their signatures made: half the time of a small model's export. Both
-    are the same each time, and the exporter reads them only: of its own translations too, it makes
-    the signatures once.
-    """
-    with contextlib.suppress(ImportError, AttributeError):  # other versions: slower, no less tested
-        exporter: Any = importlib.import_module("torch.onnx._internal.exporter._registration")
-        apis, schemas = exporter.onnxscript_apis, exporter._schemas
-        apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
-        schemas.op_signature_from_function = functools.cache(schemas.op_signature_from_function)
+def is_for_want_of_it(error: BaseException | None) -> bool:
+    """Whether a test failed for want of ONNX Runtime Training, itself or a process of its own."""
+    if error is None:
+        return False
+    missing = isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime"
+    said = MISSING.partition(" (")[0]
+    return missing or said in str(error) or is_for_want_of_it(error.__cause__ or error.__context__)
 
 
-read_translations_once()
+def skipped_for_want_of_it() -> Generator[None, Any, Any]:
+    try:
+        return (yield)
+    except (Exception, pytest.fail.Exception) as error:
+        if MISSING and is_for_want_of_it(error):
+            pytest.skip(MISSING)
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, Any, Any]:
+    return (yield from skipped_for_want_of_it())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, Any, Any]:
+    return (yield from skipped_for_want_of_it())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """Leave out a file that imports ONNX Runtime itself."""
+    report = yield
+    if MISSING and report.failed and "No module named 'onnxruntime'" in str(report.longrepr):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, MISSING)
+    return report
 
 
 def pytest_collection_finish() -> None:

@@ -327,7 +327,7 @@ def test_headlines_where_nothing_is_compared(net: Net, images: Tensor) -> None:
     assert headline(frozen, images) == "Not verified: stem is frozen and has no gradient"
 
 
-@before((2, 12), "torch.export takes no random generator")
+@before((2, 13), "torch.export takes no random generator")
 def test_comparisons_that_say_nothing_accuse_nobody(net: Net, images: Tensor) -> None:
     generator = torch.Generator().manual_seed(0)
 

@@ -294,7 +294,7 @@ def test_debug_shows_the_traceback(folder: Path) -> None:
 
 def test_a_frozen_first_layer_is_a_warning_of_one_line(folder: Path) -> None:
     result = run("export", "mlp.onnx", "a", "--trainable", "w2")
-    assert result.exit_code == 0
+    assert result.exit_code == 0, result.stderr
     assert result.stderr.startswith("warning: w1") and result.stderr.count("\n") == 1
 
 

@@ -5,6 +5,7 @@ Tested with the torch versions that pyproject.toml names.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -27,6 +28,7 @@ __all__ = [
     "autocast_dtype",
     "copy_graph",
     "full_precision",
+    "functions_are_seen",
     "guards",
     "has_autocast",
     "inside_dual_level",
@@ -35,7 +37,9 @@ __all__ = [
     "is_dtensor",
     "is_expanded_weight",
     "is_fake",
+    "is_of_cpu",
     "joint_graph",
+    "kept_translations",
     "operators_are_seen",
     "post_accumulate_hooks",
     "product_rounding",
@@ -58,6 +62,7 @@ _AUTOCAST = {
     for device in ("cpu", "cuda", "hpu", "meta", "mps", "mtia", "xla", "xpu")
 }
 _BACKENDS = {"cuda": "cuda", "cpu": "mkldnn"}
+_TRANSLATIONS: dict[tuple[Any, ...], Any] = {}
 _lock = Lock()
 _inside = {"cuda": 0, "mkldnn": 0}
 _before = {"cuda": "none", "mkldnn": "none"}
@@ -151,6 +156,18 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+def is_of_cpu(tensor: torch.Tensor) -> bool:
+    """Tell whether the CPU's kernels compute with a tensor, rather than something that wraps it.
+
+    Args:
+        tensor: Any tensor of PyTorch's own classes.
+
+    Returns:
+        False too for what `torch.autograd.grad(is_grads_batched=True)` hands to a backward pass.
+    """
+    return bool(torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.CPU))
+
+
 def storage_of(tensor: torch.Tensor) -> int | None:
     """Identify the storage that a tensor lies in, also where it has no address (a fake one's).
 
@@ -233,6 +250,15 @@ def operators_are_seen(*tensors: torch.Tensor) -> bool:
     )
 
 
+def functions_are_seen() -> bool:
+    """Tell whether a mode may see, or replace, the functions that are called.
+
+    Returns:
+        True inside a `TorchFunctionMode`.
+    """
+    return bool(torch._C._len_torch_function_stack() > 0)
+
+
 def traced_stage(name: str) -> AbstractContextManager[None]:
     """Name a part of a computation on the nodes that `make_fx` makes of it.
 
@@ -280,6 +306,36 @@ def joint_graph(
     placeholders = graph.graph.find_nodes(op="placeholder")
     inputs = [_describe(node.meta.get("desc")) for node in placeholders]
     return graph, inputs, [_describe(d) for d in graph.graph.output_node().meta["desc"]]
+
+
+@contextmanager
+def kept_translations() -> Iterator[None]:
+    """Let `torch.onnx.export` read its table of translations once for a process, not every time.
+
+    That table takes a third of the time of a small model's export.
+    """
+    name = "from_torchlib"
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        stock = vars(ONNXRegistry)[name]
+    except (ImportError, KeyError):
+        yield
+        return
+
+    def from_torchlib(cls: Any, /, **options: Any) -> Any:
+        key = tuple(options.items())
+        if key not in _TRANSLATIONS:
+            _TRANSLATIONS[key] = stock.__get__(None, cls)(**options)
+        table = copy.copy(_TRANSLATIONS[key])
+        table.functions = {target: list(found) for target, found in table.functions.items()}
+        return table
+
+    setattr(ONNXRegistry, name, classmethod(from_torchlib))
+    try:
+        yield
+    finally:
+        setattr(ONNXRegistry, name, stock)
 
 
 def record_run(function: Callable[..., Any], *inputs: Any) -> fx.GraphModule:

@@ -11,6 +11,7 @@ import torch
 from onnxscript.values import Opset
 from torch.export import ExportedProgram
 
+from tract_fx import torch_private
 from tract_fx.errors import ExportError
 from tract_fx.export.quiet import quiet
 from tract_fx.export.value_names import refuse_shared_names, values_apart
@@ -75,7 +76,7 @@ def translate(program: ExportedProgram, table: dict[Any, Any] | None = None) -> 
     """
     token = to_training_graph.set(True)
     try:
-        with quiet():
+        with quiet(), torch_private.kept_translations():
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
