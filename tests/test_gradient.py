@@ -57,7 +57,8 @@ def test_any_layer_in_float64(call: Call, lambda_: float) -> None:
     weight, *bias = gradients(tract(call.layer, call.x, lambda_), call.x, dz)
     assert relative_error(weight, tract_gradient(call.layer, call.x, dz, lambda_)) < FLOAT64
     plain = gradients(call.layer, call.x, dz)
-    assert [torch.equal(a, b) for a, b in zip(bias, plain[1:], strict=True)] == [True] * len(bias)
+    # Of fewer rows than columns the bias's gradient is a sum of its own.
+    assert all(relative_error(a, b) < 1e-14 for a, b in zip(bias, plain[1:], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

@@ -19,7 +19,8 @@ __all__ = ["LayerCalls", "layer_reports", "read_layers", "sort_calls"]
 
 _FORMS = {
     "cholesky": "Cholesky of the Gram",
-    "row space": "Cholesky of XXᵀ in the row space",
+    "row space": "Cholesky of XXᵀ, on the output's gradient in an eager layer whose input needs "
+    "none, else in the row space",
     "no rows": "gW / λ, for there are no rows",
 }
 

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from tract_fx.modules.op_on_weight import OpOnWeight, refuse_frozen_value
-from tract_fx.preconditioner import precondition_grad, refuse_script
+from tract_fx.preconditioner import multiply, refuse_script
 
 __all__ = [
     "TractLayer",
@@ -140,8 +140,7 @@ def _run_standard(layer: Any, lambda_: float, input: Tensor) -> Tensor:  # noqa:
             geometry["padding"] = 0
     weight = layer.weight
     refuse_frozen_value(layer, weight, input)
-    weight = precondition_grad(weight, input, lambda_=lambda_, **geometry)
-    return function(input, weight, layer.bias, **geometry)
+    return multiply(function, input, weight, layer.bias, lambda_=lambda_, **geometry)
 
 
 def _run_with_op(layer: nn.Module, lambda_: float, forward: Any, args: Any, kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from tract_fx import torch_private
 from tract_fx.errors import UnsupportedLayerError, UnsupportedTransformError
-from tract_fx.preconditioner import precondition_grad
+from tract_fx.preconditioner import multiply
 
 __all__ = ["OpOnWeight", "refuse_frozen_value"]
 
@@ -61,8 +61,7 @@ class OpOnWeight(TorchFunctionMode):
             return func(*args, **kwargs)
         self.calls += 1
         refuse_frozen_value(self.layer, weight, x)
-        weight = precondition_grad(weight, x, lambda_=self.lambda_, **given)
-        return func(x, weight, bias, **given)
+        return multiply(func, x, weight, bias, lambda_=self.lambda_, **given)
 
     def _is_trained(self, weight: Any) -> bool:
         """Tell the layer's weight, or what is computed from it, from a constant filter."""

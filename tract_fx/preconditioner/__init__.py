@@ -5,7 +5,7 @@ Imports nothing from the rest of the package but errors and the list of private 
 
 from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.gram_matrix import GramWork, gram, gram_algorithm, gram_work
-from tract_fx.preconditioner.op import precondition_grad, refuse_script
+from tract_fx.preconditioner.op import multiply, precondition_grad, refuse_script
 from tract_fx.preconditioner.operators import PRECONDITION_GRAD_OPERATOR, to_training_graph
 from tract_fx.preconditioner.settings import check_lambda
 from tract_fx.preconditioner.solve import (
@@ -24,6 +24,7 @@ __all__ = [
     "gram",
     "gram_algorithm",
     "gram_work",
+    "multiply",
     "plan_solve",
     "precondition_by_plan",
     "precondition_grad",

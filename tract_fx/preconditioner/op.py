@@ -16,8 +16,9 @@ what to call, since no single kind of op survives everything that a model goes t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from tract_fx import torch_private
 from tract_fx.errors import UnsupportedLayerError, UnsupportedTransformError
+from tract_fx.preconditioner.few_rows import FewRows, suits_few_rows
 from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.operators import (
     EXPORT_REMEDY,
@@ -36,7 +38,7 @@ from tract_fx.preconditioner.operators import (
 from tract_fx.preconditioner.settings import CallSettings, check_lambda
 from tract_fx.preconditioner.sharding import register_sharding_rules
 
-__all__ = ["precondition_grad", "refuse_script"]
+__all__ = ["multiply", "precondition_grad", "refuse_script"]
 
 
 def precondition_grad(
@@ -131,6 +133,59 @@ def precondition_grad(
         return precondition_grad_eagerly(weight, input, settings)
     return PRECONDITION_GRAD_OPERATOR(  # type: ignore[no-any-return]
         weight, input, *settings.operator_arguments()
+    )
+
+
+def multiply(
+    function: Callable[..., Tensor],
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    lambda_: float,
+    **geometry: Any,
+) -> Tensor:
+    """Call a layer's function with `precondition_grad` on its weight.
+
+    With fewer rows than columns, where nobody looks and the input needs no gradient, the weight's
+    gradient is computed from the output's at once (`few_rows`).
+
+    Args:
+        function: `torch.nn.functional.linear`, `conv1d`, `conv2d` or `conv3d`.
+        input: What it reads.
+        weight: The weight.
+        bias: The bias or None.
+        lambda_: λ > 0.
+        **geometry: The convolution's further arguments.
+
+    Returns:
+        The function's result.
+
+    Raises:
+        UnsupportedTransformError: As `precondition_grad`.
+        UnsupportedLayerError: As `precondition_grad`.
+    """  # noqa: DOC502 (raised by what it calls)
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and _is_plain(weight, input):
+        ways = PatchGeometry.of_convolution(weight.shape[2:], **geometry)
+        settings = CallSettings(lambda_, ways, torch_private.autocast_dtype(input))
+        if suits_few_rows(weight, bias, input, settings):
+            check_lambda(lambda_)
+            call = partial(function, **geometry)
+            result: Tensor = FewRows.apply(weight, bias, input, call, settings)  # type: ignore[no-untyped-call]
+            return result
+    weight = precondition_grad(weight, input, lambda_=lambda_, **geometry)
+    return function(input, weight, bias, **geometry)
+
+
+def _is_plain(weight: Tensor, x: Tensor) -> bool:
+    """Whether a gradient is wanted, for the weight alone, of dense tensors of PyTorch's own."""
+    return (
+        all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in (weight, x))
+        and weight.requires_grad
+        and not x.requires_grad
+        and x.layout == torch.strided
+        and not x.is_nested
+        and not torch_private.tracing_jit()
     )
 
 

@@ -24,6 +24,7 @@ from tract_fx.preconditioner.solve import precondition_weight_gradient
 __all__ = [
     "EXPORT_REMEDY",
     "PRECONDITION_GRAD_OPERATOR",
+    "precondition",
     "precondition_grad_eagerly",
     "precondition_grad_function",
     "refuse_onnx_export",
@@ -122,7 +123,7 @@ def _grad_op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     result = None
     if ctx.needs_input_grad[0]:
         (x,) = ctx.saved_tensors
-        result = _precondition(grad, x, read_settings(grad, *ctx.arguments))
+        result = precondition(grad, x, read_settings(grad, *ctx.arguments))
     return (result, *[None] * 7)
 
 
@@ -284,7 +285,7 @@ class _PreconditionGradEagerly(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         settings: CallSettings = ctx.settings
         if torch.is_grad_enabled() or torch_private.operators_are_seen(grad, x):
-            return _precondition(grad, x, settings), None, None
+            return precondition(grad, x, settings), None, None
         result = precondition_weight_gradient(
             grad, x, settings.lambda_, settings.geometry, settings.input_dtype
         )
@@ -299,7 +300,7 @@ def _vjp(
     cotangent: Tensor, x: Tensor, result: Tensor, settings: CallSettings, wants_x: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Pull a cotangent V of A = gW P back: V P to gW, -X (AᵀB + BᵀA)/R to X, where B = V P."""
-    b = _precondition(cotangent, x, settings)
+    b = precondition(cotangent, x, settings)
     if not wants_x:
         return b, None
     with torch_private.without_autocast(x.device):
@@ -327,7 +328,7 @@ def _as_read(x: Tensor, settings: CallSettings) -> Tensor:
     return x if settings.input_dtype is None else x.to(settings.input_dtype)
 
 
-def _precondition(grad: Tensor, x: Tensor, settings: CallSettings) -> Tensor:
+def precondition(grad: Tensor, x: Tensor, settings: CallSettings) -> Tensor:
     """gW P, differentiable under whatever transform is running."""
     if torch_private.inside_functorch() or torch_private.inside_dual_level():
         return torch_private.apply_function(_Precondition, grad, x, settings)
