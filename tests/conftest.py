@@ -5,13 +5,29 @@ another `torch.utils.checkpoint.checkpoint` to the tests after them.
 """
 
 import gc
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
 
 from tract_fx.errors import MissingRuntimeError
 from tract_fx.ort_training import runtime
+from tract_fx.preconditioner import direct
+
+# The tests' layers are small, and would all be called the short way. So they are where there are
+# fewer rows than columns; the others are to try the way of large layers.
+FEW, direct._FEW = direct._FEW, 0.0
+
+
+@pytest.fixture(scope="module")
+def small_layers_too() -> Iterator[None]:
+    """Let a file's small layers be called the short way, as users' are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direct, "_FEW", FEW)
+        direct._is_quicker.cache_clear()
+        yield
+    direct._is_quicker.cache_clear()
+
 
 MISSING = ""
 try:

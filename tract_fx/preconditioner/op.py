@@ -17,7 +17,7 @@ what to call, since no single kind of op survives everything that a model goes t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NoReturn
 
 import torch
@@ -26,7 +26,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from tract_fx import torch_private
 from tract_fx.errors import UnsupportedLayerError, UnsupportedTransformError
-from tract_fx.preconditioner.few_rows import FewRows, suits_few_rows
+from tract_fx.preconditioner.direct import DirectCall, suits_direct_call
 from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.operators import (
     EXPORT_REMEDY,
@@ -147,8 +147,8 @@ def multiply(
 ) -> Tensor:
     """Call a layer's function with `precondition_grad` on its weight.
 
-    With fewer rows than columns, where nobody looks and the input needs no gradient, the weight's
-    gradient is computed from the output's at once (`few_rows`).
+    With fewer rows than columns or few of both, where nobody looks and the input needs no gradient,
+    the call has a backward pass of its own (`direct`).
 
     Args:
         function: `torch.nn.functional.linear`, `conv1d`, `conv2d` or `conv3d`.
@@ -165,22 +165,31 @@ def multiply(
         UnsupportedTransformError: As `precondition_grad`.
         UnsupportedLayerError: As `precondition_grad`.
     """  # noqa: DOC502 (raised by what it calls)
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and _is_plain(weight, input):
-        ways = PatchGeometry.of_convolution(weight.shape[2:], **geometry)
-        settings = CallSettings(lambda_, ways, torch_private.autocast_dtype(input))
-        if suits_few_rows(weight, bias, input, settings):
-            check_lambda(lambda_)
+    if torch.is_grad_enabled() and _is_plain(weight, input):
+        geometry = {k: tuple(v) if isinstance(v, list) else v for k, v in geometry.items()}
+        settings = _settings(
+            lambda_, weight.shape[2:], torch_private.autocast_dtype(input), **geometry
+        )
+        if suits_direct_call(weight, bias, input, settings):
             call = partial(function, **geometry)
-            result: Tensor = FewRows.apply(weight, bias, input, call, settings)  # type: ignore[no-untyped-call]
+            result: Tensor = DirectCall.apply(weight, bias, input, call, settings)  # type: ignore[no-untyped-call]
             return result
     weight = precondition_grad(weight, input, lambda_=lambda_, **geometry)
     return function(input, weight, bias, **geometry)
 
 
+@lru_cache(maxsize=1024)
+def _settings(
+    lambda_: float, kernel: torch.Size, dtype: torch.dtype | None, **geometry: Any
+) -> CallSettings:
+    ways = PatchGeometry.of_convolution(kernel, **geometry)
+    return CallSettings(check_lambda(lambda_), ways, dtype)
+
+
 def _is_plain(weight: Tensor, x: Tensor) -> bool:
-    """Whether a gradient is wanted, for the weight alone, of dense tensors of PyTorch's own."""
+    """Whether a gradient is wanted for the weight alone, of dense tensors that nobody watches."""
     return (
-        all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in (weight, x))
+        not torch_private.operators_are_seen(weight, x)
         and weight.requires_grad
         and not x.requires_grad
         and x.layout == torch.strided

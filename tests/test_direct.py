@@ -1,4 +1,4 @@
-"""Fewer rows than columns, in eager layers whose input needs no gradient: from the output's."""
+"""Calls with a backward pass of their own: fewer rows than columns, and small layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from oracle import relative_error, tract_gradient
 from photographs import photograph_range_255, photographs
 from tract_fx import tract_module
-from tract_fx.preconditioner import few_rows, multiply
+from tract_fx.preconditioner import direct, multiply
 
 FLOAT64 = 1e-10
 OPERATOR = 2e-5
@@ -58,21 +58,24 @@ INPUTS: dict[str, tuple[Any, float, list[str]]] = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("small_layers_too")
+
+
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     taken: list[str] = []
-    solved, singular = few_rows._System.solved, few_rows._by_singular_values
+    by_rows, singular = direct._by_rows, direct._by_singular_values
 
-    def system(rows: Tensor, dz: Tensor, lambda_: float) -> Any:
-        taken.append(str(rows.dtype).removeprefix("torch."))
-        return solved(rows, dz, lambda_)
+    def system(dz: Tensor, rows: Tensor, lambda_: float, dtype: torch.dtype) -> Any:
+        taken.append(str(dtype).removeprefix("torch."))
+        return by_rows(dz, rows, lambda_, dtype)
 
     def by_values(*arguments: Any) -> Tensor:
         taken.append("values")
         return singular(*arguments)
 
-    monkeypatch.setattr(few_rows._System, "solved", system)
-    monkeypatch.setattr(few_rows, "_by_singular_values", by_values)
+    monkeypatch.setattr(direct, "_by_rows", system)
+    monkeypatch.setattr(direct, "_by_singular_values", by_values)
     yield taken
 
 
@@ -127,7 +130,7 @@ def test_any_convolution(case: tuple[Any, Tensor], lambda_: float) -> None:
     tract = tract_module(nn.Sequential(layer), layers="0", lambda_=lambda_)
     y = tract(x)
     assert torch.equal(y, plain)
-    assume(type(y.grad_fn).__name__ == "FewRowsBackward")
+    assume(type(y.grad_fn).__name__ == "DirectCallBackward")
     dz = torch.randn_like(y)
     y.backward(dz)
     assert relative_error(layer.weight.grad, tract_gradient(layer, x, dz, lambda_)) < FLOAT64
@@ -151,12 +154,14 @@ def test_which_calls_it_suits(call: Call) -> None:
 
     def taken(weight: Tensor, x: Tensor, **options: Any) -> bool:
         z = multiply(functional.conv2d, x, weight, None, lambda_=0.1, **options)
-        return type(z.grad_fn).__name__ == "FewRowsBackward"
+        return type(z.grad_fn).__name__ == "DirectCallBackward"
 
     assert taken(layer.weight, x) and taken(layer.weight, x, stride=2)
     assert taken(layer.weight * 2, x)
     assert not taken(layer.weight, x.clone().requires_grad_())
-    assert not taken(layer.weight, x.repeat(8, 1, 1, 1))  # more rows than columns
+    assert taken(layer.weight, x.repeat(8, 1, 1, 1))  # more rows than columns, but few
+    assert taken(layer.weight, x, stride=[1, 2])
+    assert not taken(layer.weight, x.repeat(8, 1, 40, 40))
     assert not taken(layer.weight.detach(), x)
     assert not taken(layer.weight.bfloat16(), x.bfloat16())
     with torch.autocast("cpu"):
