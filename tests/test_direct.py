@@ -45,13 +45,14 @@ def of_one_direction(x: Tensor, dz: Tensor, lambda_: float) -> Tensor:
 
 
 # How a gradient is computed, by what it is computed of: (input, λ) and the steps that are taken.
-SINGLE, DOUBLE = ["float32"], ["float32", "float64"]
+SINGLE, DOUBLE, VALUES = ["float32"], ["float32", "float64"], ["float32", "float64", "values"]
 INPUTS: dict[str, tuple[Any, float, list[str]]] = {
     "noise": (lambda: torch.randn(64, 1200), 0.1, SINGLE),
-    "photographs": (lambda: flat(photographs(64, size=24)), 0.1, DOUBLE),
+    "photographs": (lambda: flat(photographs(64, size=24)), 0.1, SINGLE),
+    "many photographs": (lambda: flat(photographs(250, size=24)), 0.1, DOUBLE),
     "photographs in [0, 255]": (lambda: flat(photograph_range_255(64, size=24)), 0.1, DOUBLE),
     "one photograph 64 times": (lambda: flat(photographs(1, size=24)).repeat(64, 1), 0.1, DOUBLE),
-    "constants, a small λ": (lambda: torch.rand(64, 1) * torch.ones(64, 1200), 1e-6, DOUBLE),
+    "constants, a small λ": (lambda: torch.rand(64, 1) * torch.ones(64, 1200), 1e-6, VALUES),
     "few products": (lambda: torch.randn(4, 30), 0.1, ["float64"]),
     "noise of another size": (lambda: 1e4 * torch.randn(64, 1200), 0.1, SINGLE),
     "noise too large to square": (lambda: 1e25 * torch.randn(64, 1200), 0.1, DOUBLE),
