@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from oracle import precondition, relative_error, tract_gradient
 from photographs import photograph_range_255, photographs
 
-__all__ = ["batch", "errors", "precondition", "relative_error"]
+__all__ = ["batch", "errors", "precondition", "relative_error", "tract_gradient"]
 
 
 def batch(stem: Stem, standardised: bool) -> Tensor:

@@ -82,12 +82,15 @@ def arms(model: nn.Module, layer: str = "0") -> dict[str, nn.Module]:
         layer: The path of its input layer.
 
     Returns:
-        Three models with tensors of their own, equal at the start.
+        Models with tensors of their own, equal at the start; torch-tract's where it has the layer.
     """
-    peer = copy.deepcopy(model)
-    peer.set_submodule(layer, torch_tract.TrAct(peer.get_submodule(layer), LAMBDA))
-    ours = tract_pass(fx.symbolic_trace(copy.deepcopy(model)), lambda_=LAMBDA)
-    return {"plain": copy.deepcopy(model), "torch-tract": peer, "tract_fx": ours}
+    made: dict[str, nn.Module] = {"plain": copy.deepcopy(model)}
+    if isinstance(model.get_submodule(layer), (nn.Linear, nn.Conv2d)):
+        peer = copy.deepcopy(model)
+        peer.set_submodule(layer, torch_tract.TrAct(peer.get_submodule(layer), LAMBDA))
+        made["torch-tract"] = peer
+    made["tract_fx"] = tract_pass(fx.symbolic_trace(copy.deepcopy(model)), lambda_=LAMBDA)
+    return made
 
 
 def weight_gradient(model: nn.Module, x: Tensor, dz: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch_tract
+from rich.console import Console
 from torch import Tensor, nn
 
 import oracle
@@ -23,6 +25,7 @@ import accelerator
 import bench_accuracy
 import bench_cuda
 import bench_gram
+import bench_shapes
 import device_checks
 import growth
 import stems
@@ -158,6 +161,20 @@ def test_every_script_can_be_quick(script: Path) -> None:
         and isinstance(call.args[0], ast.Constant)
     }
     assert {"--quick", "--out"} <= options
+
+
+def test_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each arm that has the layer is timed, and the gradient is TrAct's."""
+    monkeypatch.setattr(bench_shapes, "measure_peaks", lambda *_, **__: Peaks(1e11, 1e10))
+    names = ["tabular 64 to 32, batch 8", "M5"]
+    options = bench_shapes.parser().parse_args([*names, "--seconds", "0.01"])
+    linear, audio = bench_shapes.run(options, Console(file=io.StringIO()))["layers"]
+    assert (linear["rows"], linear["columns"]) == (8, 64)
+    assert set(linear["milliseconds"]) == {"plain", "torch-tract", "tract_fx"}
+    assert set(audio["milliseconds"]) == {"plain", "tract_fx"}
+    assert linear["error"] < 1e-6 and audio["error"] < 1e-5
+    extra = linear["floor"] - linear["milliseconds"]["plain"]
+    assert extra == pytest.approx(2e3 * (8 * 8 * 64 / 2 + 8**3 / 6 + 8 * 8 * 32) / 1e11)
 
 
 SMALL_STEMS = (
