@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tract_fx import torch_private
 from tract_fx.preconditioner.geometry import PatchGeometry
@@ -40,7 +41,7 @@ _FEW = 1e7
 # Rows from which half of XXᵀ is left out of the products: below, it is one tile.
 _TILED = 128
 
-# Rows up to which the inverse, and a product with it, take less time than two triangular solves.
+# Sizes up to which the inverse, and a product with it, take less time than two triangular solves.
 _INVERTED = 256
 
 # Largest estimates of relative errors for which a result counts. On noise and photographs, 16 to
@@ -165,7 +166,13 @@ def _rows(x: Tensor, geometry: PatchGeometry) -> Sequence[Tensor]:
     """X, (R, n) of each group."""
     if not geometry.kernel:
         return (x.reshape(-1, x.shape[-1]),)
-    return patch_matrix(geometry.batched(x), geometry, x.dtype).mT.unbind()
+    x = geometry.batched(x)
+    pads = [before for before, after in geometry.padding if before == after]
+    if len(x) == 1 and geometry.groups == 1 and len(pads) == 2:
+        # One call for what takes ten; of more images its result has to be copied once more.
+        way = (geometry.kernel, geometry.dilation, tuple(pads), geometry.stride)
+        return functional.unfold(x, *way).mT.unbind()
+    return patch_matrix(x, geometry, x.dtype).mT.unbind()
 
 
 def _gradient_rows(dz: Tensor, geometry: PatchGeometry) -> Sequence[Tensor]:
@@ -224,11 +231,7 @@ def _by_rows(dz: Tensor, rows: Tensor, lambda_: float, dtype: torch.dtype) -> Te
         if not torch.finfo(dtype).eps * trace / count**0.5 <= largest * pivot:
             return None
     wide = dz.to(dtype)
-    if count <= _INVERTED:  # a product runs several times faster than triangular solves
-        solution = torch.cholesky_inverse(factor) @ wide
-    else:
-        solution = torch.cholesky_solve(wide, factor)
-    solution *= count
+    solution = _solved(factor, wide).mul_(count)
     squared = float(solution.square().sum())
     if not squared > 0:  # no gradient, or NaN
         return solution.mT @ x
@@ -257,7 +260,14 @@ def _by_columns(dz: Tensor, rows: Tensor, lambda_: float, dtype: torch.dtype) ->
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info) or not math.isfinite(trace):
         return None
-    return torch.cholesky_solve(x.mT @ dz.to(dtype), factor).mul_(count).mT
+    return _solved(factor, x.mT @ dz.to(dtype)).mul_(count).mT
+
+
+def _solved(factor: Tensor, right: Tensor) -> Tensor:
+    """Solve with a Cholesky factor; a product runs several times faster than triangular solves."""
+    if len(factor) <= _INVERTED:
+        return torch.cholesky_inverse(factor) @ right
+    return torch.cholesky_solve(right, factor)
 
 
 def _by_singular_values(dz: Tensor, rows: Tensor, lambda_: float) -> Tensor:
