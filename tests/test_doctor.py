@@ -64,7 +64,8 @@ def fails(*_: Any) -> Tensor:
 )
 def test_a_fault_is_told(mistake: Any, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def directly(dz: Tensor, rows: Tensor, _: float) -> Tensor:
-        return mistake(dz.mT @ rows)
+        gradient: Tensor = mistake(dz.mT @ rows)
+        return gradient
 
     monkeypatch.setattr("tract_fx.preconditioner.operators.precondition_weight_gradient", mistake)
     monkeypatch.setattr("tract_fx.preconditioner.direct._group_gradient", directly)
