@@ -173,6 +173,17 @@ def test_which_calls_it_suits(call: Call) -> None:
         assert not taken(layer.weight, x)
 
 
+def test_a_backward_pass_under_autocast() -> None:
+    torch.manual_seed(0)
+    x, layer = torch.randn(64, 1200), nn.Linear(1200, 40)
+    dz = torch.randn(64, 40)
+    z = tract_module(nn.Sequential(layer), layers="0")(x)
+    with torch.autocast("cpu"):
+        z.backward(dz)
+    assert layer.weight.grad is not None
+    assert relative_error(layer.weight.grad, by_singular_values(x, dz, 0.1)) < 1e-6
+
+
 def test_an_output_that_is_written_to(call: Call) -> None:
     layer, x, dz = call
     z = output(layer, x)
