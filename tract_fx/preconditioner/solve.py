@@ -27,11 +27,11 @@ __all__ = [
 ]
 
 # The Gram in float32 carries an error of about eps·trace, which the solve magnifies by 1/λ. Past
-# this product (an input in [0, 255], say) a CPU computes Gram and factor in float64 at once. Nothing
-# cheaper was found that holds 2e-5 on photographs: at the operator, with 768 columns (ViT 16x16),
-# float32 is off by 7.7e-5, with the factor alone in float64 by 1.7e-5 to 3.8e-5, and with the Gram
-# alone in float64 by 6e-5 to 7.5e-5. Noise would do with float32 (1536 columns: 5e-7), which only the
-# least pivot tells, after half of the work.
+# this product (an input in [0, 255], say) a CPU computes Gram and factor in float64 at once.
+# Nothing cheaper was found that holds 2e-5 on photographs: at the operator, with the 768 columns of
+# a ViT's 16x16 patches, float32 is off by 7.7e-5, with the factor alone in float64 by 1.7e-5 to
+# 3.8e-5, with the Gram alone in float64 by 6e-5 to 7.5e-5. For noise float32 would do (1536
+# columns: 5e-7), but only the least pivot tells, after half of the work.
 MAX_FLOAT32_AMPLIFICATION = 1e-3
 """Largest eps · trace(XᵀX/R) / λ for which the Gram and its factor stay in float32."""
 
