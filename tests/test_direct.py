@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import mpmath
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -48,7 +49,7 @@ def of_one_direction(x: Tensor, dz: Tensor, lambda_: float) -> Tensor:
 SINGLE, DOUBLE, VALUES = ["float32"], ["float32", "float64"], ["float32", "float64", "values"]
 INPUTS: dict[str, tuple[Any, float, list[str]]] = {
     "noise": (lambda: torch.randn(64, 1200), 0.1, SINGLE),
-    "photographs": (lambda: flat(photographs(64, size=24)), 0.1, SINGLE),
+    "photographs": (lambda: flat(photographs(32, size=24)), 0.1, SINGLE),
     "many photographs": (lambda: flat(photographs(250, size=24)), 0.1, DOUBLE),
     "photographs in [0, 255]": (lambda: flat(photograph_range_255(64, size=24)), 0.1, DOUBLE),
     "one photograph 64 times": (lambda: flat(photographs(1, size=24)).repeat(64, 1), 0.1, DOUBLE),
@@ -244,3 +245,134 @@ def test_what_is_not_finite_gives_nan(number: float, call: Call) -> None:
     output(layer, x).backward(dz)
     assert bool(layer.weight.grad[0].isnan().all())
     assert layer.weight.grad[1:].isfinite().all()
+
+
+def exact(x: Tensor, dz: Tensor, lambda_: float) -> Tensor:
+    """TrAct's gradient with 100 digits."""
+    with mpmath.workdps(100):
+        rows, gradient = (mpmath.matrix(t.double().tolist()) for t in (x, dz))
+        count, ridge = len(x), mpmath.mpf(lambda_)
+        if len(x) < x.shape[1]:
+            system = rows * rows.T / count + ridge * mpmath.eye(count)
+            result = (system**-1 * gradient).T * rows
+        else:
+            system = rows.T * rows / count + ridge * mpmath.eye(x.shape[1])
+            result = (system**-1 * (rows.T * gradient)).T
+        return torch.tensor(result.tolist(), dtype=torch.float64)
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def with_column(x: Tensor, values: Tensor) -> Tensor:
+    return torch.cat([values[:, None], x[:, 1:]], 1)
+
+
+def with_row(x: Tensor, factor: float) -> Tensor:
+    return torch.cat([factor * x[:1], x[1:]])
+
+
+# Inputs that are hard on the digits, and λ.
+HARD: dict[str, tuple[Tensor, float]] = {
+    "dates": (with_column(noise(16, 30), 20240101 + torch.arange(16.0).double()), 0.1),
+    "a large column": (with_column(noise(8, 12), 1e6 + 1e5 * noise(8)), 0.1),
+    "a larger column": (with_column(noise(8, 12), 1e8 + 1e7 * noise(8)), 0.1),
+    "a row twice": (noise(4, 12).repeat(2, 1), 1e-12),
+    "two rows alone count": (noise(8, 2) @ noise(2, 12), 0.1),
+    "a row of another size": (with_row(noise(8, 12), 1e16), 0.1),
+    "more rows, one of another size": (with_row(noise(16, 6), 1e8), 0.1),
+    "more rows, far from zero": (1e4 + noise(16, 6), 0.1),
+    "more rows, a column twice": (noise(16, 3).repeat(1, 2), 1e-12),
+    "more rows, all alike": (torch.arange(16.0).double()[:, None] * torch.ones(1, 6), 0.1),
+    "a large λ": (noise(16, 6), 1e12),
+    "small numbers": (1e-12 * noise(8, 12), 0.1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", HARD)
+def test_hard_inputs(name: str, dtype: torch.dtype) -> None:
+    x, lambda_ = HARD[name]
+    x, dz = x.to(dtype), noise(len(x), 3).to(dtype)
+    layer: Any = nn.Linear(x.shape[1], 3).to(dtype)
+    z = tract_module(nn.Sequential(layer), layers="0", lambda_=lambda_)(x)
+    assert type(z.grad_fn).__name__ == "DirectCallBackward"
+    z.backward(dz)
+    bound = 1e-6 if dtype == torch.float32 else 1e-9
+    assert relative_error(layer.weight.grad, exact(x, dz, lambda_)) < bound
+
+
+@pytest.mark.parametrize(
+    ("x", "dz", "lambda_"),
+    [
+        (noise(64, 1200), 1e30, 1e36),
+        (1e-5 * noise(64, 1200), 1e33, 1e-7),
+        (noise(64, 1200), 1e-35, 0.1),
+        (0.3 * noise(32, 2000).cumsum(0), 1.0, 0.1),
+        ((noise(64, 1200) / 35).cumsum(0), 1.0, 1e-3),
+    ],
+)
+def test_hard_inputs_in_float32(x: Tensor, dz: float, lambda_: float) -> None:
+    """Sizes that float32 can't square, and rows like consecutive frames."""
+    x, gradient = x.float(), (dz * noise(len(x), 40)).float()
+    layer = nn.Linear(x.shape[1], 40)
+    tract_module(nn.Sequential(layer), layers="0", lambda_=lambda_)(x).backward(gradient)
+    assert layer.weight.grad is not None
+    scaled = layer.weight.grad.double() / dz
+    wanted = by_singular_values(x, gradient.double() / dz, lambda_)
+    assert relative_error(scaled, wanted) < OPERATOR
+
+
+def test_many_rows_of_few_numbers() -> None:
+    torch.manual_seed(0)
+    x, dz = torch.rand(200_000, 3), torch.randn(200_000, 3) / 200_000
+    layer = nn.Linear(3, 3)
+    tract_module(nn.Sequential(layer), layers="0")(x).backward(dz)
+    assert layer.weight.grad is not None
+    assert relative_error(layer.weight.grad, tract_gradient(layer, x, dz)) < 1e-6
+
+
+def test_a_gradient_that_is_not_finite_is_its_own_output_s_alone() -> None:
+    x, dz = noise(8, 1) * torch.ones(1, 40).double(), noise(8, 3)
+    dz[0, 0] = torch.nan
+    layer = nn.Linear(40, 3).double()
+    tract_module(nn.Sequential(layer), layers="0", lambda_=1e-6)(x).backward(dz)
+    assert layer.weight.grad is not None and bool(layer.weight.grad[0].isnan().all())
+    wanted = of_one_direction(x, dz[:, 1:], 1e-6)
+    assert relative_error(layer.weight.grad[1:], wanted) < FLOAT64
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(16, 8), (2, 3, 16)),
+        (nn.Linear(16, 8), (16,)),
+        (nn.Linear(6, 4), (40, 6)),
+        (nn.Conv2d(2, 4, 3), (2, 5, 6)),
+        (nn.Conv1d(2, 4, 3), (2, 9)),
+    ],
+    ids=str,
+)
+def test_like_the_plain_layer(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    """What it returns may be written to, and its gradients be viewed, as the plain layer's."""
+    x = torch.randn(shape)
+    z = tract_module(nn.Sequential(layer), layers="0")(x)
+    z += 1
+    functional.relu_(z)
+    gradients = torch.autograd.grad(z.square().sum(), list(layer.parameters()))
+    assert torch.cat([gradient.view(-1) for gradient in gradients]).isfinite().all()
+
+
+def test_what_is_left_to_the_usual_way() -> None:
+    x = torch.randn(3, 6)
+    layer: Any = nn.Linear(6, 4)
+    layer.bias = nn.Parameter(torch.ones(1, 4))
+    tract_module(nn.Sequential(layer), layers="0")(x).sum().backward()
+    assert layer.bias.grad.shape == (1, 4)
+    none: Any = nn.Linear(6, 0)
+    tract_module(nn.Sequential(none), layers="0")(x).sum().backward()
+    assert none.weight.grad.shape == (0, 6)
+    conv = tract_module(nn.Sequential(nn.Conv2d(3, 4, 3)), layers="0")
+    with pytest.raises(RuntimeError, match="Expected 3D"):
+        conv(torch.randn(3, 3))

@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.jit.frontend import NotSupportedError
 
-from oracle import relative_error
+from oracle import relative_error, tract_gradient
 from rewritten import (
     CASES,
     CONV_CASES,
@@ -30,6 +30,7 @@ from rewritten import (
     preconditioned,
     weight_of,
 )
+from tract_fx import tract_module
 from tract_fx.errors import UnsupportedTransformError
 
 Parameters = dict[str, Tensor]
@@ -181,6 +182,23 @@ def test_batched_gradients_of_one_forward_pass(case: Case) -> None:
     )
     for one, gw in zip(found, plain, strict=True):
         assert relative_error(one, preconditioned(net, gw, x)) < FLOAT64
+
+
+def test_gradient_per_batch_of_a_linear_layer() -> None:
+    """Calls side by side are groups, of a layer that has none of its own."""
+    layer: Any = nn.Linear(6, 4).double()
+    model = tract_module(nn.Sequential(layer), layers="0")
+    batches = torch.randn(5, 12, 6, dtype=torch.float64)
+    at = detached(model)
+
+    def loss(parameters: Any, batch: Tensor) -> Tensor:
+        output: Tensor = functional_call(model, parameters, batch)
+        return output.sin().sum()
+
+    found = vmap(grad(loss), (None, 0))(at, batches)["0.weight"]
+    for one, batch in zip(found, batches, strict=True):
+        dz = layer(batch).cos().detach()
+        assert relative_error(one, tract_gradient(layer, batch, dz)) < FLOAT64
 
 
 @each(*CONV_CASES)

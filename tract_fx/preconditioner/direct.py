@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -44,9 +45,14 @@ _TILED = 128
 # Sizes up to which the inverse, and a product with it, take less time than two triangular solves.
 _INVERTED = 256
 
-# Largest estimates of relative errors for which a result counts. On noise and photographs, 16 to
-# 1024 of them, standardised and in [0, 255], a float32 error was 0.1 to 0.65 of its estimate.
-_LARGEST_ERROR = {torch.float32: 3e-5, torch.float64: 4e-12}
+# Rows up to which a product in float32 is one sum: longer ones are added up in float64.
+_LONG = 8192
+
+# Sizes beyond which, and below one over which, numbers are not left to float32.
+_TINY = 1e-30
+
+# Largest estimates of relative errors for which a result counts.
+_LARGEST_ERROR = {torch.float32: 3e-5, torch.float64: 1e-10}
 
 
 def suits_direct_call(
@@ -69,7 +75,7 @@ def suits_direct_call(
         _is_quicker(x.shape, weight.shape, settings.geometry)
         and dtype in _LARGEST_ERROR
         and x.dtype == dtype
-        and (bias is None or (bias.dtype == dtype and type(bias) in (Tensor, torch.nn.Parameter)))
+        and (bias is None or _is_ordinary(bias, dtype, weight.shape[0]))
         and x.is_cpu
         and settings.input_dtype is None
         and not torch_private.functions_are_seen()
@@ -77,11 +83,19 @@ def suits_direct_call(
     )
 
 
+def _is_ordinary(bias: Tensor, dtype: torch.dtype, outputs: int) -> bool:
+    own = type(bias) in (Tensor, torch.nn.Parameter)
+    return own and bias.dtype == dtype and bias.shape == (outputs,)
+
+
 @lru_cache(maxsize=1024)
 def _is_quicker(x: torch.Size, weight: torch.Size, geometry: PatchGeometry) -> bool:
+    dims = len(geometry.kernel)
+    if 0 in weight or (len(x) not in (dims + 1, dims + 2) if dims else not len(x)):
+        return False  # nothing to compute, or what the layer itself refuses
     batched = geometry.batched(torch.empty(x, device="meta"))
     rows, columns = geometry.rows(batched), math.prod(weight[1:])
-    return 0 < rows and 0 < columns and (rows < columns or _work(rows, columns, weight[0]) <= _FEW)
+    return 0 < rows and (rows < columns or _work(rows, columns, weight[0]) <= _FEW)
 
 
 def _work(rows: int, columns: int, outputs: int) -> int:
@@ -115,7 +129,9 @@ class DirectCall(torch.autograd.Function):
         """
         ctx.save_for_backward(x)
         ctx.settings, ctx.shape = settings, weight.shape
-        return function(x, weight, bias)
+        result = function(x, weight, bias)
+        # A view of what nobody else has is no view to those who write to it.
+        return result.data if result._is_view() else result
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
@@ -138,10 +154,12 @@ class DirectCall(torch.autograd.Function):
             seen = torch_private.operators_are_seen(dz, x) or not torch_private.is_of_cpu(dz)
             if torch.is_grad_enabled() or seen:
                 pairs = zip(_gradient_rows(dz, geometry), _rows(x, geometry), strict=True)
-                plain = torch.stack([gradient.mT @ rows for gradient, rows in pairs])
+                with torch_private.without_autocast(x.device):
+                    plain = torch.stack([gradient.mT @ rows for gradient, rows in pairs])
                 for_weight = precondition(plain.reshape(ctx.shape), x, ctx.settings)
             else:
-                for_weight = direct_gradient(dz, x, ctx.settings).reshape(ctx.shape)
+                found = direct_gradient(dz, x, ctx.settings)
+                for_weight = found.reshape(ctx.shape).contiguous()
         return for_weight, for_bias, None, None, None
 
 
@@ -168,7 +186,7 @@ def _rows(x: Tensor, geometry: PatchGeometry) -> Sequence[Tensor]:
         return (x.reshape(-1, x.shape[-1]),)
     x = geometry.batched(x)
     pads = [before for before, after in geometry.padding if before == after]
-    if len(x) == 1 and geometry.groups == 1 and len(pads) == 2:
+    if len(x) == 1 and geometry.groups == 1 and len(geometry.kernel) == len(pads) == 2:
         # One call for what takes ten; of more images its result has to be copied once more.
         way = (geometry.kernel, geometry.dilation, tuple(pads), geometry.stride)
         return functional.unfold(x, *way).mT.unbind()
@@ -188,15 +206,21 @@ def _group_gradient(dz: Tensor, rows: Tensor, lambda_: float) -> Tensor:
     """Compute one group's, of (R, out) and (R, n).
 
     In float32 or float64, the system and the product each, by what the numbers allow. Where rows
-    depend on each other and λ is small, the solution may be so large that what X takes away of it
-    again is lost in rounding, even in float64: then by X's singular values.
+    or columns depend on each other and λ is small, float64 may not do either: then by X's singular
+    values.
     """  # noqa: DOC201
+    largest = float(torch.linalg.vector_norm(dz, math.inf))
+    if not math.isfinite(largest):
+        return _finite_outputs(dz, rows, lambda_)
+    if largest == 0:
+        return rows.new_zeros((dz.shape[1], rows.shape[1])) * rows.sum()  # NaN where X has one
     (count, columns), single = rows.shape, rows.dtype == torch.float32
+    dz = dz / largest
     solve = _by_rows if count < columns else _by_columns
     large = _work(count, columns, dz.shape[1]) > _SMALL
     result = None
     with torch_private.full_precision(rows.device) if single and large else nullcontext():
-        if single and large:
+        if single and large and _TINY < lambda_ * count < 1 / _TINY:
             result = solve(dz, rows, lambda_, torch.float32)
         if result is None:
             result = solve(dz, rows, lambda_, torch.float64)
@@ -204,14 +228,25 @@ def _group_gradient(dz: Tensor, rows: Tensor, lambda_: float) -> Tensor:
         return rows.new_full((dz.shape[1], columns), torch.nan)
     if result is None:
         result = _by_singular_values(dz.double(), rows.double(), lambda_)
-    return result.to(rows.dtype)
+    return (result * largest).to(rows.dtype)
+
+
+def _finite_outputs(dz: Tensor, rows: Tensor, lambda_: float) -> Tensor:
+    """The same where some outputs' gradients are not finite: NaN for those alone."""
+    result = rows.new_full((dz.shape[1], rows.shape[1]), torch.nan)
+    finite = dz.isfinite().all(0)
+    if bool(finite.any()):
+        result[finite] = _group_gradient(dz[:, finite], rows, lambda_)
+    return result
 
 
 def _by_rows(dz: Tensor, rows: Tensor, lambda_: float, dtype: torch.dtype) -> Tensor | None:
     """By the R × R matrix in a dtype; None where the result is not as exact as that of X has to be.
 
-    The solution z has an error of about eps · trace(XXᵀ) / √R over the least pivot, its product
-    with X one of eps · ‖z‖ ‖X‖ / ‖Xᵀz‖.
+    With A = XXᵀ + λR I, its diagonal D² and H = D⁻¹AD⁻¹, whose rounding is one of its entries: an
+    error of eps √R in H w = D⁻¹ dz, with z = R D⁻¹w, gives Xᵀz one of R eps √R ‖w‖ ‖XᵀD⁻¹H⁻¹‖.
+    With μ the least eigenvalue of H that norm is below 1/√μ and ‖D⁻¹X‖/μ. The product's own error
+    is R eps ‖D⁻¹X‖ ‖w‖.
     """  # noqa: DOC201
     count, largest, x = len(rows), _LARGEST_ERROR[rows.dtype], rows.to(dtype)
     if count > _TILED and dtype == torch.float32:
@@ -221,60 +256,110 @@ def _by_rows(dz: Tensor, rows: Tensor, lambda_: float, dtype: torch.dtype) -> Te
         mirror_(matrix)
     else:
         matrix = x @ x.mT
-    trace = float(matrix.trace())
-    matrix.diagonal().add_(lambda_ * count)
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) or not math.isfinite(trace):
+    system = _System.of(matrix, lambda_ * count)
+    if system is None:
         return None
-    if dtype == torch.float32:
-        pivot = float(factor.diagonal().min()) ** 2
-        if not torch.finfo(dtype).eps * trace / count**0.5 <= largest * pivot:
-            return None
     wide = dz.to(dtype)
-    solution = _solved(factor, wide).mul_(count)
-    squared = float(solution.square().sum())
-    if not squared > 0:  # no gradient, or NaN
-        return solution.mT @ x
-    # ‖Xᵀz‖² by the system itself.
-    length = count * (float((solution * wide).sum()) - lambda_ * squared)
-    magnified = math.sqrt(squared * trace / length) if length > 0 else math.inf
+    inner = system.solve(wide * system.scale)
+    solution = inner * (system.scale * count)
+    size = count * float(torch.linalg.vector_norm(inner))
+    # ‖Xᵀz‖² by the system itself, where nothing cancels.
+    along = count * float((solution * wide).sum())
+    length = along - lambda_ * count * float(solution.square().sum())
+    if not length > 0.01 * along:
+        length = float(torch.linalg.vector_norm(solution.mT @ x)) ** 2
+    if not 0 < length < math.inf:
+        return None
+    magnified, least = size / math.sqrt(length), system.least(inner)
+    norm = count**0.5 * min(least**-0.5, system.extent / least)
+    if not torch.finfo(dtype).eps * magnified * norm <= largest:
+        return None
+    magnified *= system.extent
     small = _work(count, rows.shape[1], dz.shape[1]) <= _SMALL
-    mean = math.sqrt(squared / solution.numel())
+    extent = float(torch.linalg.vector_norm(solution))
     for product in (dtype,) if small else dict.fromkeys((rows.dtype, dtype)):
         limits = torch.finfo(product)
-        if limits.eps * magnified <= largest and limits.tiny < limits.eps * mean:
+        within = _TINY < extent < 1 / _TINY or product == torch.float64
+        if within and limits.eps * magnified <= largest:
             return solution.to(product).mT @ (x if product == dtype else rows)
     return None
 
 
 def _by_columns(dz: Tensor, rows: Tensor, lambda_: float, dtype: torch.dtype) -> Tensor | None:
-    """By the n × n matrix in a dtype; None where that is float32 and too coarse, and on failure."""
-    x, count = rows.to(dtype), len(rows)
+    """By the n × n matrix in a dtype; None where that is too coarse.
+
+    In float32 as the Gram by pieces is, on the same terms. In float64 with H and D as for rows: its
+    error and that of D⁻¹Xᵀdz are eps (√n ‖w‖ + ‖XD⁻¹‖ ‖dz‖), and 1/μ of it in w.
+    """  # noqa: DOC201
+    x, count, columns = rows.to(dtype), *rows.shape
     matrix = x.mT @ x
-    trace = float(matrix.trace())
     if dtype == torch.float32:
+        trace = float(matrix.trace())
         amplification = torch.finfo(dtype).eps * trace / (lambda_ * count)
-        if not amplification <= MAX_FLOAT32_AMPLIFICATION:
+        if count > _LONG or not amplification <= MAX_FLOAT32_AMPLIFICATION:
             return None
-    matrix.diagonal().add_(lambda_ * count)
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) or not math.isfinite(trace):
+    system = _System.of(matrix, lambda_ * count)
+    if system is None:
         return None
-    return _solved(factor, x.mT @ dz.to(dtype)).mul_(count).mT
+    wide = dz.to(dtype)
+    inner = system.solve((x.mT @ wide) * system.scale)
+    result = inner * (system.scale * count)
+    if dtype == torch.float64:
+        sizes = (float(torch.linalg.vector_norm(t)) for t in (inner, wide, result))
+        size, given, length = sizes
+        error = (columns**0.5 * size + system.extent * given) / system.least(inner)
+        error *= torch.finfo(dtype).eps * count * float(system.scale.amax())
+        if not error <= _LARGEST_ERROR[rows.dtype] * length:
+            return None
+    return result.mT
 
 
-def _solved(factor: Tensor, right: Tensor) -> Tensor:
-    """Solve with a Cholesky factor; a product runs several times faster than triangular solves."""
-    if len(factor) <= _INVERTED:
-        return torch.cholesky_inverse(factor) @ right
-    return torch.cholesky_solve(right, factor)
+@dataclass(frozen=True)
+class _System:
+    """D⁻¹ (M + r I) D⁻¹ with a diagonal of ones, factored.
+
+    Attributes:
+        scale: D⁻¹, (size, 1).
+        extent: ‖D⁻¹X‖, in Frobenius' norm, of X with M = XXᵀ.
+        factor: The Cholesky factor.
+        inverse: The inverse; None where solving with the factor takes less time.
+    """
+
+    scale: Tensor
+    extent: float
+    factor: Tensor
+    inverse: Tensor | None
+
+    @classmethod
+    def of(cls, matrix: Tensor, ridge: float) -> _System | None:
+        """Factor a matrix, in place; None where it has no factor or is not finite."""
+        matrix.diagonal().add_(ridge)
+        scale = matrix.diagonal().rsqrt()[:, None]
+        factor, info = torch.linalg.cholesky_ex(matrix.mul_(scale).mul_(scale.mT))
+        if int(info) or not math.isfinite(float(factor[-1].sum())):
+            return None
+        inverse = torch.cholesky_inverse(factor) if len(factor) <= _INVERTED else None
+        left = len(factor) - ridge * float(scale.square().sum())
+        return cls(scale, math.sqrt(max(0.0, left)), factor, inverse)
+
+    def solve(self, right: Tensor) -> Tensor:
+        if self.inverse is None:
+            return torch.cholesky_solve(right, self.factor)
+        return self.inverse @ right
+
+    def least(self, solved: Tensor) -> float:
+        """The least eigenvalue, by inverse iteration from what was solved for."""
+        vector = solved.abs().sum(1, keepdim=True)
+        for _ in range(2):
+            vector = self.solve(vector / torch.linalg.vector_norm(vector))
+        return 1 / float(torch.linalg.vector_norm(vector))
 
 
 def _by_singular_values(dz: Tensor, rows: Tensor, lambda_: float) -> Tensor:
-    """By X = U S Vᵀ: dzᵀ U S/(S²/R + λ) Vᵀ, without singular values that are rounding."""
+    """By X = U S Vᵀ: dzᵀ U (S/R + λ/S)⁻¹ Vᵀ, without singular values that are rounding."""
     left, values, right = torch.linalg.svd(rows, full_matrices=False)
     rounding = max(rows.shape) * torch.finfo(rows.dtype).eps * values[:1]
-    damped = values / (values.square() / len(rows) + lambda_)
+    damped = 1 / (values / len(rows) + lambda_ / values)
     damped = torch.where(values > rounding, damped, 0.0)
     result: Tensor = (dz.mT @ left * damped) @ right
     return result

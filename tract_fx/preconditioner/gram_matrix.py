@@ -62,10 +62,11 @@ def gram(
         columns = patch_matrix(x, geometry, dtype)
         upper = ((columns @ columns.mT) / rows).triu()
         return upper + upper.triu(1).mT
-    if not geometry.kernel:
+    if not geometry.kernel and geometry.groups == 1:
         return linear_gram(x, dtype).div_(rows)[None]
     elements = _piece_elements(x.device)
-    by_rows, _ = _choose(x.shape, geometry)
+    # Linear layers side by side, as vmap makes them, are groups too.
+    by_rows = bool(geometry.kernel) and _choose(x.shape, geometry)[0]
     total = (row_block_gram if by_rows else _unfolded_gram)(x, geometry, dtype, elements)
     matrix = total.div_(rows).to(dtype)
     mirror_(matrix)

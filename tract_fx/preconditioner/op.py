@@ -192,7 +192,7 @@ def _is_plain(weight: Tensor, x: Tensor) -> bool:
         not torch_private.operators_are_seen(weight, x)
         and weight.requires_grad
         and not x.requires_grad
-        and x.layout == torch.strided
+        and x.layout == weight.layout == torch.strided
         and not x.is_nested
         and not torch_private.tracing_jit()
     )
