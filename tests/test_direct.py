@@ -54,7 +54,7 @@ INPUTS: dict[str, tuple[Any, float, list[str]]] = {
     "photographs in [0, 255]": (lambda: flat(photograph_range_255(64, size=24)), 0.1, DOUBLE),
     "one photograph 64 times": (lambda: flat(photographs(1, size=24)).repeat(64, 1), 0.1, DOUBLE),
     "constants, a small λ": (lambda: torch.rand(64, 1) * torch.ones(64, 1200), 1e-6, VALUES),
-    "few products": (lambda: torch.randn(4, 30), 0.1, ["float64"]),
+    "few products": (lambda: torch.randn(4, 30), 0.1, []),
     "noise of another size": (lambda: 1e4 * torch.randn(64, 1200), 0.1, SINGLE),
     "noise too large to square": (lambda: 1e25 * torch.randn(64, 1200), 0.1, DOUBLE),
 }
