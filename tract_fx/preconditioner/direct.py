@@ -27,7 +27,7 @@ from tract_fx import torch_private
 from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.operators import precondition
 from tract_fx.preconditioner.patches import patch_matrix
-from tract_fx.preconditioner.products import add_products, mirror_
+from tract_fx.preconditioner.products import linear_gram
 from tract_fx.preconditioner.settings import CallSettings
 from tract_fx.preconditioner.solve import MAX_FLOAT32_AMPLIFICATION
 
@@ -289,13 +289,8 @@ def _by_rows(dz: Tensor, rows: Tensor, lambda_: float, dtype: torch.dtype) -> Te
     is R eps ‖D⁻¹X‖ ‖w‖.
     """  # noqa: DOC201
     count, largest, x = len(rows), _LARGEST_ERROR[rows.dtype], rows.to(dtype)
-    if count > _TILED and dtype == torch.float32:
-        sums = x.new_zeros((1, count, count), dtype=torch.float64)
-        add_products(sums, x.mT[None], count)
-        matrix = sums[0].to(dtype)
-        mirror_(matrix)
-    else:
-        matrix = x @ x.mT
+    tiled = count > _TILED and dtype == torch.float32
+    matrix = linear_gram(x.mT, dtype) if tiled else x @ x.mT
     system = _System.of(matrix, lambda_ * count)
     if system is None:
         return None
@@ -305,7 +300,8 @@ def _by_rows(dz: Tensor, rows: Tensor, lambda_: float, dtype: torch.dtype) -> Te
     size = count * float(torch.linalg.vector_norm(inner))
     # ‖Xᵀz‖² by the system itself, where nothing cancels.
     along = count * float((solution * wide).sum())
-    length = along - lambda_ * count * float(solution.square().sum())
+    squared = float(solution.square().sum())
+    length = along - lambda_ * count * squared
     if not length > 0.01 * along:
         length = float(torch.linalg.vector_norm(solution.mT @ x)) ** 2
     if not 0 < length < math.inf:
@@ -316,10 +312,9 @@ def _by_rows(dz: Tensor, rows: Tensor, lambda_: float, dtype: torch.dtype) -> Te
         return None
     magnified *= system.extent
     small = _work(count, rows.shape[1], dz.shape[1]) <= _SMALL
-    extent = float(torch.linalg.vector_norm(solution))
     for product in (dtype,) if small else dict.fromkeys((rows.dtype, dtype)):
         limits = torch.finfo(product)
-        within = _TINY < extent < 1 / _TINY or product == torch.float64
+        within = _TINY**2 < squared < _TINY**-2 or product == torch.float64
         if within and limits.eps * magnified <= largest:
             return solution.to(product).mT @ (x if product == dtype else rows)
     return None
