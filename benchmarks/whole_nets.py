@@ -176,10 +176,11 @@ def lenet() -> nn.Sequential:
     )
 
 
-def mlp() -> nn.Sequential:
-    """Two hidden layers of 400."""
+def mlp(inputs: int = 784, hidden: int = 400) -> nn.Sequential:
+    """Two hidden layers."""
     return nn.Sequential(
-        *(nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU()), nn.Linear(400, CLASSES)
+        *(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()),
+        nn.Linear(hidden, CLASSES),
     )
 
 
@@ -199,6 +200,7 @@ PYTORCH_NETS = (
     Net("ResNet-18", imagenet_resnet18, (16, 3, 224, 224), _PLAIN_SGD, Aim(1.02), "0.0"),
     Net("LeNet", lenet, (128, 1, 28, 28), _PLAIN_SGD, Aim(1.07)),
     Net("MLP 784-400-400-10", mlp, (1024, 784), _PLAIN_SGD, Aim(1.6)),
+    Net("MLP 3072-512-512-10", lambda: mlp(3072, 512), (128, 3072), _PLAIN_SGD, Aim(1.25)),
 )
 ACCELERATOR_NETS = (
     Net("ResNet-50", resnet50, (256, 3, 224, 224), _SGD, None, "0.0"),

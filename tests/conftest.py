@@ -24,9 +24,9 @@ def small_layers_too() -> Iterator[None]:
     """Let a file's small layers be called the short way, as users' are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(direct, "_FEW", FEW)
-        direct._is_quicker.cache_clear()
+        direct.is_quicker.cache_clear()
         yield
-    direct._is_quicker.cache_clear()
+    direct.is_quicker.cache_clear()
 
 
 MISSING = ""

@@ -64,7 +64,7 @@ def fails(*_: Any) -> Tensor:
 )
 def test_a_fault_is_told(mistake: Any, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def directly(dz: Tensor, rows: Tensor, _: float) -> Tensor:
-        gradient: Tensor = mistake(dz.mT @ rows)
+        gradient: Tensor = mistake(dz @ rows)
         return gradient
 
     monkeypatch.setattr("tract_fx.preconditioner.operators.precondition_weight_gradient", mistake)

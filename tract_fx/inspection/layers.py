@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx, nn
 
 from tract_fx.inspection.observed import ObservedCall
@@ -13,7 +14,7 @@ from tract_fx.inspection.records import LayerReport, SourceLine
 from tract_fx.inspection.sources import source_of
 from tract_fx.passes.fx_graph import locate
 from tract_fx.passes.records import Findings, InputLayer, Refusal
-from tract_fx.preconditioner import gram_algorithm, plan_solve
+from tract_fx.preconditioner import gram_algorithm, is_quicker, plan_solve
 
 __all__ = ["LayerCalls", "layer_reports", "read_layers", "sort_calls"]
 
@@ -23,6 +24,11 @@ _FORMS = {
     "none, else in the row space",
     "no rows": "gW / λ, for there are no rows",
 }
+
+_SMALL = (
+    "; of so few rows an eager layer whose input needs no gradient computes it from the output's, "
+    "in the dtype that its error asks for"
+)
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,8 @@ def _computation(record: InputLayer, call: ObservedCall | None) -> tuple[str, st
     form = f"{_FORMS[plan.form]}, {_dtype_name(plan.dtype)}"
     if plan.form != "cholesky":
         return form, ""
+    if call.x.is_cpu and is_quicker(call.x.shape, torch.Size(call.weight_shape), record.geometry):
+        form += _SMALL
     algorithm = gram_algorithm(record.geometry.batched(call.x), record.geometry)
     return form, f"{algorithm}, {_dtype_name(plan.dtype)} products, float64 sums"
 

@@ -3,6 +3,7 @@
 Imports nothing from the rest of the package but errors and the list of private torch functions.
 """
 
+from tract_fx.preconditioner.direct import is_quicker
 from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.gram_matrix import GramWork, gram, gram_algorithm, gram_work
 from tract_fx.preconditioner.op import multiply, precondition_grad, refuse_script
@@ -24,6 +25,7 @@ __all__ = [
     "gram",
     "gram_algorithm",
     "gram_work",
+    "is_quicker",
     "multiply",
     "plan_solve",
     "precondition_by_plan",
