@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from oracle import precondition, relative_error, tract_gradient
 from photographs import photograph_range_255, photographs
-from tract_fx import tract_module
+from tract_fx import inspect_graph, tract_module
 from tract_fx.preconditioner import direct, multiply
 
 FLOAT64 = 1e-10
@@ -379,3 +379,11 @@ def test_what_is_left_to_the_usual_way() -> None:
     conv = tract_module(nn.Sequential(nn.Conv2d(3, 4, 3)), layers="0")
     with pytest.raises(RuntimeError, match="Expected 3D"):
         conv(torch.randn(3, 3))
+
+
+@pytest.mark.parametrize(("size", "told"), [(12, True), (180, False)])
+def test_the_inspector_tells_a_backward_pass_of_its_own(size: int, told: bool) -> None:
+    layer, x = nn.Conv2d(3, 4, 3, stride=2, padding=1), torch.randn(8, 3, size, size)
+    (report,) = inspect_graph(tract_module(nn.Sequential(layer), x), x).layers
+    assert report.form.startswith("Cholesky of the Gram, float32")
+    assert ("from the output's" in report.form) == told

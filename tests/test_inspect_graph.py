@@ -61,16 +61,6 @@ WAYS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 }
 
 
-@pytest.mark.usefixtures("small_layers_too")
-@pytest.mark.parametrize(("size", "told"), [(12, True), (180, False)])
-def test_a_small_layer_s_own_backward_pass_is_told(net: Net, size: int, told: bool) -> None:
-    """Of a small layer its gradient comes from the output's; not so of a large one."""
-    x = torch.randn(8, 3, size, size)
-    (layer,) = inspect_graph(tract_module(net, x), x).layers
-    assert layer.form.startswith("Cholesky of the Gram, float32")
-    assert ("from the output's" in layer.form) == told
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_everything_of_one_model(way: str, net: Net, images: Tensor) -> None:
     inspection = inspect_graph(WAYS[way](net, images), images, backward="expanded")
