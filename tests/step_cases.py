@@ -1,0 +1,265 @@
+"""Small models and losses that between them use every operator a step's graph may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BATCH = 6
+
+
+def image(channels: int = 3, size: int = 8) -> Callable[[], Tensor]:
+    return lambda: torch.randn(BATCH, channels, size, size)
+
+
+def labels() -> Tensor:
+    return torch.arange(BATCH) % 4
+
+
+class Does(nn.Module):
+    """A first layer, a function of its output, and a linear head on what that gives."""
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], first: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1) if first is None else first
+        self.function = function
+        self.head = nn.LazyLinear(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(self.first(x)).flatten(1))  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Tokens, PyTorch's attention module, attention by hand, a class token."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, 8) * 0.02)
+        self.norm = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, dropout, batch_first=True)
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        x = x + self.attention(*[self.norm(x)] * 3, need_weights=False)[0]
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + F.gelu(mixed.transpose(1, 2).reshape(batch, tokens, 8))
+        return self.head(x[:, 0])  # type: ignore[no-any-return]
+
+
+class Words(nn.Module):
+    """Token indices: no layer reads them before they are embedded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Embedding(9, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.first(x).mean(1))  # type: ignore[no-any-return]
+
+
+class Twice(nn.Module):
+    """One layer on two inputs, one of them given by keyword, and weights that are tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mid, self.unused = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(2, 2)
+        self.mid.weight = self.first.weight
+        self.head = nn.Linear(12, 4)
+        self.head.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor, *, other: Tensor) -> dict[str, Tensor]:
+        hidden = torch.tanh(self.first(x)) + self.first(other)
+        return {"logits": self.head(self.mid(hidden)), "hidden": hidden}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a batch for it and a loss.
+
+    Attributes:
+        build: Makes the model.
+        input: Makes its input.
+        loss: Of its output and the targets.
+        targets: Makes them.
+        other: Makes the keyword input `other`.
+    """
+
+    build: Callable[[], nn.Module]
+    input: Callable[[], Tensor] = field(default_factory=image)
+    loss: Callable[..., Tensor] = F.cross_entropy
+    targets: Callable[[], Tensor] = labels
+    other: Callable[[], Tensor] | None = None
+
+
+def does(
+    function: Callable[[Tensor], Tensor], first: nn.Module | None = None, **options: Any
+) -> Case:
+    return Case(lambda: Does(function, first), **options)
+
+
+def stack(*modules: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(*(make() for make in modules))
+
+
+def frozen_norm() -> nn.Module:
+    norm = nn.BatchNorm2d(4)
+    norm.running_mean.normal_()  # type: ignore[union-attr]
+    head = nn.LazyLinear(4)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm.eval(), nn.ReLU(), nn.Flatten(), head)
+
+
+def upsampled(z: Tensor) -> Tensor:
+    larger = F.interpolate(z, scale_factor=2, mode="nearest")
+    return F.interpolate(larger, size=(5, 7), mode="bilinear", align_corners=False)
+
+
+def padded(z: Tensor) -> Tensor:
+    z = F.pad(F.pad(z, (1, 2, 0, 1)), (1, 1, 1, 1), "reflect")
+    return F.pad(F.pad(z, (1, 0, 2, 1), "replicate"), (1, 1, 1, 1), "circular")
+
+
+def activated(z: Tensor) -> Tensor:
+    soft = F.softplus(z) + F.mish(z) + F.softsign(z) + F.gelu(z, approximate="tanh")
+    hard = F.relu6(z) + F.hardsigmoid(z) + F.hardtanh(z)
+    return soft + hard + F.selu(z) + F.celu(z) + F.logsigmoid(z)
+
+
+def computed(z: Tensor) -> Tensor:
+    roots = (z * z + 1).sqrt() + z.square().add(1).rsqrt() + (z * z + 2).reciprocal()
+    return roots + (z.abs() + 1).log() + z.exp().clamp(max=2) + z.pow(3) / 9 + z.sin() * z.cos()
+
+
+def reduced(z: Tensor) -> Tensor:
+    sizes = [z.norm(dim=(2, 3)), z.std((2, 3)), z.var(3).mean(2), z.logsumexp((2, 3))]
+    return torch.cat([*sizes, z.amax((2, 3)), z.max(3).values.min(2).values], 1)
+
+
+def reshaped(z: Tensor) -> Tensor:
+    rolled = torch.roll(F.pixel_shuffle(z, 2), (1, -1), (2, 3)).flip(3)
+    return rolled.reshape(z.shape[0], 4, -1)[:, :, ::2]
+
+
+def in_pieces(z: Tensor) -> Tensor:
+    products = [a * b for a, b in zip(z.chunk(2, 1), z.split(2, 1), strict=True)]
+    chosen = z.masked_fill(z < 0, 0.5) + torch.where(z > 1, z, -z)
+    return torch.stack(products, 1)[:, 0].repeat(1, 2, 1, 1) + chosen
+
+
+def multiplied(z: Tensor) -> Tensor:
+    two = torch.matmul(z[:, :, 0], z[:, :, 1].transpose(1, 2))
+    return torch.einsum("bchw,bdhw->bcd", z, z) + two + F.normalize(z, dim=1).sum((2, 3))[:, None]
+
+
+def logits_loss(output: dict[str, Tensor], y: Tensor) -> Tensor:
+    return F.cross_entropy(output["logits"], y)
+
+
+def focal(z: Tensor, y: Tensor) -> Tensor:
+    each = F.cross_entropy(z, y, reduction="none")
+    return ((1 - (-each).exp()) ** 2 * each).mean()
+
+
+def contrastive(z: Tensor, y: Tensor) -> Tensor:
+    similarity = F.normalize(z) @ F.normalize(z + y).T / 0.1
+    return F.cross_entropy(similarity, torch.arange(z.shape[0]))
+
+
+CASES: dict[str, Case] = {
+    "conv1d": Case(
+        stack(
+            lambda: nn.Conv1d(2, 8, 5, 2, 2), lambda: nn.BatchNorm1d(8), nn.ReLU,
+            lambda: nn.AvgPool1d(3, 2, 1), lambda: nn.Conv1d(8, 8, 3), lambda: nn.LeakyReLU(0.1),
+            lambda: nn.AdaptiveAvgPool1d(1), nn.Flatten, lambda: nn.Linear(8, 4),
+        ),
+        lambda: torch.randn(BATCH, 2, 24),
+    ),
+    "conv2d": Case(
+        stack(
+            lambda: nn.Conv2d(4, 8, 3, 2, 1, groups=2), lambda: nn.BatchNorm2d(8), nn.Hardswish,
+            lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+            lambda: nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4), nn.ELU,
+            lambda: nn.MaxPool2d(3, 2, 1), nn.Flatten, lambda: nn.LazyLinear(4),
+        ),
+        image(4, 12),
+    ),
+    "conv3d": Case(
+        stack(
+            lambda: nn.Conv3d(2, 6, (2, 3, 3), (1, 2, 1), (1, 0, 1)), lambda: nn.BatchNorm3d(6),
+            nn.ReLU, lambda: nn.MaxPool3d(2, ceil_mode=True), lambda: nn.Conv3d(6, 4, 1),
+            lambda: nn.AvgPool3d(2, 1), nn.Flatten, lambda: nn.LazyLinear(4),
+        ),
+        lambda: torch.randn(BATCH, 2, 4, 8, 6),
+    ),
+    "transposed": Case(
+        stack(
+            lambda: nn.Conv2d(3, 4, 3, padding=1), lambda: nn.GroupNorm(2, 4), nn.SiLU,
+            lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1, groups=2),
+            lambda: nn.InstanceNorm2d(6, affine=True), nn.Flatten, lambda: nn.LazyLinear(4),
+        ),
+    ),
+    "frozen norm": Case(frozen_norm),
+    "attention": Case(Attention),
+    "words": Case(Words, lambda: torch.randint(0, 9, (BATCH, 5))),
+    "tied": Case(
+        Twice, lambda: torch.randn(BATCH, 12), logits_loss, other=lambda: torch.randn(BATCH, 12)
+    ),
+    "linear, many rows": Case(
+        stack(lambda: nn.Linear(5, 8), nn.Tanh, nn.Flatten, lambda: nn.LazyLinear(4)),
+        lambda: torch.randn(BATCH, 7, 5),
+    ),
+    "linear, few rows": Case(
+        stack(nn.Flatten, lambda: nn.Linear(192, 8), nn.Tanh, lambda: nn.Linear(8, 4))
+    ),
+    "patches, few rows": Case(
+        stack(lambda: nn.Conv2d(3, 6, 8, 8), nn.Tanh, nn.Flatten, lambda: nn.Linear(6, 4))
+    ),
+    "adaptive pool": does(lambda z: F.adaptive_avg_pool2d(z, (3, 5))),
+    "upsampled": does(upsampled),
+    "padded": does(padded),
+    "activations": does(activated),
+    "gated": does(lambda z: F.glu(z, 1) * z[:, :2].softmax(1) * z[:, 2:].sigmoid()),
+    "arithmetic": does(computed),
+    "reductions": does(reduced),
+    "shapes": does(reshaped),
+    "pieces": does(in_pieces),
+    "products": does(multiplied),
+    "learned": does(
+        lambda z: z, nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU(4), nn.LayerNorm([6, 6]))
+    ),
+}  # fmt: skip
+
+LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[[], Tensor]]] = {
+    "mse": (F.mse_loss, lambda: torch.randn(BATCH, 4)),
+    "l1": (F.l1_loss, lambda: torch.randn(BATCH, 4)),
+    "huber": (F.huber_loss, lambda: torch.randn(BATCH, 4)),
+    "smooth l1": (F.smooth_l1_loss, lambda: torch.randn(BATCH, 4)),
+    "bce": (F.binary_cross_entropy_with_logits, lambda: torch.rand(BATCH, 4)),
+    "bce, weights": (
+        nn.BCEWithLogitsLoss(pos_weight=torch.rand(4) + 0.5), lambda: torch.rand(BATCH, 4),
+    ),
+    "probabilities": (F.cross_entropy, lambda: torch.rand(BATCH, 4).softmax(1)),
+    "smoothed": (nn.CrossEntropyLoss(label_smoothing=0.1), labels),
+    "weighted": (nn.CrossEntropyLoss(torch.rand(4) + 0.5), labels),
+    "ignored": (nn.CrossEntropyLoss(ignore_index=2), labels),
+    "summed": (nn.CrossEntropyLoss(reduction="sum"), labels),
+    "nll": (lambda z, y: F.nll_loss(F.log_softmax(z, 1), y), labels),
+    "focal": (focal, labels),
+    "kl": (lambda z, y: F.kl_div(F.log_softmax(z, 1), y, reduction="batchmean"),
+           lambda: torch.rand(BATCH, 4).softmax(1)),
+    "margin": (nn.MultiMarginLoss(), labels),
+    "cosine": (lambda z, y: (1 - F.cosine_similarity(z, y)).mean(), lambda: torch.randn(BATCH, 4)),
+    "poisson": (nn.PoissonNLLLoss(), lambda: torch.rand(BATCH, 4)),
+    "contrastive": (contrastive, lambda: torch.randn(BATCH, 4)),
+}  # fmt: skip

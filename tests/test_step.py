@@ -1,0 +1,296 @@
+"""The graph of a training step, run by ONNX Runtime, against PyTorch's training in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from oracle import precondition, relative_error
+from step_cases import BATCH, CASES, LOSSES, Case, does
+from tract_fx import tract_module
+from tract_fx.errors import ExportError, UnsupportedTrainingError
+from tract_fx.step.trace import trace_step
+from tract_fx.step.write import write_step
+
+# Float32 rounds to 6e-8, over some thousand terms and some layers.
+BOUND = 5e-6
+# What is zero but for rounding, relative to the largest gradient.
+ZERO = 1e-6
+
+NETWORKS = {
+    **CASES,
+    **{
+        name: Case(
+            lambda: nn.Sequential(nn.Flatten(), nn.Linear(27, 6), nn.Tanh(), nn.Linear(6, 4)),
+            lambda: torch.randn(BATCH, 3, 3, 3),
+            *chosen,
+        )
+        for name, chosen in LOSSES.items()
+    },
+}
+FIRST = {"linear, few rows": "1", **dict.fromkeys(LOSSES, "1"), "learned": "first.0"}
+
+
+class Step:
+    """A case's model, its batch, and the graph of its step."""
+
+    def __init__(self, case: Case, first: str | None, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.case, self.first = case, first
+        self.plain, self.x, self.y = case.build(), case.input(), case.targets()
+        self.kwargs = {} if case.other is None else {"other": case.other()}
+        self.plain(self.x, **self.kwargs)  # lazy layers
+        self.plain.zero_grad()
+        self.model = copy.deepcopy(self.plain)
+        if first is not None:
+            self.model = tract_module(self.model, layers=first)
+        self.trace = trace_step(self.model, (self.x,), self.kwargs, case.loss, (self.y,), **options)
+        self.graph = write_step(self.trace)
+
+    def run(
+        self, batch: int = BATCH, names: tuple[str, ...] = ()
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        return run(self.graph, self.feeds(batch), names or self.trace.outputs)
+
+    def feeds(self, batch: int) -> dict[str, np.ndarray[Any, Any]]:
+        tensors = [self.x, *self.kwargs.values(), self.y]
+        given = dict(zip(self.trace.batch, (t[:batch] for t in tensors), strict=True))
+        given |= dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        return {name: tensor.detach().numpy() for name, tensor in given.items()}
+
+    def wide(self, model: nn.Module, batch: int) -> tuple[nn.Module, Any, Tensor]:
+        """A copy of a model in float64 after a step, what it gives, and the loss."""
+        model = copy.deepcopy(model).double()
+        x, y, kwargs = pytree.tree_map(
+            lambda t: t[:batch].double() if t.is_floating_point() else t[:batch],
+            (self.x, self.y, self.kwargs),
+        )
+        loss = copy.deepcopy(self.case.loss)
+        loss = loss.double() if isinstance(loss, nn.Module) else loss
+        output = model(x, **kwargs)
+        value = loss(output, y)
+        value.backward()
+        return model, output, value
+
+
+def run(
+    graph: ir.Model, feeds: Mapping[str, np.ndarray[Any, Any]], names: tuple[str, ...]
+) -> dict[str, np.ndarray[Any, Any]]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(graph).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    given = {value.name: feeds[value.name] for value in session.get_inputs()}
+    return dict(zip(names, session.run(list(names), given), strict=True))
+
+
+def assert_close(found: Any, wanted: Tensor, scale: float, name: str) -> None:
+    size = float(wanted.detach().norm())
+    difference = float(np.linalg.norm(np.asarray(found, np.float64) - wanted.detach().numpy()))
+    assert found.shape == tuple(wanted.shape), name
+    assert difference <= max(BOUND * size, ZERO * scale), (name, difference, size)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_step_is_pytorch_s(name: str) -> None:
+    first = None if name == "words" else FIRST.get(name, "0")
+    case = NETWORKS[name]
+    if first == "0" and hasattr(case.build(), "first"):
+        first = "first"
+    step = Step(case, first)
+    for batch in (BATCH, 3):
+        found = step.run(batch)
+        model, output, loss = step.wide(step.model, batch)
+        assert_close(found[step.trace.loss], loss, 1.0, "loss")
+        places = pytree.tree_leaves(step.trace.structure)
+        for place, wanted in zip(places, pytree.tree_leaves(output), strict=True):
+            assert_close(found[place], wanted, 1.0, place)
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert step.trace.gradients.keys() == gradients.keys()
+        largest = max(float(g.norm()) for g in gradients.values())
+        for key, gradient in gradients.items():
+            assert_close(found[step.trace.gradients[key]], gradient, largest, key)
+        before, after = dict(step.model.named_buffers()), dict(model.named_buffers())
+        for key, wanted in after.items():
+            changed = not torch.equal(before[key].double(), wanted.double())
+            assert changed == (key in step.trace.buffers)
+            if changed:
+                assert_close(found[step.trace.buffers[key]], wanted.double(), 1.0, key)
+        if first is not None and name != "tied":  # whose one weight has terms of two layers
+            _assert_definition(step, first, batch, found)
+
+
+def _assert_definition(
+    step: Step, first: str, batch: int, found: Mapping[str, np.ndarray[Any, Any]]
+) -> None:
+    """The first layer's gradient by the definition, of the plain model's in float64."""
+    read: list[Tensor] = []
+    layer = step.plain.get_submodule(first)
+    handle = layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].detach()))
+    try:
+        model, _, _ = step.wide(step.plain, batch)
+    finally:
+        handle.remove()
+    gradient = model.get_submodule(first).weight.grad
+    assert isinstance(gradient, Tensor) and len(read) == 1
+    wanted = precondition(layer, gradient, read[0])
+    assert relative_error(found[step.trace.gradients[f"{first}.weight"]], wanted) < BOUND
+
+
+def test_dropout_s_masks_are_those_of_its_gradients() -> None:
+    """With the masks that the graph has drawn, PyTorch's step in float64 is the graph's."""
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.Dropout2d(0.3), nn.Tanh(), nn.Dropout(0.5), nn.Flatten()),
+        *(nn.Linear(8 * 36, 12), nn.AlphaDropout(0.2), nn.Linear(12, 4)),
+    )
+    step = Step(Case(lambda: net), "0")
+    drawn = [n for n in step.graph.graph if n.op_type == "Dropout"]
+    seeds = [n.attributes["seed"].as_int() for n in drawn]
+    assert len(set(seeds)) == len(drawn) == 3
+    masks = tuple(str(node.outputs[0].consumers()[0].outputs[0].name) for node in drawn)
+    for value in (node.outputs[0].consumers()[0].outputs[0] for node in drawn):
+        step.graph.graph.outputs.append(value)
+    found = step.run(names=(*step.trace.outputs, *masks))
+    kept = [torch.from_numpy(found[mask]) for mask in masks]
+    for mask, share in zip(kept, (0.7, 0.5, 0.8), strict=True):
+        assert abs(float(mask.double().mean()) - share) < 0.2 and 0 < mask.double().mean() < 1
+    left = iter(kept)
+
+    def dropped(x: Tensor, p: float, *_: Any) -> Tensor:
+        return x * next(left) / (1 - p)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "dropout", dropped)
+        patch.setattr(F, "dropout2d", dropped)
+        patch.setattr(F, "alpha_dropout", lambda x, p, *_: _alpha(x, p, next(left)))
+        model, _, loss = step.wide(step.model, BATCH)
+    assert_close(found[step.trace.loss], loss, 1.0, "loss")
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter.grad, Tensor)
+        assert_close(found[step.trace.gradients[name]], parameter.grad, 1.0, name)
+    again = step.run(names=masks)  # a new session draws the same
+    assert all(np.array_equal(again[mask], found[mask]) for mask in masks)
+
+
+def _alpha(x: Tensor, p: float, kept: Tensor) -> Tensor:
+    """Self-normalising networks (arXiv 1706.02515), as PyTorch's own formula has it."""
+    alpha = 1.7580993408473766
+    a = (alpha**2 * p + 1) ** -0.5 * (1 - p) ** -0.5
+    kept = kept.to(x.dtype)
+    result: Tensor = x * (kept * a) + ((kept - 1) * (alpha * a) + alpha * a * p)
+    return result
+
+
+class Named(nn.Module):
+    """A parameter and a buffer that are called as operators are."""
+
+    mm: Tensor
+    loss: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(27, 4)
+        self.tanh = nn.Parameter(torch.ones(4))
+        self.register_buffer("mm", torch.full((4,), 2.0))
+        self.register_buffer("loss", torch.full((4,), 3.0))
+
+    def forward(self, target: Tensor) -> Tensor:
+        return torch.tanh(self.first(target.flatten(1))) * self.tanh * self.mm + self.loss
+
+
+def test_names_that_meet() -> None:
+    step = Step(Case(Named, lambda: torch.randn(BATCH, 3, 3, 3)), "first")
+    assert step.trace.batch[0] != step.trace.batch[1]
+    names = [value.name for node in step.graph.graph for value in node.outputs]
+    names += [value.name for value in step.graph.graph.inputs] + [*step.graph.graph.initializers]
+    assert len(names) == len(set(names))
+    found = step.run()
+    model, output, loss = step.wide(step.model, BATCH)
+    assert_close(found[step.trace.loss], loss, 1.0, "loss")
+    assert_close(found[step.trace.structure], output, 1.0, "output")
+    gradient = model.tanh.grad
+    assert isinstance(gradient, Tensor)
+    assert_close(found[step.trace.gradients["tanh"]], gradient, 1.0, "tanh")
+
+
+def branches(z: Tensor) -> Tensor:
+    return z * 2 if z.shape[0] > 4 else z
+
+
+def is_six(z: Tensor) -> Tensor:
+    return z + torch.zeros(6, 1, 1, 1)
+
+
+def reads_indices(z: Tensor) -> Tensor:
+    pooled, indices = F.max_pool2d(z, 2, return_indices=True)
+    return pooled + indices
+
+
+class Penalised(nn.Module):
+    """Returns its loss, with the size of its input's gradient in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.requires_grad_()
+        hidden = torch.tanh(self.first(x))
+        value: Tensor = hidden.square().sum() + self.head(hidden).sum()
+        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+        return value + gradient.square().sum()
+
+
+REFUSED: dict[str, tuple[Case, type[Exception], str]] = {
+    "a branch": (does(branches), ExportError, "branch by the batch's size"),
+    "a size": (does(is_six), ExportError, "branch by the batch's size"),
+    "random": (does(lambda z: z + torch.rand_like(z)), ExportError, "aten.rand_like.default"),
+    "untested": (does(lambda z: z.cumsum(1)), ExportError, "aten.cumsum.default"),
+    "indices": (does(reads_indices), ExportError, "indices are read"),
+    "a value": (does(lambda z: z * z.sum().item()), ExportError, "_local_scalar_dense"),
+    "a branch on values": (
+        does(lambda z: z * 2 if bool(z.sum() > 0) else z),
+        ExportError,
+        "tracing the training step",
+    ),
+    "many": (
+        Case(CASES["conv1d"].build, CASES["conv1d"].input, lambda z, y: z[0]),
+        UnsupportedTrainingError,
+        r"shape \(4,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_can_t_be_exact_is_refused(name: str) -> None:
+    case, error, says = REFUSED[name]
+    with pytest.raises(error, match=says):
+        Step(case, "0" if name == "many" else "first")
+
+
+def test_a_fixed_batch_may_be_asked_for() -> None:
+    step = Step(does(branches), "first", dynamic_batch=False)
+    model, _, loss = step.wide(step.model, BATCH)
+    found = step.run()
+    assert_close(found[step.trace.loss], loss, 1.0, "loss")
+    gradient = model.get_submodule("first").weight.grad
+    assert isinstance(gradient, Tensor)
+    assert_close(found[step.trace.gradients["first.weight"]], gradient, 1.0, "first")
+
+
+def test_tract_on_what_is_no_product_of_its_own_is_refused() -> None:
+    torch.manual_seed(0)
+    model = tract_module(nn.Sequential(Penalised()), layers="0.first")
+    with pytest.raises(ExportError, match="no product of its own"):
+        write_step(trace_step(model, (torch.randn(BATCH, 6),), {}, None, ()))

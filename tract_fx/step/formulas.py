@@ -1,0 +1,264 @@
+"""Derivatives and normalisations in operators that ONNX has, where PyTorch's own tables have none.
+
+Each takes an aten operator's arguments and gives its results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["FORMULAS"]
+
+aten = torch.ops.aten
+
+FORMULAS: dict[Any, Callable[..., Any]] = {}
+"""Formulas by operator."""
+
+
+def _for(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(formula: Callable[..., Any]) -> Callable[..., Any]:
+        FORMULAS.update(dict.fromkeys(operators, formula))
+        return formula
+
+    return register
+
+
+def _each(sizes: Sequence[int], dims: int) -> list[int]:
+    return list(sizes) * dims if len(sizes) == 1 else list(sizes)
+
+
+@_for(aten.convolution_backward.default)
+def _convolution_backward(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dims = weight.dim() - 2
+    stride, padding, dilation = (_each(sizes, dims) for sizes in (stride, padding, dilation))
+    for_x = for_weight = for_bias = None
+    if wanted[0] and transposed:
+        zeros = [0] * dims
+        for_x = aten.convolution(dz, weight, None, stride, padding, dilation, False, zeros, groups)
+    elif wanted[0]:
+        # Rows of the input that no patch reads, behind the last one, get zeros.
+        left = [
+            x.shape[2 + i]
+            - ((dz.shape[2 + i] - 1) * stride[i] - 2 * padding[i])
+            - dilation[i] * (weight.shape[2 + i] - 1)
+            - 1
+            for i in range(dims)
+        ]
+        for_x = aten.convolution(dz, weight, None, stride, padding, dilation, True, left, groups)
+    if wanted[1]:
+        image, kernel = (dz, x) if transposed else (x, dz)
+        for_weight = _weight_gradient(
+            image, kernel, weight.shape, stride, padding, dilation, groups
+        )
+    if wanted[2]:
+        for_bias = dz.sum([0, *range(2, 2 + dims)])
+    return for_x, for_weight, for_bias
+
+
+def _weight_gradient(
+    x: Tensor,
+    dz: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """x convolved with dz, whose sizes are a kernel's here: stride and dilation change places."""
+    dims, channels, outputs = len(shape) - 2, shape[1], shape[0] // groups
+    images, kernels = x.transpose(0, 1), dz.transpose(0, 1)
+    if groups > 1:
+        batch, behind = x.shape[0], list(range(3, 3 + dims))
+        images = x.reshape(batch, groups, channels, *x.shape[2:]).permute(2, 1, 0, *behind)
+        images = images.reshape(channels, groups * batch, *x.shape[2:])
+        kernels = dz.reshape(batch, groups, outputs, *dz.shape[2:]).permute(1, 2, 0, *behind)
+        kernels = kernels.reshape(groups * outputs, batch, *dz.shape[2:])
+    found = aten.convolution(
+        images, kernels, None, dilation, padding, stride, False, [0] * dims, groups
+    )
+    for i in range(dims):
+        found = found.narrow(2 + i, 0, shape[2 + i])
+    return found.transpose(0, 1)  # type: ignore[no-any-return]
+
+
+@_for(aten.avg_pool2d_backward.default, aten.avg_pool3d_backward.default)
+def _avg_pool_backward(
+    dz: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    counts_padding: bool,
+    divisor: int | None,
+) -> Tensor:
+    dims = dz.dim() - 2 if dz.dim() == x.dim() and len(kernel) == dz.dim() - 2 else len(kernel)
+    kernel = _each(kernel, dims)
+    stride, padding = _each(stride, dims) or kernel, _each(padding, dims)
+    sizes, channels = x.shape[-dims:], x.shape[-dims - 1]
+    if divisor is None:
+        for i in range(dims):
+            starts = [o * stride[i] - padding[i] for o in range(dz.shape[i - dims])]
+            ends = [min(start + kernel[i], sizes[i] + padding[i]) for start in starts]
+            if not counts_padding:
+                starts = [max(start, 0) for start in starts]
+                ends = [min(end, sizes[i]) for end in ends]
+            shares = [1 / (end - start) for start, end in zip(starts, ends, strict=True)]
+            dz = dz * torch.tensor(shares, dtype=dz.dtype).reshape([-1] + [1] * (dims - 1 - i))
+    else:
+        dz = dz / divisor
+    ones = torch.ones([channels, 1, *kernel], dtype=dz.dtype)
+    left = [
+        sizes[i] - ((dz.shape[i - dims] - 1) * stride[i] - 2 * padding[i] + kernel[i])
+        for i in range(dims)
+    ]
+    outside = [max(0, size) for size in left]
+    found = aten.convolution(dz, ones, None, stride, padding, [1] * dims, True, outside, channels)
+    for i in range(dims):  # ceil_mode's last windows reach beyond the input
+        found = found.narrow(i - dims, 0, sizes[i])
+    return found  # type: ignore[no-any-return]
+
+
+@_for(aten._adaptive_avg_pool2d_backward.default, aten._adaptive_avg_pool3d_backward.default)
+def _adaptive_avg_pool_backward(dz: Tensor, x: Tensor) -> Tensor:
+    """Along each dimension a product with the matrix of the windows' means."""
+    dims = 2 if dz.dim() < 5 else 3
+    for i in range(-dims, 0):
+        size, count = x.shape[i], dz.shape[i]
+        windows = [(o * size // count, -(-(o + 1) * size // count)) for o in range(count)]
+        means = [
+            [1 / (end - start) if start <= k < end else 0.0 for k in range(size)]
+            for start, end in windows
+        ]
+        dz = (dz.movedim(i, -1) @ torch.tensor(means, dtype=dz.dtype)).movedim(-1, i)
+    return dz
+
+
+@_for(
+    aten.replication_pad1d_backward.default,
+    aten.replication_pad2d_backward.default,
+    aten.replication_pad3d_backward.default,
+)
+def _replication_pad_backward(dz: Tensor, x: Tensor, padding: Sequence[int]) -> Tensor:
+    """The outermost entries collect what their copies get."""
+    if min(padding) < 0:
+        return NotImplemented  # type: ignore[no-any-return]
+    for i, (before, after) in enumerate(zip(padding[::2], padding[1::2], strict=True)):
+        dim, size = dz.dim() - 1 - i, x.shape[-1 - i]
+        if size == 1:
+            dz = dz.sum(dim, keepdim=True)
+            continue
+        first = dz.narrow(dim, 0, before + 1).sum(dim, keepdim=True)
+        last = dz.narrow(dim, before + size - 1, after + 1).sum(dim, keepdim=True)
+        dz = torch.cat([first, dz.narrow(dim, before + 1, size - 2), last], dim)
+    return dz
+
+
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Give the output, mean and 1/σ as the derivative reads them, and new running statistics."""
+    dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+    if training:
+        now = x.mean(dims)
+        centred = x - now.reshape(shape)
+        spread = (centred * centred).mean(dims)
+        inverse = torch.rsqrt(spread + eps)
+        if mean is not None and variance is not None:
+            count = math.prod(x.shape[d] for d in dims)
+            mean = mean * (1 - momentum) + now * momentum
+            unbiased = spread * (count / (count - 1))  # as PyTorch's running variance is
+            variance = variance * (1 - momentum) + unbiased * momentum
+        saved = now, inverse
+    else:
+        assert mean is not None and variance is not None
+        centred, inverse = x - mean.reshape(shape), torch.rsqrt(variance + eps)
+        saved = x.new_zeros(0), x.new_zeros(0)
+    result = centred * inverse.reshape(shape)
+    result = result if weight is None else result * weight.reshape(shape)
+    result = result if bias is None else result + bias.reshape(shape)
+    return result, *saved, mean, variance
+
+
+@_for(aten._native_batch_norm_legit.default, aten.native_batch_norm.default)
+def _batch_norm_in_place(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    result, now, inverse, new_mean, new_variance = _batch_norm(
+        x, weight, bias, mean, variance, training, momentum, eps
+    )
+    if training and mean is not None and variance is not None:
+        assert new_mean is not None and new_variance is not None
+        mean.copy_(new_mean)
+        variance.copy_(new_variance)
+    return result, now, inverse
+
+
+@_for(aten._native_batch_norm_legit_functional.default)
+def _batch_norm_functional(*arguments: Any) -> tuple[Tensor | None, ...]:
+    return _batch_norm(*arguments)
+
+
+@_for(aten._native_batch_norm_legit.no_stats)
+def _batch_norm_of_the_batch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _batch_norm(x, weight, bias, None, None, True, momentum, eps)[:3]
+
+
+@_for(aten.native_group_norm.default)
+def _group_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    batch: int,
+    channels: int,
+    size: int,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grouped = x.reshape(batch, groups, -1)
+    mean = grouped.mean(-1)
+    centred = grouped - mean.unsqueeze(-1)
+    inverse = torch.rsqrt((centred * centred).mean(-1) + eps)
+    result = (centred * inverse.unsqueeze(-1)).reshape(x.shape)
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    result = result if weight is None else result * weight.reshape(shape)
+    result = result if bias is None else result + bias.reshape(shape)
+    return result, mean, inverse

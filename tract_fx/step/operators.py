@@ -1,0 +1,89 @@
+"""The operators that a step's graph may hold: those whose translation to ONNX is tested."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from tract_fx.errors import ExportError
+
+__all__ = ["TESTED", "refuse_untested"]
+
+aten = torch.ops.aten
+
+_ATEN = """
+    _log_softmax _native_batch_norm_legit_no_training _prelu_kernel _softmax _to_copy
+    _unsafe_index.Tensor _unsafe_index_put abs add.Scalar add.Tensor addmm all.dim amax arange
+    avg_pool2d avg_pool3d bitwise_and.Tensor bitwise_not bitwise_or.Tensor bmm cat celu clamp
+    clamp_min.Tensor clamp_min clone constant_pad_nd convolution copy cos div.Scalar div.Tensor
+    div.Tensor_mode elu embedding empty_like eq.Scalar eq.Tensor erf exp expand fill.Scalar flip
+    gather ge.Scalar ge.Tensor gelu glu gt.Scalar hardsigmoid hardswish hardtanh index.Tensor
+    index_put le.Scalar leaky_relu linalg_vector_norm log log1p logical_and logsumexp lt.Scalar
+    masked_fill.Scalar max.dim max_pool2d_with_indices max_pool2d_with_indices_backward
+    max_pool3d_with_indices max_pool3d_with_indices_backward mean mean.dim min.dim minimum mish
+    mm mse_loss mul.Scalar mul.Tensor native_layer_norm ne.Scalar ne.Tensor neg new_empty
+    new_empty_strided new_zeros ones ones_like permute pixel_shuffle pixel_unshuffle
+    pow.Tensor_Scalar reciprocal reflection_pad2d relu repeat replication_pad2d reshape roll
+    rsqrt scalar_tensor scatter.src scatter.value scatter_add select.int select_scatter sigmoid
+    sign silu sin slice.Tensor slice_scatter softplus split.Tensor sqrt squeeze.dim stack
+    sub.Scalar sub.Tensor sum sum.dim_IntList sym_numel sym_size.int t tanh transpose.int tril
+    unbind.int unsqueeze where.self xlogy.Tensor zeros_like
+"""
+_OTHERS = """
+    floordiv getitem mul neg prims.var.default sub sym_float tract_fx.keep_mask.default
+    tract_fx.precondition_grad.default tract_fx.precondition_step.default truediv
+"""
+TESTED = frozenset(_OTHERS.split()) | {
+    f"aten.{name}" if "." in name else f"aten.{name}.default" for name in _ATEN.split()
+}
+"""Their names. The tests' cases hold each of them."""
+
+_POOLS = (aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
+
+
+def refuse_untested(graph: fx.GraphModule) -> None:
+    """Refuse operators whose translation nobody has compared with PyTorch.
+
+    Args:
+        graph: A traced step.
+
+    Raises:
+        ExportError: It has one, or reads max-pooling's indices otherwise than to differentiate.
+    """
+    called = graph.graph.find_nodes
+    nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
+    names = sorted({operator_name(node) for node in nodes} - TESTED)
+    if names:
+        raise ExportError(
+            f"the operator{'s' * (len(names) > 1)} {', '.join(names)} in the training step",
+            "its translation to ONNX is not tested, and some of PyTorch's are not exact",
+            "Write that part of the model or the loss with other operators",
+        )
+    pools = [node for pool in _POOLS for node in called(op="call_function", target=pool)]
+    for node in (user for pool in pools for user in pool.users):
+        if node.args[1] == 1 and not all(_is_pool_backward(user) for user in node.users):
+            raise ExportError(
+                "max pooling whose indices are read",
+                "ONNX counts them through the whole tensor, PyTorch through one image",
+                "Use max pooling without return_indices",
+            )
+
+
+def operator_name(node: fx.Node) -> str:
+    """Name what a node calls.
+
+    Args:
+        node: A node that calls a function.
+
+    Returns:
+        `aten.add.Tensor` for an operator, a Python function's own name.
+    """
+    target: Any = node.target
+    is_operator = isinstance(target, torch._ops.OpOverload)
+    return str(target) if is_operator else str(target.__name__)
+
+
+def _is_pool_backward(node: fx.Node) -> bool:
+    return "pool" in operator_name(node) and "backward" in operator_name(node)

@@ -1,0 +1,140 @@
+"""Translations of aten operators to ONNX beside PyTorch's own, and TrAct's marker."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnxscript import opset18
+from onnxscript.values import Opset
+
+from tract_fx.preconditioner import PRECONDITION_GRAD_OPERATOR
+from tract_fx.step.output_gradient import PRECONDITION_STEP
+from tract_fx.step.random_masks import KEEP_MASK
+
+__all__ = ["MARKER", "MARKER_DOMAIN", "TRANSLATIONS", "register_marker"]
+
+aten = torch.ops.aten
+
+op: Any = opset18
+
+MARKER_DOMAIN, MARKER = "tract_fx.step", "Precondition"
+
+
+def _max_pool(dims: int) -> Callable[..., Any]:
+    def translate(
+        x: Any,
+        kernel_size: Sequence[int],
+        stride: Sequence[int] = (),
+        padding: Sequence[int] = (0,),
+        dilation: Sequence[int] = (1,),
+        ceil_mode: bool = False,
+    ) -> Any:
+        """Its indices count through the whole tensor: the derivative alone may read them."""
+        kernel, padding, dilation = (_each(v, dims) for v in (kernel_size, padding, dilation))
+        return op.MaxPool(
+            x,
+            ceil_mode=int(ceil_mode),
+            dilations=dilation,
+            kernel_shape=kernel,
+            pads=padding * 2,
+            strides=_each(stride, dims) or kernel,
+        )
+
+    return translate
+
+
+def _max_pool_backward(dz: Any, x: Any, *arguments: Any) -> Any:
+    *_, indices = arguments
+    flat = op.Constant(value_ints=[-1])
+    size = op.Reshape(op.Size(x), op.Constant(value_ints=[1]))
+    zeros = op.ConstantOfShape(size)
+    added = op.ScatterElements(
+        zeros, op.Reshape(indices, flat), op.Reshape(dz, flat), axis=0, reduction="add"
+    )
+    return op.Reshape(added, op.Shape(x))
+
+
+def _each(sizes: Sequence[int], dims: int) -> list[int]:
+    return list(sizes) * dims if len(sizes) == 1 else list(sizes)
+
+
+def _precondition(
+    gradient: Any,
+    x: Any,
+    output_gradient: Any,
+    lambda_: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    call: str,
+) -> Any:
+    geometry = {"strides": list(stride), "pads": list(padding), "dilations": list(dilation)}
+    given = {name: sizes for name, sizes in geometry.items() if sizes}
+    inputs = [gradient, x] if output_gradient is None else [gradient, x, output_gradient]
+    marker = getattr(Opset(MARKER_DOMAIN, 1), MARKER)
+    return marker(*inputs, lambda_=float(lambda_), group=int(groups), call=call, **given)
+
+
+def _keep_mask(like: Any, probability: float) -> Any:
+    """Where Dropout leaves something of ones; its seed is put in afterwards."""
+    if probability in (0, 1):
+        return op.CastLike(
+            op.Expand(op.Constant(value_float=float(probability)), op.Shape(like)), like
+        )
+    ones = op.Expand(op.Constant(value_float=1.0), op.Shape(like))
+    ratio, training = op.Constant(value_float=1 - probability), op.Constant(value=_TRUE)
+    kept, _ = op.Dropout(ones, ratio, training, seed=0)
+    return op.CastLike(op.Greater(kept, op.Constant(value_float=0.0)), like)
+
+
+_TRUE = onnx.numpy_helper.from_array(np.asarray(True))
+
+TRANSLATIONS: dict[Any, Callable[..., Any]] = {
+    PRECONDITION_GRAD_OPERATOR: lambda weight, *_: op.Identity(weight),
+    PRECONDITION_STEP: _precondition,
+    aten.max_pool2d_with_indices.default: _max_pool(2),
+    aten.max_pool3d_with_indices.default: _max_pool(3),
+    aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
+    aten.max_pool3d_with_indices_backward.default: _max_pool_backward,
+    KEEP_MASK: _keep_mask,
+    aten.squeeze.dims: lambda x, dim: op.Squeeze(x, op.Constant(value_ints=list(dim))),
+    aten.sym_numel.default: lambda x: op.Size(x),
+}
+
+
+@functools.cache
+def register_marker() -> None:
+    """Make the marker known to onnx; without a schema the translation does not write it."""
+    formal, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
+    kinds = onnx.defs.OpSchema.AttrType
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    onnx.defs.register_schema(
+        onnx.defs.OpSchema(
+            MARKER,
+            MARKER_DOMAIN,
+            1,
+            doc="A call's weight gradient gW times (XᵀX/R + λI)⁻¹.",
+            inputs=[
+                formal("gradient", "T"),
+                formal("input", "T"),
+                formal("output_gradient", "T", param_option=optional),
+            ],
+            outputs=[formal("output", "T")],
+            type_constraints=[("T", ["tensor(float)", "tensor(double)"], "Any float.")],
+            attributes=[
+                attribute("lambda_", kinds.FLOAT, "λ > 0."),
+                attribute("group", kinds.INT, "Groups."),
+                attribute("call", kinds.STRING, "The call's name."),
+                *(
+                    attribute(name, kinds.INTS, "As a Conv's.", required=False)
+                    for name in ("strides", "pads", "dilations")
+                ),
+            ],
+        )
+    )

@@ -1,0 +1,66 @@
+"""Write a traced step as an ONNX graph, TrAct's subgraph in it."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from tract_fx import torch_onnx_private as onnx_private
+from tract_fx.export.value_names import free_name
+from tract_fx.step.expand import expand_markers
+from tract_fx.step.trace import StepTrace
+from tract_fx.step.translations import TRANSLATIONS, register_marker
+
+__all__ = ["write_step"]
+
+
+def write_step(trace: StepTrace, seed: int = 0) -> ir.Model:
+    """Translate a step.
+
+    Args:
+        trace: The step.
+        seed: What the random numbers of dropout are derived from.
+
+    Returns:
+        A graph of opset 18 with the trace's inputs, but those that nothing reads, and its outputs,
+        under their names. λ of each call is the initializer `tract/CALL/lambda`.
+
+    Raises:
+        ExportError: PyTorch has no translation of an operator, or TrAct can't be exact.
+    """  # noqa: DOC502 (raised by what it calls)
+    register_marker()
+    model, results = onnx_private.translate_graph(trace.graph, TRANSLATIONS)
+    graph = model.graph
+    for value, name in zip(graph.inputs, trace.inputs, strict=True):
+        value.name = name
+    for value in results:
+        if value in graph.outputs or value.is_graph_input() or value.is_initializer():
+            copied = ir.Node("", "Identity", [value])
+            copied.outputs[0].shape, copied.outputs[0].type = value.shape, value.type
+            graph.append(copied)
+            value = copied.outputs[0]
+        graph.outputs.append(value)
+    passes.InlinePass()(model)
+    expand_markers(model)
+    _name(graph, trace)
+    for index, node in enumerate(n for n in graph if n.op_type == "Dropout"):
+        node.attributes["seed"] = ir.AttrInt64("seed", seed + index)
+    graph.inputs[:] = [v for v in graph.inputs if v.uses() or v.name in trace.batch]
+    return model
+
+
+def _name(graph: ir.Graph, trace: StepTrace) -> None:
+    """Give outputs their names, and what is inside names that are no input's or output's."""
+    taken: set[str | None] = {*trace.inputs, *trace.outputs}
+    for value in list(graph.initializers.values()):
+        if value.name in taken:
+            graph.initializers.pop(str(value.name))
+            value.name = free_name(f"{value.name}_constant", taken)
+            graph.register_initializer(value)
+        taken.add(str(value.name))
+    outputs = dict(zip(graph.outputs, trace.outputs, strict=True))
+    for node in graph:
+        for value in node.outputs:
+            name = value.name or node.op_type.lower()
+            value.name = outputs[value] if value in outputs else free_name(name, taken)
+        node.name = node.outputs[0].name

@@ -1,0 +1,153 @@
+"""PyTorch's private names for translating fx graphs to ONNX. Tested with torch 2.11 to 2.15."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _registration
+
+from tract_fx import torch_private
+from tract_fx.errors import ExportError
+
+__all__ = ["OPSET", "decompositions", "fake_arguments", "refuse_bounded_batch", "translate_graph"]
+
+OPSET = 18
+
+aten = torch.ops.aten
+
+# PyTorch's translations of these give outputs that a backward pass reads another meaning.
+_INEXACT = ("batch_norm", "native_layer_norm", "native_group_norm", "nll_loss", "native_dropout")
+
+
+@cache
+def _registry() -> Any:
+    return _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Give PyTorch's decompositions of what has no exact translation.
+
+    Returns:
+        Decompositions by operator.
+    """
+    translated = set(_decomp.get_onnx_implemented_overloads(_registry()))
+    table = dict(_decomp.create_onnx_friendly_decomposition_table(translated))
+    core = torch.export.default_decompositions()
+    table |= {
+        operator: core[operator]
+        for operator in core
+        if "backward" in str(operator) or any(name in str(operator) for name in _INEXACT)
+    }
+    # Decomposed, a squeeze becomes views with sizes that have to be computed.
+    return {k: v for k, v in table.items() if "squeeze" not in str(k)}
+
+
+def fake_arguments(
+    state: Mapping[str, Tensor], batch: Sequence[Tensor], dynamic_batch: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Make fake tensors to trace with, those of the batch with one open first size.
+
+    Args:
+        state: Tensors whose sizes are fixed.
+        batch: Tensors of a batch: each whose first size is the first one's is open there.
+        dynamic_batch: Whether that size is left open.
+
+    Returns:
+        Fakes of both, in order.
+    """
+
+    class Related(nn.Module):
+        """Adds all up along what is left open, so that it is one size."""
+
+        def forward(self, *tensors: Tensor) -> list[Tensor]:
+            open_ones = [t for t, is_open in zip(tensors, opened, strict=True) if is_open]
+            sums: list[Any] = [t.reshape(t.shape[0], -1).sum(1).float() for t in open_ones]
+            return [t + 0 if t.is_floating_point() else t.clone() for t in tensors] + [sum(sums)]
+
+    sized = [tensor for tensor in batch if tensor.dim()]
+    opened = [bool(dynamic_batch and t.dim() and len(t) == len(sized[0])) for t in batch]
+    shapes = tuple({0: Dim.DYNAMIC} if is_open else None for is_open in opened)
+    program = torch.export.export(
+        Related(), tuple(batch), dynamic_shapes={"tensors": shapes}, strict=False
+    )
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    fakes = [node.meta["val"] for node in placeholders[-len(batch) :]]
+    mode = fakes[0].fake_mode
+    mode.allow_non_fake_inputs = True  # constants that a module keeps as plain attributes
+    fixed = [mode.from_tensor(tensor, static_shapes=True) for tensor in state.values()]
+    return fixed, fakes
+
+
+def refuse_bounded_batch(batch: Sequence[Tensor]) -> None:
+    """Refuse a trace that holds for some sizes of the batch alone.
+
+    Args:
+        batch: The fakes that it was made with.
+
+    Raises:
+        ExportError: The model asked for the batch's size, and took a branch by it.
+    """
+    environment = batch[0].fake_mode.shape_env  # type: ignore[attr-defined]
+    bounded = [
+        str(bounds)
+        for bounds in environment.var_to_range.values()
+        if bounds.lower > 2 or bounds.upper < 1 << 20
+    ]
+    relations = [g.expr for g in environment.guards if not _holds(g.expr)]
+    if bounded or relations:
+        conditions = ", ".join([*bounded, *map(str, relations)])
+        raise ExportError(
+            f"a model that takes a branch by the batch's size ({conditions})",
+            "the graph would hold for some sizes alone",
+            "Leave the size out of forward(), or use dynamic_batch=False",
+        )
+
+
+def _holds(condition: Any) -> bool:
+    """Whether a condition on open sizes holds for whatever size, all of them being the same."""
+    symbols = list(condition.free_symbols)
+    return all(bool(condition.subs(dict.fromkeys(symbols, n))) for n in (2, 3, 5, 16, 97, 4096))
+
+
+def translate_graph(
+    graph: fx.GraphModule, translations: Mapping[Any, Callable[..., Any]]
+) -> tuple[ir.Model, list[ir.Value]]:
+    """Translate an fx graph of aten operators to ONNX.
+
+    Args:
+        graph: The graph. Not changed.
+        translations: Translations of operators beside PyTorch's own, or in place of them.
+
+    Returns:
+        The model, without outputs, and the values that the graph gives.
+    """
+    registry = copy.copy(_registry())
+    registry.functions = {target: list(found) for target, found in registry.functions.items()}
+    for target, translation in translations.items():
+        registry.register_op(target, translation)
+    graph = fx.GraphModule(graph, torch_private.copy_graph(graph.graph))
+    _fx_passes.insert_type_promotion_nodes(graph)
+    for node in graph.graph.find_nodes(op="get_attr"):
+        node.meta["val"] = getattr(graph, node.target)
+    model = ir.Model(
+        ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="step"), ir_version=10
+    )
+    values = _core._translate_fx_graph(
+        graph.graph,
+        model,
+        graph_like=model.graph,
+        owned_graphs={},
+        lower="at_conversion",
+        registry=registry,
+    )
+    results: Any = graph.graph.output_node().args[0]
+    model.graph.outputs.clear()
+    found: Any = [values[node.name] for node in results]
+    return model, found
