@@ -76,7 +76,7 @@ VERSIONS = (
 # What a test is about, by how its file's name begins; all else is about the pass.
 PARTS = {
     "inspection": ("test_inspect",),
-    "export": ("test_onnx", "test_ort", "test_trainer", "test_artifacts"),
+    "export": ("test_onnx", "test_ort", "test_step", "test_trainer", "test_artifacts"),
 }
 # These look at figures and pages, which are the same on any version.
 LEFT_OUT = ("test_benchmarks.py", "test_inspect_page.py", "test_inspect_plots.py")

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from cuda_kernels import missing_cuda_kernels
 from oracle import precondition, relative_error
 from step_cases import BATCH, CASES, LOSSES, Case, does
 from tract_fx import tract_module
 from tract_fx.errors import ExportError, UnsupportedTrainingError
+from tract_fx.step import exporter
 from tract_fx.step.trace import trace_step
 from tract_fx.step.write import write_step
 
@@ -109,6 +111,7 @@ def test_a_step_is_pytorch_s(name: str) -> None:
     if first == "0" and hasattr(case.build(), "first"):
         first = "first"
     step = Step(case, first)
+    assert missing_cuda_kernels(ir.to_proto(step.graph)) == []
     for batch in (BATCH, 3):
         found = step.run(batch)
         model, output, loss = step.wide(step.model, batch)
@@ -294,3 +297,18 @@ def test_tract_on_what_is_no_product_of_its_own_is_refused() -> None:
     model = tract_module(nn.Sequential(Penalised()), layers="0.first")
     with pytest.raises(ExportError, match="no product of its own"):
         write_step(trace_step(model, (torch.randn(BATCH, 6),), {}, None, ()))
+
+
+@pytest.mark.parametrize("name", ["conv2d", "attention"])
+def test_pytorch_s_exporter_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The public route, for versions whose private names are not tested."""
+    step = Step(NETWORKS[name], FIRST.get(name, "first" if name == "attention" else "0"))
+    found = step.run()
+    monkeypatch.setattr(exporter, "_exporter", lambda: None)
+    graph = write_step(step.trace)
+    other = run(graph, step.feeds(BATCH), step.trace.outputs)
+    for key, value in found.items():
+        assert_close(other[key], torch.from_numpy(value).double(), 1.0, key)
+    smaller = run(graph, step.feeds(3), step.trace.outputs)
+    for key, value in step.run(3).items():
+        assert_close(smaller[key], torch.from_numpy(value).double(), 1.0, key)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tract_fx.errors import MissingRuntimeError, UntestedVersionWarning
 
-__all__ = ["NEWEST_TESTED", "OLDEST", "TESTED", "check_torch"]
+__all__ = ["NEWEST_TESTED", "OLDEST", "TESTED", "check_torch", "version_number"]
 
 OLDEST = (2, 11)
 NEWEST_TESTED = (2, 15)
@@ -25,7 +25,7 @@ def check_torch(version: str) -> None:
     Raises:
         MissingRuntimeError: It is too old.
     """  # noqa: DOC502 (raised as `error`)
-    number = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    number = version_number(version)
     if number < OLDEST:
         error = MissingRuntimeError(
             f"torch {version}",
@@ -43,6 +43,18 @@ def check_torch(version: str) -> None:
             UntestedVersionWarning,
             stacklevel=4,
         )
+
+
+def version_number(version: str) -> tuple[int, ...]:
+    """Read a version's first two numbers.
+
+    Args:
+        version: PyTorch's version.
+
+    Returns:
+        The numbers.
+    """
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 def _in_own_command() -> bool:

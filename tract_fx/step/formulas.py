@@ -171,6 +171,23 @@ def _replication_pad_backward(dz: Tensor, x: Tensor, padding: Sequence[int]) -> 
     return dz
 
 
+@_for(aten.split.Tensor)
+def _split(x: Tensor, size: int, dim: int = 0) -> list[Tensor]:
+    whole = x.shape[dim]
+    return [x.narrow(dim, k, min(size, whole - k)) for k in range(0, whole, size)]
+
+
+@_for(aten.split_with_sizes.default)
+def _split_with_sizes(x: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Tensor]:
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [x.narrow(dim, k, size) for k, size in zip(starts, sizes, strict=True)]
+
+
+@_for(aten.celu.default)
+def _celu(x: Tensor, alpha: float = 1.0) -> Tensor:
+    return torch.where(x > 0, x, alpha * (torch.exp(x / alpha) - 1))
+
+
 def _batch_norm(
     x: Tensor,
     weight: Tensor | None,

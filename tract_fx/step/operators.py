@@ -16,7 +16,7 @@ aten = torch.ops.aten
 _ATEN = """
     _log_softmax _native_batch_norm_legit_no_training _prelu_kernel _softmax _to_copy
     _unsafe_index.Tensor _unsafe_index_put abs add.Scalar add.Tensor addmm all.dim amax arange
-    avg_pool2d avg_pool3d bitwise_and.Tensor bitwise_not bitwise_or.Tensor bmm cat celu clamp
+    avg_pool2d avg_pool3d bitwise_and.Tensor bitwise_not bitwise_or.Tensor bmm cat clamp
     clamp_min.Tensor clamp_min clone constant_pad_nd convolution copy cos div.Scalar div.Tensor
     div.Tensor_mode elu embedding empty_like eq.Scalar eq.Tensor erf exp expand fill.Scalar flip
     gather ge.Scalar ge.Tensor gelu glu gt.Scalar hardsigmoid hardswish hardtanh index.Tensor
@@ -27,7 +27,7 @@ _ATEN = """
     new_empty_strided new_zeros ones ones_like permute pixel_shuffle pixel_unshuffle
     pow.Tensor_Scalar reciprocal reflection_pad2d relu repeat replication_pad2d reshape roll
     rsqrt scalar_tensor scatter.src scatter.value scatter_add select.int select_scatter sigmoid
-    sign silu sin slice.Tensor slice_scatter softplus split.Tensor sqrt squeeze.dim stack
+    sign silu sin slice.Tensor slice_scatter softplus sqrt squeeze.dim stack
     sub.Scalar sub.Tensor sum sum.dim_IntList sym_numel sym_size.int t tanh transpose.int tril
     unbind.int unsqueeze where.self xlogy.Tensor zeros_like
 """

@@ -15,10 +15,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from tract_fx import torch_onnx_private as onnx_private
 from tract_fx.errors import ExportError, UnsupportedTrainingError
 from tract_fx.export.value_names import free_name
 from tract_fx.preconditioner import to_training_graph
+from tract_fx.step import exporter
 from tract_fx.step.formulas import FORMULAS
 from tract_fx.step.operators import refuse_untested
 from tract_fx.step.output_gradient import attach_output_gradients
@@ -88,7 +88,7 @@ def trace_step(
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     batch = [*(leaves[i] for i in places), *targets]
-    arguments = onnx_private.fake_arguments(state.tensors, batch, dynamic_batch)
+    arguments = exporter.fake_arguments(state.tensors, batch, dynamic_batch)
     found = _Found()
 
     def step(tensors: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
@@ -110,11 +110,11 @@ def trace_step(
     # First whole derivatives, among whose arguments are outputs' gradients; then formulas of them.
     graph = _record(step, arguments, {})
     attach_output_gradients(graph, _gradients(graph, state, found))
-    table: dict[Any, Any] = {**onnx_private.decompositions(), **FORMULAS, **MASKS}
+    table: dict[Any, Any] = {**exporter.decompositions(), **FORMULAS, **MASKS}
     table = {key: formula for key, formula in table.items() if key not in TRANSLATIONS}
     graph = _record(functionalize(graph, remove="mutations"), arguments, table)
     if dynamic_batch:
-        onnx_private.refuse_bounded_batch(arguments[1])
+        exporter.refuse_bounded_batch(arguments[1])
     refuse_untested(graph)
     names = _batch_names(model, args, kwargs, len(targets), {*state.tensors})
     return _named(graph, state, found, names)

@@ -59,6 +59,19 @@ def _max_pool_backward(dz: Any, x: Any, *arguments: Any) -> Any:
     return op.Reshape(added, op.Shape(x))
 
 
+def _extreme(largest: bool) -> Callable[..., Any]:
+    def translate(x: Any, dim: int, keepdim: bool = False) -> Any:
+        """By TopK, which has kernels on GPUs; of equal values the first, as in PyTorch."""
+        one = op.Constant(value_ints=[1])
+        values, indices = op.TopK(x, one, axis=dim, largest=int(largest))
+        if keepdim:
+            return values, indices
+        axis = op.Constant(value_ints=[dim])
+        return op.Squeeze(values, axis), op.Squeeze(indices, axis)
+
+    return translate
+
+
 def _each(sizes: Sequence[int], dims: int) -> list[int]:
     return list(sizes) * dims if len(sizes) == 1 else list(sizes)
 
@@ -103,6 +116,8 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
     aten.max_pool3d_with_indices_backward.default: _max_pool_backward,
     KEEP_MASK: _keep_mask,
+    aten.max.dim: _extreme(True),
+    aten.min.dim: _extreme(False),
     aten.squeeze.dims: lambda x, dim: op.Squeeze(x, op.Constant(value_ints=list(dim))),
     aten.sym_numel.default: lambda x: op.Size(x),
 }

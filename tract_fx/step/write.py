@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from tract_fx import torch_onnx_private as onnx_private
 from tract_fx.export.value_names import free_name
+from tract_fx.step import exporter
 from tract_fx.step.expand import expand_markers
 from tract_fx.step.trace import StepTrace
 from tract_fx.step.translations import TRANSLATIONS, register_marker
@@ -29,7 +29,7 @@ def write_step(trace: StepTrace, seed: int = 0) -> ir.Model:
         ExportError: PyTorch has no translation of an operator, or TrAct can't be exact.
     """  # noqa: DOC502 (raised by what it calls)
     register_marker()
-    model, results = onnx_private.translate_graph(trace.graph, TRANSLATIONS)
+    model, results = exporter.translate_graph(trace.graph, TRANSLATIONS)
     graph = model.graph
     for value, name in zip(graph.inputs, trace.inputs, strict=True):
         value.name = name

@@ -1,8 +1,13 @@
-"""PyTorch's private names for translating fx graphs to ONNX. Tested with torch 2.11 to 2.15."""
+"""Fx graphs to ONNX: by PyTorch's private names where they are tested, else by its public ones.
+
+Tested with torch 2.11 to 2.15. `torch.onnx.export` translates the same graph with the same tables,
+and takes several times as long: it traces and decomposes the graph again.
+"""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -11,24 +16,48 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
-from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _registration
 
 from tract_fx import torch_private
-from tract_fx.errors import ExportError
+from tract_fx.errors import ExportError, TractWarning
+from tract_fx.export.quiet import quiet
+from tract_fx.preconditioner import to_training_graph
+from tract_fx.torch_version import NEWEST_TESTED, TESTED, version_number
 
 __all__ = ["OPSET", "decompositions", "fake_arguments", "refuse_bounded_batch", "translate_graph"]
 
 OPSET = 18
 
-aten = torch.ops.aten
-
 # PyTorch's translations of these give outputs that a backward pass reads another meaning.
 _INEXACT = ("batch_norm", "native_layer_norm", "native_group_norm", "nll_loss", "native_dropout")
+
+Translations = Mapping[Any, Callable[..., Any]]
+
+
+@cache
+def _exporter() -> Any:
+    """The exporter's modules, None where their names are not known to be what they were."""
+    if version_number(torch.__version__) <= NEWEST_TESTED:
+        try:
+            from torch.onnx._internal import exporter
+            from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _registration
+        except ImportError:
+            pass
+        else:
+            assert _core and _decomp and _fx_passes and _registration
+            return exporter
+    warnings.warn(
+        TractWarning(
+            f"torch {torch.__version__}: steps are translated by torch.onnx.export, which takes "
+            f"several times as long as what was tested with {TESTED}"
+        ),
+        stacklevel=2,
+    )
+    return None
 
 
 @cache
 def _registry() -> Any:
-    return _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
+    return _exporter()._registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -37,14 +66,16 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     Returns:
         Decompositions by operator.
     """
-    translated = set(_decomp.get_onnx_implemented_overloads(_registry()))
-    table = dict(_decomp.create_onnx_friendly_decomposition_table(translated))
     core = torch.export.default_decompositions()
-    table |= {
+    table = {
         operator: core[operator]
         for operator in core
         if "backward" in str(operator) or any(name in str(operator) for name in _INEXACT)
     }
+    if _exporter() is not None:
+        make = _exporter()._decomp
+        translated = set(make.get_onnx_implemented_overloads(_registry()))
+        table = make.create_onnx_friendly_decomposition_table(translated) | table
     # Decomposed, a squeeze becomes views with sizes that have to be computed.
     return {k: v for k, v in table.items() if "squeeze" not in str(k)}
 
@@ -117,29 +148,48 @@ def _holds(condition: Any) -> bool:
 
 
 def translate_graph(
-    graph: fx.GraphModule, translations: Mapping[Any, Callable[..., Any]]
+    graph: fx.GraphModule, translations: Translations
 ) -> tuple[ir.Model, list[ir.Value]]:
     """Translate an fx graph of aten operators to ONNX.
 
     Args:
-        graph: The graph. Not changed.
+        graph: The graph, of flat arguments. Not changed.
         translations: Translations of operators beside PyTorch's own, or in place of them.
 
     Returns:
         The model, without outputs, and the values that the graph gives.
+
+    Raises:
+        ExportError: PyTorch has no translation of an operator.
     """
+    translate = _translate_publicly if _exporter() is None else _translate_privately
+    try:
+        with quiet():
+            return translate(graph, translations)
+    except Exception as error:  # whatever a translation raises
+        raise ExportError(
+            f"translating the training step to ONNX failed ({type(error).__name__}: {error})",
+            "PyTorch has no translation of an operator, or not in this form",
+            "Write that part of the model with other operators",
+        ) from error
+
+
+def _translate_privately(
+    graph: fx.GraphModule, translations: Translations
+) -> tuple[ir.Model, list[ir.Value]]:
+    """Translate node by node, with the shapes that tracing has found."""
     registry = copy.copy(_registry())
     registry.functions = {target: list(found) for target, found in registry.functions.items()}
     for target, translation in translations.items():
         registry.register_op(target, translation)
     graph = fx.GraphModule(graph, torch_private.copy_graph(graph.graph))
-    _fx_passes.insert_type_promotion_nodes(graph)
+    _exporter()._fx_passes.insert_type_promotion_nodes(graph)
     for node in graph.graph.find_nodes(op="get_attr"):
         node.meta["val"] = getattr(graph, node.target)
     model = ir.Model(
         ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="step"), ir_version=10
     )
-    values = _core._translate_fx_graph(
+    values = _exporter()._core._translate_fx_graph(
         graph.graph,
         model,
         graph_like=model.graph,
@@ -149,5 +199,35 @@ def translate_graph(
     )
     results: Any = graph.graph.output_node().args[0]
     model.graph.outputs.clear()
-    found: Any = [values[node.name] for node in results]
-    return model, found
+    return model, [values[node.name] for node in results]
+
+
+def _translate_publicly(
+    graph: fx.GraphModule, translations: Translations
+) -> tuple[ir.Model, list[ir.Value]]:
+    """Translate by `torch.export` and `torch.onnx.export`, on numbers of the traced shapes."""
+    traced = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    zeros = tuple(torch.zeros([int(size) for size in t.shape], dtype=t.dtype) for t in traced)
+    dynamic = tuple(
+        {i: Dim.DYNAMIC for i, size in enumerate(t.shape) if not isinstance(size, int)}
+        for t in traced
+    )
+    token = to_training_graph.set(True)
+    try:
+        program = torch.export.export(graph, zeros, dynamic_shapes=dynamic, strict=False)
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            verbose=False,
+            custom_translation_table=dict(translations),
+        )
+    finally:
+        to_training_graph.reset(token)
+    assert exported is not None
+    model = exported.model
+    results = list(model.graph.outputs)
+    model.graph.outputs.clear()
+    model.ir_version = 10
+    return model, results
