@@ -23,6 +23,7 @@ from tract_fx.errors import ExportError, UnsupportedTrainingError
 from tract_fx.step import exporter
 from tract_fx.step.trace import trace_step
 from tract_fx.step.write import write_step
+from tract_fx.torch_version import version_number
 
 # Float32 rounds to 6e-8, over some thousand terms and some layers.
 BOUND = 5e-6
@@ -110,6 +111,10 @@ def test_a_step_is_pytorch_s(name: str) -> None:
     case = NETWORKS[name]
     if first == "0" and hasattr(case.build(), "first"):
         first = "first"
+    if name == "probabilities" and version_number(torch.__version__) < (2, 12):
+        with pytest.raises(ExportError, match="branch by the batch's size"):
+            Step(case, first)  # that version's own loss reads the batch's size as a number
+        return
     step = Step(case, first)
     assert missing_cuda_kernels(ir.to_proto(step.graph)) == []
     for batch in (BATCH, 3):

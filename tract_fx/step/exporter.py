@@ -163,15 +163,40 @@ def translate_graph(
         ExportError: PyTorch has no translation of an operator.
     """
     translate = _translate_publicly if _exporter() is None else _translate_privately
+    graph = fx.GraphModule(graph, torch_private.copy_graph(graph.graph))
+    constants = _as_arguments(graph)
     try:
         with quiet():
-            return translate(graph, translations)
+            model, results = translate(graph, translations)
     except Exception as error:  # whatever a translation raises
         raise ExportError(
             f"translating the training step to ONNX failed ({type(error).__name__}: {error})",
             "PyTorch has no translation of an operator, or not in this form",
             "Write that part of the model with other operators",
         ) from error
+    given = list(model.graph.inputs)
+    for value, tensor in zip(given[len(given) - len(constants) :], constants, strict=True):
+        value.name = f"constant/{value.name}"
+        value.const_value = ir.tensor(tensor.detach().cpu().numpy().copy(), name=value.name)
+        model.graph.inputs.remove(value)
+        model.graph.register_initializer(value)
+    return model, results
+
+
+def _as_arguments(graph: fx.GraphModule) -> list[Tensor]:
+    """Turn the constants that a graph holds into its last arguments; give their values."""
+    nodes = list(graph.graph.find_nodes(op="get_attr"))
+    last = list(graph.graph.find_nodes(op="placeholder"))[-1]
+    constants = []
+    for node in nodes:
+        constants.append(getattr(graph, str(node.target)))
+        with graph.graph.inserting_after(last):
+            last = graph.graph.placeholder(f"constant_{len(constants)}")
+        last.meta["val"] = node.meta.get("val", constants[-1])
+        node.replace_all_uses_with(last)
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return constants
 
 
 def _translate_privately(
@@ -182,10 +207,7 @@ def _translate_privately(
     registry.functions = {target: list(found) for target, found in registry.functions.items()}
     for target, translation in translations.items():
         registry.register_op(target, translation)
-    graph = fx.GraphModule(graph, torch_private.copy_graph(graph.graph))
     _exporter()._fx_passes.insert_type_promotion_nodes(graph)
-    for node in graph.graph.find_nodes(op="get_attr"):
-        node.meta["val"] = getattr(graph, node.target)
     model = ir.Model(
         ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="step"), ir_version=10
     )

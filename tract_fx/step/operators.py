@@ -29,7 +29,7 @@ _ATEN = """
     rsqrt scalar_tensor scatter.src scatter.value scatter_add select.int select_scatter sigmoid
     sign silu sin slice.Tensor slice_scatter softplus sqrt squeeze.dim stack
     sub.Scalar sub.Tensor sum sum.dim_IntList sym_numel sym_size.int t tanh transpose.int tril
-    unbind.int unsqueeze where.self xlogy.Tensor zeros_like
+    unbind.int unsqueeze where.self xlogy.Tensor zeros zeros_like
 """
 _OTHERS = """
     floordiv getitem mul neg prims.var.default sub sym_float tract_fx.keep_mask.default
