@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -43,18 +44,20 @@ TESTED = frozenset(_OTHERS.split()) | {
 _POOLS = (aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
 
 
-def refuse_untested(graph: fx.GraphModule) -> None:
+def refuse_untested(graph: fx.GraphModule, translations: Collection[Any]) -> None:
     """Refuse operators whose translation nobody has compared with PyTorch.
 
     Args:
         graph: A traced step.
+        translations: Operators that are translated by this library.
 
     Raises:
         ExportError: It has one, or reads max-pooling's indices otherwise than to differentiate.
     """
     called = graph.graph.find_nodes
     nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
-    names = sorted({operator_name(node) for node in nodes} - TESTED)
+    others = [node for node in nodes if node.target not in translations]
+    names = sorted({operator_name(node) for node in others} - TESTED)
     if names:
         raise ExportError(
             f"the operator{'s' * (len(names) > 1)} {', '.join(names)} in the training step",

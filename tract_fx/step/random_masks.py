@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,5 +40,8 @@ def _native_dropout(x: Tensor, probability: float, train: bool | None) -> tuple[
     return x * mask * (1 / (1 - probability)), mask != 0
 
 
-MASKS = {aten.bernoulli.p: _bernoulli, aten.native_dropout.default: _native_dropout}
+MASKS: dict[Any, Callable[..., Any]] = {
+    aten.bernoulli.p: _bernoulli,
+    aten.native_dropout.default: _native_dropout,
+}
 """Formulas of PyTorch's operators that draw masks."""

@@ -19,11 +19,9 @@ from tract_fx.errors import ExportError, UnsupportedTrainingError
 from tract_fx.export.value_names import free_name
 from tract_fx.preconditioner import to_training_graph
 from tract_fx.step import exporter
-from tract_fx.step.formulas import FORMULAS
+from tract_fx.step.dialects import STANDARD, Dialect
 from tract_fx.step.operators import refuse_untested
 from tract_fx.step.output_gradient import attach_output_gradients
-from tract_fx.step.random_masks import MASKS
-from tract_fx.step.translations import TRANSLATIONS
 
 __all__ = ["StepTrace", "trace_step"]
 
@@ -45,6 +43,7 @@ class StepTrace:
         buffers: Names of the new values by the buffers that the step changes.
         batch: Names of the model's inputs, then of the targets.
         structure: Names of the model's outputs, nested as it returns them.
+        dialect: What it is to be written in.
     """
 
     graph: fx.GraphModule
@@ -55,6 +54,7 @@ class StepTrace:
     buffers: dict[str, str]
     batch: tuple[str, ...]
     structure: Any
+    dialect: Dialect
 
 
 def trace_step(
@@ -65,6 +65,7 @@ def trace_step(
     targets: Sequence[Tensor],
     *,
     dynamic_batch: bool = True,
+    dialect: Dialect = STANDARD,
 ) -> StepTrace:
     """Record a step.
 
@@ -76,6 +77,7 @@ def trace_step(
         loss: Of the model's output and the targets; None where the model returns its loss.
         targets: What the loss takes beside the output.
         dynamic_batch: Whether the batch's size is left open.
+        dialect: What it is to be written in.
 
     Returns:
         The step.
@@ -110,14 +112,15 @@ def trace_step(
     # First whole derivatives, among whose arguments are outputs' gradients; then formulas of them.
     graph = _record(step, arguments, {})
     attach_output_gradients(graph, _gradients(graph, state, found))
-    table: dict[Any, Any] = {**exporter.decompositions(), **FORMULAS, **MASKS}
-    table = {key: formula for key, formula in table.items() if key not in TRANSLATIONS}
+    table = exporter.decompositions()
+    table = {key: formula for key, formula in table.items() if key not in dialect.translations}
+    table |= dialect.formulas
     graph = _record(functionalize(graph, remove="mutations"), arguments, table)
     if dynamic_batch:
         exporter.refuse_bounded_batch(arguments[1])
-    refuse_untested(graph)
+    refuse_untested(graph, dialect.translations)
     names = _batch_names(model, args, kwargs, len(targets), {*state.tensors})
-    return _named(graph, state, found, names)
+    return _named(graph, state, found, names, dialect)
 
 
 def _refuse_many_numbers(loss: object) -> None:
@@ -261,7 +264,11 @@ def _gradients(graph: fx.GraphModule, state: _State, found: _Found) -> dict[str,
 
 
 def _named(
-    graph: fx.GraphModule, state: _State, found: _Found, batch: tuple[str, ...]
+    graph: fx.GraphModule,
+    state: _State,
+    found: _Found,
+    batch: tuple[str, ...],
+    dialect: Dialect,
 ) -> StepTrace:
     """Name what goes in and comes out, without the buffers that come out as they went in."""
     results: Any = graph.graph.output_node().args[0]
@@ -283,7 +290,7 @@ def _named(
     graph.graph.eliminate_dead_code()
     graph.recompile()
     names = (loss, *outputs, *gradients.values(), *buffers.values())
-    return StepTrace(graph, inputs, names, loss, gradients, buffers, batch, structure)
+    return StepTrace(graph, inputs, names, loss, gradients, buffers, batch, structure, dialect)
 
 
 def _uncopied(node: fx.Node) -> Any:

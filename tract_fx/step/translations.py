@@ -16,7 +16,7 @@ from tract_fx.preconditioner import PRECONDITION_GRAD_OPERATOR
 from tract_fx.step.output_gradient import PRECONDITION_STEP
 from tract_fx.step.random_masks import KEEP_MASK
 
-__all__ = ["MARKER", "MARKER_DOMAIN", "TRANSLATIONS", "register_marker"]
+__all__ = ["MARKER", "MARKER_DOMAIN", "TRANSLATIONS", "each", "register_marker"]
 
 aten = torch.ops.aten
 
@@ -35,14 +35,14 @@ def _max_pool(dims: int) -> Callable[..., Any]:
         ceil_mode: bool = False,
     ) -> Any:
         """Its indices count through the whole tensor: the derivative alone may read them."""
-        kernel, padding, dilation = (_each(v, dims) for v in (kernel_size, padding, dilation))
+        kernel, padding, dilation = (each(v, dims) for v in (kernel_size, padding, dilation))
         return op.MaxPool(
             x,
             ceil_mode=int(ceil_mode),
             dilations=dilation,
             kernel_shape=kernel,
             pads=padding * 2,
-            strides=_each(stride, dims) or kernel,
+            strides=each(stride, dims) or kernel,
         )
 
     return translate
@@ -72,7 +72,16 @@ def _extreme(largest: bool) -> Callable[..., Any]:
     return translate
 
 
-def _each(sizes: Sequence[int], dims: int) -> list[int]:
+def each(sizes: Sequence[int], dims: int) -> list[int]:
+    """Give a size for each dimension, where one stands for all.
+
+    Args:
+        sizes: One size, one for each dimension, or none.
+        dims: Number of dimensions.
+
+    Returns:
+        The sizes.
+    """
     return list(sizes) * dims if len(sizes) == 1 else list(sizes)
 
 

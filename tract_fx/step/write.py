@@ -9,7 +9,7 @@ from tract_fx.export.value_names import free_name
 from tract_fx.step import exporter
 from tract_fx.step.expand import expand_markers
 from tract_fx.step.trace import StepTrace
-from tract_fx.step.translations import TRANSLATIONS, register_marker
+from tract_fx.step.translations import register_marker
 
 __all__ = ["write_step"]
 
@@ -29,7 +29,7 @@ def write_step(trace: StepTrace, seed: int = 0) -> ir.Model:
         ExportError: PyTorch has no translation of an operator, or TrAct can't be exact.
     """  # noqa: DOC502 (raised by what it calls)
     register_marker()
-    model, results = exporter.translate_graph(trace.graph, TRANSLATIONS)
+    model, results = exporter.translate_graph(trace.graph, trace.dialect.translations)
     graph = model.graph
     for value, name in zip(graph.inputs, trace.inputs, strict=True):
         value.name = name
@@ -61,6 +61,9 @@ def _name(graph: ir.Graph, trace: StepTrace) -> None:
     outputs = dict(zip(graph.outputs, trace.outputs, strict=True))
     for node in graph:
         for value in node.outputs:
+            if node.domain == "com.microsoft" and not (value.uses() or value.is_graph_output()):
+                value.name = ""  # ConvGrad computes what has a name
+                continue
             name = value.name or node.op_type.lower()
             value.name = outputs[value] if value in outputs else free_name(name, taken)
-        node.name = node.outputs[0].name
+        node.name = next(value.name for value in node.outputs if value.name)
