@@ -15,7 +15,7 @@ __all__ = ["TESTED", "refuse_untested"]
 aten = torch.ops.aten
 
 _ATEN = """
-    _log_softmax _native_batch_norm_legit_no_training _prelu_kernel _softmax _to_copy
+    addcmul _log_softmax _native_batch_norm_legit_no_training _prelu_kernel _softmax _to_copy
     _unsafe_index.Tensor _unsafe_index_put abs add.Scalar add.Tensor addmm all.dim amax arange
     avg_pool2d avg_pool3d bitwise_and.Tensor bitwise_not bitwise_or.Tensor bmm cat clamp
     clamp_min.Tensor clamp_min clone constant_pad_nd convolution copy cos div.Scalar div.Tensor
