@@ -104,17 +104,20 @@ def _precondition(
 
 
 def _keep_mask(like: Any, probability: float) -> Any:
-    """Where Dropout leaves something of ones; its seed is put in afterwards."""
+    """Dropout's mask; its seed is put in afterwards.
+
+    ONNX Runtime 1.32 takes a Dropout of known numbers for none where its mask is not read.
+    """  # noqa: DOC201
     if probability in (0, 1):
-        return op.CastLike(
-            op.Expand(op.Constant(value_float=float(probability)), op.Shape(like)), like
-        )
-    ones = op.Expand(op.Constant(value_float=1.0), op.Shape(like))
+        every = op.Constant(value_float=float(probability))
+        return op.CastLike(op.Expand(every, op.Shape(like)), like)
+    ones = op.ConstantOfShape(op.Shape(like), value=_ONE)
     ratio, training = op.Constant(value_float=1 - probability), op.Constant(value=_TRUE)
-    kept, _ = op.Dropout(ones, ratio, training, seed=0)
-    return op.CastLike(op.Greater(kept, op.Constant(value_float=0.0)), like)
+    _, mask = op.Dropout(ones, ratio, training, seed=0)
+    return op.CastLike(mask, like)
 
 
+_ONE = onnx.numpy_helper.from_array(np.ones(1, np.float32))
 _TRUE = onnx.numpy_helper.from_array(np.asarray(True))
 
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {
