@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from oracle import precondition, relative_error, tract_gradient
 from photographs import photograph_range_255, photographs
 from tract_fx import inspect_graph, tract_module
-from tract_fx.preconditioner import direct, multiply
+from tract_fx.preconditioner import PatchGeometry, direct, multiply
+from tract_fx.preconditioner.settings import CallSettings
 
 FLOAT64 = 1e-10
 OPERATOR = 2e-5
@@ -323,6 +324,22 @@ def test_hard_inputs_in_float32(x: Tensor, dz: float, lambda_: float) -> None:
     scaled = layer.weight.grad.double() / dz
     wanted = by_singular_values(x, gradient.double() / dz, lambda_)
     assert relative_error(scaled, wanted) < OPERATOR
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+def test_repeated_rows(cancels: bool) -> None:
+    """A factorisation that fails is no error, and gradients that cancel are not rounded first."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        x, dz, lambda_ = torch.randn(20, 400), torch.randn(20, 64), 1e-8
+        if cancels:
+            x[1::2], lambda_ = x[::2], 0.1
+            dz[1::2] = -dz[::2] * (1 + 1e-5)
+        else:
+            x = x[torch.randint(0, 20, (20,))]
+        found = direct.direct_gradient(dz, x, CallSettings(lambda_, PatchGeometry(), None))
+        wanted = by_singular_values(x, dz, lambda_)
+        assert relative_error(found, wanted) < OPERATOR, seed
 
 
 def test_many_rows_of_few_numbers() -> None:

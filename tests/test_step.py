@@ -296,6 +296,36 @@ def test_a_fixed_batch_may_be_asked_for() -> None:
     assert_close(found[step.trace.gradients["first.weight"]], gradient, 1.0, "first")
 
 
+def test_a_batch_of_one_leaves_its_size_open() -> None:
+    step = Step(CASES["linear, many rows"], "0")
+    args, targets = (step.x[:1],), (step.y[:1],)
+    graph = write_step(trace_step(step.model, args, {}, step.case.loss, targets))
+    for batch in (1, 4):
+        found = run(graph, step.feeds(batch), step.trace.outputs)
+        model, _, _ = step.wide(step.model, batch)
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter.grad, Tensor)
+            assert_close(found[step.trace.gradients[name]], parameter.grad, 1.0, name)
+
+
+class Rounded(nn.Module):
+    """Multiplies in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            result: Tensor = self.first(x).float()
+        return result
+
+
+def test_autocast_under_tract_is_refused() -> None:
+    with pytest.raises(ExportError, match="autocast"):
+        Step(Case(Rounded, lambda: torch.randn(BATCH, 6)), "first")
+
+
 def test_tract_on_what_is_no_product_of_its_own_is_refused() -> None:
     torch.manual_seed(0)
     model = tract_module(nn.Sequential(Penalised()), layers="0.first")

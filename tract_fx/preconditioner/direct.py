@@ -247,7 +247,7 @@ def _scaled_gradient(dz: Tensor, rows: Tensor, lambda_: float) -> Tensor:
         return _finite_outputs(dz, rows, lambda_)
     if largest == 0:
         return rows.new_zeros((dz.shape[0], columns)) * rows.sum()  # NaN where X has one
-    dz = dz / largest
+    dz = dz.double() / largest  # in float32 it would be another gradient by its rounding
     if count < columns:
         result = _by_rows(dz, rows, lambda_, torch.float64)
     else:
@@ -271,7 +271,10 @@ def _quickly_by_rows(dz: Tensor, rows: Tensor, lambda_: float) -> Tensor | None:
     trace = float(matrix.trace())
     if not eps * trace < _TO_SPARE[torch.float64] * ridge:
         return None
-    solution = _Factored.of(matrix, ridge, dz.shape[0]).solve(wide)
+    system = _Factored.of(matrix, ridge, dz.shape[0])
+    if system is None:
+        return None
+    solution = system.solve(wide)
     size, length = _lengths(solution, wide, ridge)
     extent, rounding = trace**0.5, torch.finfo(torch.float32).eps
     exact = eps * extent * (1 + (trace / ridge) ** 0.5) * size <= _TO_SPARE[torch.float64] * length
@@ -307,13 +310,15 @@ def _quickly_by_columns(dz: Tensor, rows: Tensor, lambda_: float, small: bool) -
     if not spared * trace < ridge:
         return None
     system = _Factored.of(matrix, ridge, dz.shape[0])
+    if system is None:
+        return None
     result = system.solve(wide @ x)
     length = float(torch.linalg.vector_norm(result))
     if small:
         lost = trace**0.5 * float(torch.linalg.vector_norm(wide)) + trace * length
         exact = spared * lost <= ridge * length
     else:
-        exact = not int(system.info) and _in_range(dtype, length, ridge * length)
+        exact = _in_range(dtype, length, ridge * length)
     return result.mul_(count).to(rows.dtype) if exact else None
 
 
@@ -387,22 +392,22 @@ class _Factored:
 
     Attributes:
         factor: L.
-        info: Other than 0 where there is none.
         inverse: The inverse of LLᵀ, with which a product runs several times faster than solves with
             L; None where computing it takes longer.
     """
 
     factor: Tensor
-    info: Tensor
     inverse: Tensor | None
 
     @classmethod
-    def of(cls, matrix: Tensor, ridge: float | Tensor, outputs: int) -> _Factored:
-        """Factor a matrix, changed in place, to solve for about so many outputs."""
+    def of(cls, matrix: Tensor, ridge: float | Tensor, outputs: int) -> _Factored | None:
+        """Factor a matrix, changed in place, to solve for so many outputs; None where it fails."""
         matrix.diagonal().add_(ridge)
         factor, info = torch.linalg.cholesky_ex(matrix)
+        if int(info):
+            return None
         inverse = torch.cholesky_inverse(factor) if 2 * outputs >= factor.shape[0] else None
-        return cls(factor, info, inverse)
+        return cls(factor, inverse)
 
     def solve(self, left: Tensor) -> Tensor:
         """left (LLᵀ)⁻¹."""
@@ -432,7 +437,7 @@ class _System:
         system = _Factored.of(
             matrix.mul_(scale[:, None]).mul_(scale), ridge * scale.square(), outputs
         )
-        if int(system.info) or not math.isfinite(float(system.factor[-1].sum())):
+        if system is None or not math.isfinite(float(system.factor[-1].sum())):
             return None
         left = len(matrix) - ridge * float(scale.square().sum())
         return cls(scale, math.sqrt(max(0.0, left)), system)

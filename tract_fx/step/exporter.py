@@ -104,6 +104,8 @@ def fake_arguments(
 
     sized = [tensor for tensor in batch if tensor.dim()]
     opened = [bool(dynamic_batch and t.dim() and len(t) == len(sized[0])) for t in batch]
+    if len(sized[0]) == 1:  # which would be taken for a batch that is always one
+        batch = [torch.cat([t, t]) if o else t for t, o in zip(batch, opened, strict=True)]
     shapes = tuple({0: Dim.DYNAMIC} if is_open else None for is_open in opened)
     program = torch.export.export(
         Related(), tuple(batch), dynamic_shapes={"tensors": shapes}, strict=False

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tract_fx.errors import ExportError
+
 __all__ = ["PRECONDITION_STEP", "attach_output_gradients"]
 
 aten = torch.ops.aten
@@ -54,15 +56,24 @@ def attach_output_gradients(graph: fx.GraphModule, gradients: Mapping[str, fx.No
     Args:
         graph: A traced step, in which convolutions' derivatives are whole.
         gradients: The parameters' gradients in it by their names, after which calls are named.
+
+    Raises:
+        ExportError: A call is under autocast.
     """
     target = torch.ops.tract_fx.precondition.default
     for node in list(graph.graph.find_nodes(op="call_function", target=target)):
         arguments: Any = node.args
-        gradient, x, *settings = arguments
+        gradient, x, *settings, input_dtype = arguments
+        if input_dtype is not None:
+            raise ExportError(
+                f"TrAct on a layer under autocast to {input_dtype}",
+                "the graph has no rounding of its input, which TrAct's rows have there",
+                "Leave autocast out of what is exported",
+            )
         with graph.graph.inserting_before(node):
             new = graph.graph.call_function(
                 PRECONDITION_STEP,
-                (gradient, x, _output_gradient(gradient, x), *settings[:5], _name(node, gradients)),
+                (gradient, x, _output_gradient(gradient, x), *settings, _name(node, gradients)),
             )
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
