@@ -12,9 +12,9 @@ import torch
 from onnxscript.values import Opset
 from torch import Tensor
 
-from tract_fx.step.formulas import FORMULAS
+from tract_fx.step.formulas import FORMULAS, each
 from tract_fx.step.random_masks import MASKS
-from tract_fx.step.translations import TRANSLATIONS, each
+from tract_fx.step.translations import TRANSLATIONS
 
 __all__ = ["ORT_TRAINING", "STANDARD", "Dialect"]
 

@@ -6,7 +6,6 @@ and takes several times as long: it traces and decomposes the graph again.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -19,13 +18,12 @@ from torch.export import Dim
 
 from tract_fx import torch_private
 from tract_fx.errors import ExportError, TractWarning
+from tract_fx.export.onnx_program import OPSET, translate
 from tract_fx.export.quiet import quiet
 from tract_fx.preconditioner import to_training_graph
 from tract_fx.torch_version import NEWEST_TESTED, TESTED, version_number
 
-__all__ = ["OPSET", "decompositions", "fake_arguments", "refuse_bounded_batch", "translate_graph"]
-
-OPSET = 18
+__all__ = ["decompositions", "fake_arguments", "refuse_bounded_batch", "translate_graph"]
 
 # PyTorch's translations of these give outputs that a backward pass reads another meaning.
 _INEXACT = ("batch_norm", "native_layer_norm", "native_group_norm", "nll_loss", "native_dropout")
@@ -55,9 +53,10 @@ def _exporter() -> Any:
     return None
 
 
-@cache
 def _registry() -> Any:
-    return _exporter()._registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
+    """PyTorch's translations, as a copy that may be added to."""
+    with torch_private.kept_translations():
+        return _exporter()._registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -164,12 +163,14 @@ def translate_graph(
     Raises:
         ExportError: PyTorch has no translation of an operator.
     """
-    translate = _translate_publicly if _exporter() is None else _translate_privately
+    way = _translate_publicly if _exporter() is None else _translate_privately
     graph = fx.GraphModule(graph, torch_private.copy_graph(graph.graph))
     constants = _as_arguments(graph)
     try:
         with quiet():
-            model, results = translate(graph, translations)
+            model, results = way(graph, translations)
+    except ExportError:
+        raise
     except Exception as error:  # whatever a translation raises
         raise ExportError(
             f"translating the training step to ONNX failed ({type(error).__name__}: {error})",
@@ -205,8 +206,7 @@ def _translate_privately(
     graph: fx.GraphModule, translations: Translations
 ) -> tuple[ir.Model, list[ir.Value]]:
     """Translate node by node, with the shapes that tracing has found."""
-    registry = copy.copy(_registry())
-    registry.functions = {target: list(found) for target, found in registry.functions.items()}
+    registry = _registry()
     for target, translation in translations.items():
         registry.register_op(target, translation)
     _exporter()._fx_passes.insert_type_promotion_nodes(graph)
@@ -239,18 +239,9 @@ def _translate_publicly(
     token = to_training_graph.set(True)
     try:
         program = torch.export.export(graph, zeros, dynamic_shapes=dynamic, strict=False)
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            optimize=False,
-            opset_version=OPSET,
-            verbose=False,
-            custom_translation_table=dict(translations),
-        )
     finally:
         to_training_graph.reset(token)
-    assert exported is not None
-    model = exported.model
+    model = translate(program, dict(translations))
     results = list(model.graph.outputs)
     model.graph.outputs.clear()
     model.ir_version = 10

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FORMULAS"]
+__all__ = ["FORMULAS", "each"]
 
 aten = torch.ops.aten
 
@@ -28,7 +28,16 @@ def _for(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-def _each(sizes: Sequence[int], dims: int) -> list[int]:
+def each(sizes: Sequence[int], dims: int) -> list[int]:
+    """Give a size for each dimension, where one stands for all.
+
+    Args:
+        sizes: One size, one for each dimension, or none.
+        dims: Number of dimensions.
+
+    Returns:
+        The sizes.
+    """
     return list(sizes) * dims if len(sizes) == 1 else list(sizes)
 
 
@@ -47,7 +56,7 @@ def _convolution_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     dims = weight.dim() - 2
-    stride, padding, dilation = (_each(sizes, dims) for sizes in (stride, padding, dilation))
+    stride, padding, dilation = (each(sizes, dims) for sizes in (stride, padding, dilation))
     for_x = for_weight = for_bias = None
     if wanted[0] and transposed:
         zeros = [0] * dims
@@ -110,8 +119,8 @@ def _avg_pool_backward(
     divisor: int | None,
 ) -> Tensor:
     dims = dz.dim() - 2 if dz.dim() == x.dim() and len(kernel) == dz.dim() - 2 else len(kernel)
-    kernel = _each(kernel, dims)
-    stride, padding = _each(stride, dims) or kernel, _each(padding, dims)
+    kernel = each(kernel, dims)
+    stride, padding = each(stride, dims) or kernel, each(padding, dims)
     sizes, channels = x.shape[-dims:], x.shape[-dims - 1]
     if divisor is None:
         for i in range(dims):
@@ -222,23 +231,12 @@ def _batch_norm(
 
 
 @_for(aten._native_batch_norm_legit.default, aten.native_batch_norm.default)
-def _batch_norm_in_place(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    result, now, inverse, new_mean, new_variance = _batch_norm(
-        x, weight, bias, mean, variance, training, momentum, eps
-    )
+def _batch_norm_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    result, now, inverse, *new = _batch_norm(*arguments)
+    mean, variance, training = arguments[3:6]
     if training and mean is not None and variance is not None:
-        assert new_mean is not None and new_variance is not None
-        mean.copy_(new_mean)
-        variance.copy_(new_variance)
+        mean.copy_(new[0])
+        variance.copy_(new[1])
     return result, now, inverse
 
 

@@ -42,6 +42,10 @@ TESTED = frozenset(_OTHERS.split()) | {
 """Their names. The tests' cases hold each of them."""
 
 _POOLS = (aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
+_POOLS_BACKWARD = (
+    aten.max_pool2d_with_indices_backward.default,
+    aten.max_pool3d_with_indices_backward.default,
+)
 
 
 def refuse_untested(graph: fx.GraphModule, translations: Collection[Any]) -> None:
@@ -54,7 +58,6 @@ def refuse_untested(graph: fx.GraphModule, translations: Collection[Any]) -> Non
     Raises:
         ExportError: It has one, or reads max-pooling's indices otherwise than to differentiate.
     """
-    called = graph.graph.find_nodes
     nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
     others = [node for node in nodes if node.target not in translations]
     names = sorted({operator_name(node) for node in others} - TESTED)
@@ -64,9 +67,9 @@ def refuse_untested(graph: fx.GraphModule, translations: Collection[Any]) -> Non
             "its translation to ONNX is not tested, and some of PyTorch's are not exact",
             "Write that part of the model or the loss with other operators",
         )
-    pools = [node for pool in _POOLS for node in called(op="call_function", target=pool)]
-    for node in (user for pool in pools for user in pool.users):
-        if node.args[1] == 1 and not all(_is_pool_backward(user) for user in node.users):
+    results = [result for node in nodes if node.target in _POOLS for result in node.users]
+    for result in results:
+        if result.args[1] == 1 and any(u.target not in _POOLS_BACKWARD for u in result.users):
             raise ExportError(
                 "max pooling whose indices are read",
                 "ONNX counts them through the whole tensor, PyTorch through one image",
@@ -86,7 +89,3 @@ def operator_name(node: fx.Node) -> str:
     target: Any = node.target
     is_operator = isinstance(target, torch._ops.OpOverload)
     return str(target) if is_operator else str(target.__name__)
-
-
-def _is_pool_backward(node: fx.Node) -> bool:
-    return "pool" in operator_name(node) and "backward" in operator_name(node)

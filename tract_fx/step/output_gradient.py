@@ -44,9 +44,8 @@ PRECONDITION_STEP = torch.ops.tract_fx.precondition_step.default
 
 # What leaves a matrix's numbers as they are, in another order or shape.
 _SAME_NUMBERS = {
-    *(aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default),
-    *(aten._unsafe_view.default, aten.reshape.default, aten.clone.default, aten.detach.default),
-    *(aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.alias.default),
+    *(aten.t.default, aten.transpose.int, aten.permute.default, aten.reshape.default),
+    *(aten.clone.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default),
 }
 
 

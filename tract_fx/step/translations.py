@@ -13,10 +13,11 @@ from onnxscript import opset18
 from onnxscript.values import Opset
 
 from tract_fx.preconditioner import PRECONDITION_GRAD_OPERATOR
+from tract_fx.step.formulas import each
 from tract_fx.step.output_gradient import PRECONDITION_STEP
 from tract_fx.step.random_masks import KEEP_MASK
 
-__all__ = ["MARKER", "MARKER_DOMAIN", "TRANSLATIONS", "each", "register_marker"]
+__all__ = ["MARKER", "MARKER_DOMAIN", "TRANSLATIONS", "register_marker"]
 
 aten = torch.ops.aten
 
@@ -70,19 +71,6 @@ def _extreme(largest: bool) -> Callable[..., Any]:
         return op.Squeeze(values, axis), op.Squeeze(indices, axis)
 
     return translate
-
-
-def each(sizes: Sequence[int], dims: int) -> list[int]:
-    """Give a size for each dimension, where one stands for all.
-
-    Args:
-        sizes: One size, one for each dimension, or none.
-        dims: Number of dimensions.
-
-    Returns:
-        The sizes.
-    """
-    return list(sizes) * dims if len(sizes) == 1 else list(sizes)
 
 
 def _precondition(
