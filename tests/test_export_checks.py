@@ -22,6 +22,7 @@ from tract_fx.export import api
 from tract_fx.export.graphs import Graphs
 from tract_fx.export.made_up import are_pixels, made_up_numbers
 from tract_fx.export.verify import verify_graphs
+from tract_fx.export.verify_torch import verify_torch
 from tract_fx.inspection.onnx_calls import without_tract
 
 
@@ -43,20 +44,29 @@ def from_torch() -> Any:
     return tract_pass(torch.fx.symbolic_trace(net))
 
 
-Written = tuple[Any, Any, Graphs]
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What a check is given for a model, once it has found it right."""
+
+    check: Callable[..., None]
+    given: tuple[Any, ...]
+    graphs: Any
+
+    def verify(self, graphs: Any) -> None:
+        self.check(*self.given, graphs)
 
 
 @pytest.fixture(scope="module", params=[foreign, from_torch], ids=["foreign", "torch"])
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
-    """What the checks are given for a model, once they have found it right."""
     seen: list[Written] = []
+    check: Any = verify_torch if request.param is from_torch else verify_graphs
 
     def note(*given: Any) -> None:
-        seen.append(given)
-        verify_graphs(*given)
+        seen.append(Written(check, given[:-1], given[-1]))
+        check(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "verify_graphs", note)
+        patch.setattr(api, check.__name__, note)
         x = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
         export_training(request.param(), x, tmp_path_factory.mktemp("export") / "a")
     return seen[0]
@@ -119,7 +129,7 @@ def another_lambda(graphs: Graphs) -> None:
     value.const_value = ir.Tensor(value.const_value.numpy() * np.float32(1.02), name=value.name)
 
 
-MISTAKES: dict[Callable[[Graphs], None], str] = {
+MISTAKES: dict[Callable[[Any], None], str] = {
     wrong_gradient: "gradient",
     missing_number: "gradient",
     wrong_loss: "loss",
@@ -130,21 +140,20 @@ MISTAKES: dict[Callable[[Graphs], None], str] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=[m.__name__ for m in MISTAKES])
-def test_a_mistake_is_seen(mistake: Callable[[Graphs], None], written: Written) -> None:
-    source, chosen, graphs = written
+def test_a_mistake_is_seen(mistake: Callable[[Any], None], written: Written) -> None:
+    graphs = written.graphs
     training, evaluation = graphs.training.clone(), graphs.evaluation.clone()
     spoiled = dataclasses.replace(graphs, training=training, evaluation=evaluation)
-    verify_graphs(source, chosen, spoiled)
+    written.verify(spoiled)
     mistake(spoiled)
     with pytest.raises(ExportError, match=MISTAKES[mistake]):
-        verify_graphs(source, chosen, spoiled)
+        written.verify(spoiled)
 
 
 def test_a_lost_transform_is_seen(written: Written) -> None:
-    source, chosen, graphs = written
-    plain, _ = without_tract(graphs.training)
+    plain, _ = without_tract(written.graphs.training)
     with pytest.raises(ExportError, match="without TrAct"):
-        verify_graphs(source, chosen, dataclasses.replace(graphs, training=plain))
+        written.verify(dataclasses.replace(written.graphs, training=plain))
 
 
 @pytest.mark.parametrize(

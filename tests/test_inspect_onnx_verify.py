@@ -388,9 +388,9 @@ def test_it_fails_when_tract_is_lost(way: str, exports: Exports, tmp_path: Path)
 
 
 FORMS = {
-    "by_rows/in_float32": "TrAct on node_conv2d with 16 rows",
-    "by_columns/in_float64": "TrAct on node_conv2d with 96 rows, not standardised",
-    "by_rows/in_float64": "TrAct on node_conv2d with 16 rows, not standardised",
+    "by_rows/in_float32": "TrAct on first with 16 rows",
+    "by_columns/in_float64": "TrAct on first with 96 rows, not standardised",
+    "by_rows/in_float64": "TrAct on first with 16 rows, not standardised",
 }
 
 
@@ -451,7 +451,7 @@ def test_a_lambda_that_was_edited(exports: Exports, tmp_path: Path) -> None:
     """λ is an initializer of the graph, and may be another one: it is what the graph says."""
 
     def edit(model: ir.Model) -> None:
-        value = model.graph.initializers[f"{PREFIX}node_conv2d/lambda"]
+        value = model.graph.initializers[f"{PREFIX}first/lambda"]
         value.const_value = ir.Tensor(np.asarray(0.7, np.float32), name=value.name)
 
     file = beside_its_checkpoint(exports.directory("conv"), edit, tmp_path)

@@ -318,13 +318,25 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "cumulative-average": lambda: nn.Sequential(
         nn.Linear(FEATURES, 7), nn.BatchNorm1d(7, momentum=None), nn.Linear(7, CLASSES)
     ),
-    "own-state": Counting,
     "float64": lambda: small().double(),
     "bfloat16": lambda: small().bfloat16(),
-    "spectral-norm": lambda: nn.Sequential(
-        nn.utils.parametrizations.spectral_norm(nn.Linear(FEATURES, 7)), nn.Linear(7, CLASSES)
-    ),
 }
+
+
+def spectral() -> nn.Module:
+    first = nn.utils.parametrizations.spectral_norm(nn.Linear(FEATURES, 7))
+    return nn.Sequential(first, nn.Linear(7, CLASSES))
+
+
+@pytest.mark.parametrize("build", [Counting, spectral])
+def test_other_states_than_statistics(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """Buffers that a forward pass changes are those of PyTorch's training."""
+    exported = export(tract_module(seeded(build), rows(4)), rows(4), tmp_path / "a")
+    trainer, run = exported.trainer(), exported.run(partial(torch.optim.SGD, lr=0.1))
+    for n in (12, 4, 12):
+        batch = rows(n, n), labels(n, CLASSES)
+        assert trainer.train_step(*batch) == pytest.approx(run.step(*batch), rel=1e-5)
+    assert_same_state(trainer, run, 1e-5)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -339,7 +351,7 @@ def test_refused(name: str, tmp_path: Path) -> None:
 
 def test_spectral_norm_that_rests(tmp_path: Path) -> None:
     """In evaluation mode it changes no buffer, and is a part of the graph."""
-    net = seeded(REFUSED["spectral-norm"])
+    net = seeded(spectral)
     for module in net.modules():
         if isinstance(module, nn.utils.parametrizations._SpectralNorm):
             module.eval()

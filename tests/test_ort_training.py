@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,10 +33,9 @@ from ort_reference import (
 )
 from tract_fx import remove_tract, tract_module, tract_pass
 from tract_fx.errors import ExportError, FrozenLayerWarning, TractError
-from tract_fx.export import loss_choice, training_graph
-from tract_fx.export.losses import build_loss
+from tract_fx.export import torch_graphs
 from tract_fx.export.optimizers import SGD, AdamW
-from tract_fx.passes.onnx_graph.rewrite import insert_tract
+from tract_fx.step import expand
 from tract_fx.trainers import OrtTrainer
 
 CLASSES = 5
@@ -567,32 +567,29 @@ def test_several_inputs(layers: Any, tmp_path: Path) -> None:
 
 
 def _lose_lambda(patch: pytest.MonkeyPatch) -> None:
-    real = insert_tract
+    real: Any = expand.insert  # type: ignore[attr-defined]
 
-    def insert(model: Any, calls: Any, lambdas: Any) -> Any:
-        result = real(model, calls, lambdas)
-        for name, value in model.graph.initializers.items():
-            if name.endswith("/lambda"):
-                value.const_value = type(value.const_value)(np.asarray(0.0, np.float32))
-        return result
+    def insert(graph: Any, name: str, gradient: Any, shape: Any, lambda_: Any) -> None:
+        real(graph, name, gradient, shape, np.zeros_like(lambda_))
 
-    patch.setattr(training_graph, "insert_tract", insert)
+    patch.setattr(expand, "insert", insert)
 
 
 def _lose_transform(patch: pytest.MonkeyPatch) -> None:
-    real = insert_tract
+    real: Any = expand.insert  # type: ignore[attr-defined]
 
-    def insert(model: Any, calls: Any, lambdas: Any) -> Any:
-        result = real(model, calls, lambdas)
-        for name in lambdas:
-            made = f"tract/{name}/plain_gradient"
-            values = {v.name: v for node in model.graph for v in node.outputs}
-            plain = values[made]
-            treated_ = values[next(n for n in values if n and n.endswith("first.weight_grad"))]
-            treated_.replace_all_uses_with(plain)
-        return result
+    def insert(graph: Any, name: str, gradient: Any, shape: Any, lambda_: Any) -> None:
+        real(graph, name, gradient, shape, lambda_)
+        values = {v.name: v for node in graph for v in node.outputs}
+        found = values[f"{gradient.call.weight.name}_grad"]
+        plain = values[f"tract/{name}/plain_gradient"]
+        copy_of_plain = ir.node("Identity", [plain])
+        graph.append(copy_of_plain)
+        found.replace_all_uses_with(copy_of_plain.outputs[0], replace_graph_outputs=True)
+        copy_of_plain.outputs[0].name, found.name = found.name, "lost"
+        copy_of_plain.outputs[0].type, copy_of_plain.outputs[0].shape = found.type, found.shape
 
-    patch.setattr(training_graph, "insert_tract", insert)
+    patch.setattr(expand, "insert", insert)
 
 
 MISTAKES = {"lambda": _lose_lambda, "transform": _lose_transform}
@@ -616,13 +613,13 @@ def test_verify_sees_mistakes(
 def test_verify_sees_a_lost_label_smoothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = build_loss
+    real: Any = torch_graphs.trace_step  # type: ignore[attr-defined]
 
-    def build(function: Any, *args: Any, **options: Any) -> Any:
-        return real(functional.cross_entropy, *args, **options)
+    def trace(module: Any, args: Any, kwargs: Any, loss: Any, *others: Any, **options: Any) -> Any:
+        return real(module, args, kwargs, functional.cross_entropy, *others, **options)
 
-    monkeypatch.setattr(loss_choice, "build_loss", build)
-    with pytest.raises(ExportError):
+    monkeypatch.setattr(torch_graphs, "trace_step", trace)
+    with pytest.raises(ExportError, match="the loss"):
         export(
             net_with_tract(),
             images(4),

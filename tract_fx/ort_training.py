@@ -7,7 +7,8 @@ import importlib
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "require_device",
     "run_session",
     "runtime",
+    "save_checkpoint",
     "session_options",
     "training_api",
 ]
@@ -127,6 +129,19 @@ def artifacts() -> ModuleType:
     """
     runtime()
     return importlib.import_module("onnxruntime.training.artifacts")
+
+
+def save_checkpoint(trained: Sequence[Any], kept: Sequence[Any], file: Path) -> None:
+    """Write a checkpoint.
+
+    Args:
+        trained: TensorProtos of the parameters that are trained, in the training graph's order.
+        kept: Those of the other tensors.
+        file: Where to.
+    """
+    training_api()
+    utilities = importlib.import_module("onnxruntime.training.onnxblock.checkpoint_utils")
+    utilities.save_checkpoint((list(trained), list(kept)), str(file))
 
 
 def gradient_graph_builder() -> Any:

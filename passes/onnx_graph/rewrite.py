@@ -19,6 +19,7 @@ from tract_fx.passes.onnx_graph.writer import NodeWriter
 __all__ = [
     "PREFIX",
     "PROVENANCE",
+    "insert",
     "insert_tract",
     "present_lambdas",
     "remove_from_graph",
@@ -62,20 +63,29 @@ def insert_tract(
     shapes = {name: _weight_shape(calls[name]) for name in lambdas}
     for name, gradient in found.items():
         if gradient is not None:
-            _insert(model.graph, name, gradient, shapes[name], values[name])
+            insert(model.graph, name, gradient, shapes[name], values[name])
     if any(gradient is not None for gradient in found.values()):
         model.opset_imports.setdefault("com.microsoft", 1)
         model.graph.sort()
     return tuple(name for name, gradient in found.items() if gradient is None)
 
 
-def _insert(
+def insert(
     graph: ir.Graph,
     name: str,
     gradient: WeightGradient,
     weight_shape: tuple[int, ...],
     lambda_: np.ndarray,
 ) -> None:
+    """Put TrAct on one call, in place.
+
+    Args:
+        graph: A training graph.
+        name: The call's name.
+        gradient: The call and its gradients.
+        weight_shape: The weight's shape as the call's node reads it.
+        lambda_: λ, a float32 of no dimension.
+    """
     term = gradient.term
     # The builder leaves some types out; a gradient has that of its value.
     term.type = term.type or gradient.call.weight.type

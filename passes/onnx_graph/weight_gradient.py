@@ -6,7 +6,7 @@ name is therefore a call's own term only in the simple case. The term is found b
 
 - Conv: `ConvGrad(dy, x, w)`, second output;
 - Gemm and MatMul: the product of x and dy, each through a Reshape to a matrix where x has another
-  rank than two.
+  rank than two, and through a Transpose.
 """
 
 from __future__ import annotations
@@ -113,6 +113,10 @@ def _is_product(node: ir.Node) -> bool:
 
 
 def _as_matrices(value: ir.Value) -> list[ir.Value]:
-    """The value, and what a Reshape makes of it."""
-    reshaped = [node.outputs[0] for node in value.consumers() if is_standard(node, "Reshape")]
-    return [value, *reshaped]
+    """The value, what a Reshape makes of it, and the transposes of both."""
+    matrices = [value, *_made_by("Reshape", value)]
+    return [*matrices, *(turned for matrix in matrices for turned in _made_by("Transpose", matrix))]
+
+
+def _made_by(op_type: str, value: ir.Value) -> list[ir.Value]:
+    return [node.outputs[0] for node in value.consumers() if is_standard(node, op_type)]

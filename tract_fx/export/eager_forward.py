@@ -13,20 +13,11 @@ from torch.utils import _pytree as pytree
 from tract_fx.errors import ExportError
 from tract_fx.export.no_dropout import no_dropout
 
-__all__ = ["call_on_copies", "changed_buffers"]
-
-_OWN = (
-    "GeneratedBackwardFor_tract_fx_",
-    "_PreconditionGradBackward",
-    "_PreconditionGradEagerlyBackward",
-)
-_CHECKPOINT = "CheckpointFunctionBackward"  # computes again what the forward pass computed
+__all__ = ["call_on_copies", "observed_output"]
 
 
-def changed_buffers(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Run a model forward once, on copies of its tensors, and see which buffers it changes.
+def observed_output(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run a model forward once, on copies of its tensors.
 
     Args:
         module: The model in training mode. Not changed.
@@ -34,28 +25,21 @@ def changed_buffers(
         kwargs: Keyword arguments of a call.
 
     Returns:
-        Values before and after, by name of each buffer that changed.
+        What it returns.
 
     Raises:
-        ExportError: The model has a backward of its own, hooks gradients or counts in attributes:
-            a graph does none of these, and on one batch they may make no difference.
+        ExportError: The model hooks gradients or counts in attributes: a graph does neither, and on
+            one batch they may make no difference.
     """  # noqa: DOC502 (raised by what it calls)
-    parameters = {
+    tensors = {
         name: value.detach().clone().requires_grad_(value.requires_grad)
-        for name, value in module.named_parameters()
+        for name, value in (*module.named_parameters(), *module.named_buffers())
     }
-    buffers = {name: value.detach().clone() for name, value in module.named_buffers()}
     with no_dropout(module) as plain, _NoGradientHooks(), torch.enable_grad():
         numbers = _numbers(plain)
-        output = call_on_copies(plain, {**parameters, **buffers}, args, kwargs)
+        output = call_on_copies(plain, tensors, args, kwargs)
         _refuse_counting(numbers, _numbers(plain))
-    _refuse_functions(output)
-    before = dict(module.named_buffers())
-    return {
-        name: (before[name], value)
-        for name, value in buffers.items()
-        if not torch.equal(before[name], value)
-    }
+    return output
 
 
 def call_on_copies(
@@ -119,24 +103,3 @@ def _refuse_counting(before: Mapping[str, float], after: Mapping[str, float]) ->
             "a graph keeps the values that they have while it is exported",
             "Move the change out of forward()",
         )
-
-
-def _refuse_functions(output: Any) -> None:
-    """Refuse backwards of the model's own on the way from the outputs to the parameters."""
-    leaves = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.grad_fn]
-    waiting: list[Any] = [value.grad_fn for value in leaves]
-    seen: set[Any] = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        name = node.name()
-        own = isinstance(node, torch.autograd.function.BackwardCFunction)
-        if own and not name.startswith(_OWN) and name != _CHECKPOINT:
-            raise ExportError(
-                f"the torch.autograd.Function {name.removesuffix('Backward')}",
-                "the graph holds its forward alone, and ONNX Runtime would derive another backward",
-                "Write it with PyTorch's operators, or train in PyTorch",
-            )
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)

@@ -1,20 +1,16 @@
-"""The example batch: its first images, and the loss on it in PyTorch."""
+"""The example batch, and its first images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tract_fx.export.forward import Source
-from tract_fx.export.loss_choice import ChosenLoss
-
-__all__ = ["first_of", "loss_of_output", "open_batch_size"]
+__all__ = ["first_of", "open_batch_size"]
 
 Values = TypeVar("Values")
 
@@ -53,28 +49,3 @@ def first_of(values: Values, batch: int | None, size: int | None) -> Values:
 
     result: Values = pytree.tree_map(cut, values)
     return result
-
-
-def loss_of_output(
-    source: Source, chosen: ChosenLoss, targets: Mapping[str, np.ndarray]
-) -> Callable[[Any], Tensor]:
-    """Give the loss as a function of what the PyTorch model returns.
-
-    Args:
-        source: The model.
-        chosen: The loss.
-        targets: The targets.
-
-    Returns:
-        The function.
-    """
-    names = pytree.tree_leaves(source.graphs.structure)
-    given = [torch.from_numpy(np.array(targets[name])) for name in chosen.targets]
-
-    def compute(output: Any) -> Tensor:
-        by_name = dict(zip(names, pytree.tree_leaves(output), strict=True))
-        if chosen.function is None:
-            return by_name[chosen.name]  # type: ignore[no-any-return]
-        return chosen.function(*(by_name[name] for name in chosen.reads), *given)
-
-    return compute

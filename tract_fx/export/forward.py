@@ -1,18 +1,17 @@
-"""Forward graphs from either kind of model, with a batch to try them on."""
+"""Forward graphs of an ONNX model, with a batch to try them on."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch import Tensor
 
 from tract_fx.errors import InvalidBatchError, TractWarning, UnsupportedTrainingError
 from tract_fx.export.batch_dimension import fixed_batch, name_batch, open_batch
@@ -22,13 +21,11 @@ from tract_fx.export.ml_operators import read_with_scores
 from tract_fx.export.model_outputs import default_output, logits_of
 from tract_fx.export.onnx_model import read_forward, read_model
 from tract_fx.export.records import ForwardGraphs
-from tract_fx.export.torch_model import TorchForward, export_forward
-from tract_fx.passes import remove_tract
 from tract_fx.passes.choose import LayerChoice
 from tract_fx.passes.onnx_graph.repairs import evaluation_mode, unreached_parameters
 from tract_fx.program import arguments
 
-__all__ = ["Source", "onnx_source", "torch_source"]
+__all__ = ["Source", "onnx_source"]
 
 EXAMPLES = 4
 """Batch of the example inputs that are made up for an ONNX model without any."""
@@ -42,21 +39,13 @@ class Source:
         graphs: Its forward graphs.
         feeds: Example inputs by the graphs' names for them.
         output: Name of the value that the loss reads, None where the outputs decide.
-        counters: Values of the graphs' counters.
-        parameters: A PyTorch model's parameters.
-        state: A PyTorch model's state_dict.
-        torch_forward: The PyTorch model's program, None for an ONNX model.
-        given: An ONNX model as it was given, before anything was changed; None for a PyTorch model.
+        given: The model as it was given, before anything was changed.
     """
 
     graphs: ForwardGraphs
     feeds: Mapping[str, np.ndarray]
     output: str | None
-    counters: Mapping[str, int]
-    parameters: Sequence[Tensor] = ()
-    state: Mapping[str, Tensor] = field(default_factory=dict)
-    torch_forward: TorchForward | None = None
-    given: ir.Model | None = None
+    given: ir.Model
 
     def without_gradient(self, loss: str) -> Source:
         """Take the parameters that the loss does not depend on out of those that are trained.
@@ -79,45 +68,6 @@ class Source:
             constants=(*forward.constants, *idle),
         )
         return replace(self, graphs=graphs)
-
-
-def torch_source(
-    model: nn.Module | ExportedProgram,
-    example_inputs: Any,
-    *,
-    output: str | None,
-    plain: bool,
-    dynamic_batch: bool,
-) -> Source:
-    """Export a PyTorch model's forward pass.
-
-    Args:
-        model: The model.
-        example_inputs: A batch as the model takes it.
-        output: Name of the output that the loss reads.
-        plain: Whether TrAct is taken out first.
-        dynamic_batch: Whether the first dimension of the inputs is left open.
-
-    Returns:
-        The graphs and the batch.
-    """
-    module = model.module() if isinstance(model, ExportedProgram) else model
-    if plain:
-        module = remove_tract(module)
-    args, kwargs = arguments(example_inputs)
-    forward = export_forward(module, args, kwargs, dynamic_batch=dynamic_batch)
-    state = module.state_dict()
-    counters = {name: int(state[name]) for name in forward.graphs.counters}
-    parameters = tuple(module.parameters())
-    return Source(
-        forward.graphs,
-        forward.feeds,
-        output,
-        counters,
-        parameters=parameters,
-        state=state,
-        torch_forward=forward,
-    )
 
 
 def onnx_source(
@@ -171,7 +121,7 @@ def onnx_source(
     )
     if loss is not None and output is None:
         output = logits_of(graphs.evaluation, default_output(graphs.evaluation, loss), loss)
-    return Source(graphs, feeds, output, {}, given=given)
+    return Source(graphs, feeds, output, given)
 
 
 def _read_by(model: ir.Model, loss: Loss | None, output: str | None) -> str | None:

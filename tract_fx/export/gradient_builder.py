@@ -97,7 +97,8 @@ def cut(graph: ir.Graph, outputs: Sequence[ir.Value]) -> None:
         node = pending.pop().producer()
         if node is not None and node not in needed:
             needed.add(node)
-            new = [value for value in operands(node) if value not in read]
+            given = {*operands(node), *(value for value in node.inputs if value is not None)}
+            new = [value for value in given if value not in read]
             read.update(new)
             pending += new
     graph.remove([node for node in graph if node not in needed])

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
-from tract_fx.export.directory import CHECKPOINT, CONSTANTS, EVAL_MODEL, TRAINING_MODEL
+from tract_fx.export.directory import CHECKPOINT, EVAL_MODEL, TRAINING_MODEL
 from tract_fx.export.evaluation_graph import build_evaluation_graph
 from tract_fx.export.forward import Source
 from tract_fx.export.loss_choice import ChosenLoss
@@ -24,7 +23,7 @@ from tract_fx.export.training_graph import add_tract, build_plain_training_graph
 from tract_fx.export.versions import versions
 from tract_fx.passes.records import InputLayer
 
-__all__ = ["Graphs", "describe", "plain_training_graph", "write_graphs"]
+__all__ = ["Graphs", "describe", "layer_of", "plain_training_graph", "spec_of", "write_graphs"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,6 @@ def plain_training_graph(
         trainable=source.graphs.trainable,
         frozen=source.graphs.frozen,
         directory=directory,
-        unbiased_variance=source.torch_forward is not None,
     )
 
 
@@ -94,13 +92,6 @@ def write_graphs(source: Source, chosen: ChosenLoss, directory: Path) -> Graphs:
         predictions=chosen.predictions,
         parameters=initial,
     )
-    kept = {
-        name: source.state[name].detach().cpu().clone()
-        for name in (*forward.constants, *forward.unused)
-        if name in source.state
-    }
-    if kept:
-        torch.save(kept, directory / CONSTANTS)
     ir.save(training, directory / TRAINING_MODEL)
     ir.save(evaluation, directory / EVAL_MODEL)
     return Graphs(training, evaluation, initial, idle)
@@ -133,40 +124,32 @@ def describe(
     return Manifest(
         target="ort-training",
         versions=versions(),
-        layers=tuple(_layer(record) for record in forward.layers),
+        layers=tuple(layer_of(record) for record in forward.layers),
         loss=chosen.description,
         optimizer=optimizer,
-        inputs=tuple(_spec(values[name], classes) for name in source.feeds if name in values),
-        targets=tuple(_spec(values[name], classes) for name in chosen.targets),
+        inputs=tuple(spec_of(values[name], classes) for name in source.feeds if name in values),
+        targets=tuple(spec_of(values[name], classes) for name in chosen.targets),
         outputs=chosen.predictions,
         parameters=tuple(
             ParameterSpec(name, value.shape, str(value.dtype), name in forward.trainable)
             for name, value in graphs.initial.items()
         ),
-        min_batch=_smallest_batch(source),
-        counters=dict(source.counters),
+        min_batch=1,
+        counters={},
         aliases=dict(forward.aliases),
         seed=seed,
     )
 
 
-def _smallest_batch(source: Source) -> int:
-    """2 where a trained BatchNorm of PyTorch's has no variance in a batch of one."""
-    if source.torch_forward is None:
-        return 1
-    for node in source.graphs.train.graph:
-        x = node.inputs[0] if node.inputs else None
-        trains = node.op_type == "BatchNormalization" and 1 == node.attributes.get_int(
-            "training_mode", 0
-        )
-        if trains and x is not None and x.shape is not None:
-            sizes = list(x.shape)[2:]
-            if all(size == 1 for size in sizes):
-                return 2
-    return 1
+def layer_of(record: InputLayer) -> TractLayer:
+    """Write what a manifest says of a layer.
 
+    Args:
+        record: The layer's record.
 
-def _layer(record: InputLayer) -> TractLayer:
+    Returns:
+        The entry.
+    """
     assert record.lambda_ is not None
     geometry: dict[str, Any] | None = None
     if record.geometry is not None:
@@ -182,7 +165,16 @@ def _layer(record: InputLayer) -> TractLayer:
     )
 
 
-def _spec(value: ir.Value, classes: Mapping[str, tuple[int, int | None]]) -> TensorSpec:
+def spec_of(value: ir.Value, classes: Mapping[str, tuple[int, int | None]]) -> TensorSpec:
+    """Write what a manifest says of a graph's input.
+
+    Args:
+        value: The input.
+        classes: Number of classes and ignored index by name of what holds class indices.
+
+    Returns:
+        The entry.
+    """
     assert value.shape is not None and value.dtype is not None
     sizes = tuple(size if isinstance(size, int) else size.value for size in value.shape)
     count, ignored = classes.get(str(value.name), (None, None))

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
 
 from tract_fx.errors import ExportError, UnsupportedTrainingError
 from tract_fx.export.lost_in_graphs import refuse_bounded_batch
@@ -43,12 +44,12 @@ class _Loss(nn.Module):
         return self.function(*values)
 
 
-def evaluate_loss(function: Callable[..., Tensor], values: Sequence[Tensor]) -> Tensor:
+def evaluate_loss(function: Callable[..., Tensor], values: Sequence[Any]) -> Tensor:
     """Compute a loss on examples, and refuse what is no loss of the outputs alone.
 
     Args:
         function: The loss.
-        values: Outputs, then targets, none of which requires a gradient.
+        values: Outputs, then targets, no tensor of which requires a gradient.
 
     Returns:
         The loss, a float32 scalar.
@@ -57,7 +58,8 @@ def evaluate_loss(function: Callable[..., Tensor], values: Sequence[Tensor]) -> 
         UnsupportedTrainingError: If it fails on the examples, gives something else than one float32
             scalar, or has a gradient by a tensor that is not among its arguments.
     """
-    shapes = ", ".join(f"{v.dtype} {tuple(v.shape)}" for v in values)
+    tensors = [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
+    shapes = ", ".join(f"{v.dtype} {tuple(v.shape)}" for v in tensors)
     try:
         with torch.enable_grad():
             loss = function(*values)

@@ -120,8 +120,10 @@ class Manifest:
         min_batch: The smallest batch to train on: 2 where a BatchNorm sees one value per channel
             and image.
         parameters: The tensors of the checkpoint.
-        counters: Integers of the state_dict that grow by one with every training batch, such as
+        counters: Integers of the state_dict that grow with every training batch, such as
             BatchNorm's `num_batches_tracked`, with their value.
+        counter_steps: What a counter grows by where that is not one: by two in a BatchNorm that is
+            called twice.
         aliases: Further state_dict keys of a parameter, with its name.
         updates: Optimizer updates done.
         batches: Training batches seen.
@@ -142,6 +144,7 @@ class Manifest:
     parameters: tuple[ParameterSpec, ...]
     min_batch: int = 1
     counters: dict[str, int] = field(default_factory=dict)
+    counter_steps: dict[str, int] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     updates: int = 0
     batches: int = 0

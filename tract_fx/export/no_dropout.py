@@ -1,4 +1,4 @@
-"""Run a model in training mode, but for its dropout."""
+"""Run a model in training mode, but for the random numbers of its dropout."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class _NoDropout(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func in _FUNCTIONS:
+        if func in _FUNCTIONS and _share(args, kwargs) != 1:
             return args[0] if args else kwargs["input"]
         if func is functional.multi_head_attention_forward:
             kwargs["training"] = False  # which there stands for dropout alone
@@ -77,10 +77,15 @@ class _NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _share(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The share that a dropout drops; all of it is dropped on every run."""
+    return args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+
+
 def _without_dropout(module: fx.GraphModule) -> None:
     """Take dropout out of a graph of operators, as torch.export makes it."""
     for node in list(module.graph.nodes):
-        if node.target in _OPERATORS:
+        if node.target in _OPERATORS and _share(node.args, node.kwargs) != 1:
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
         elif node.target is _aten.native_dropout.default:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
-
 import numpy as np
 
 from tract_fx.errors import ExportError
@@ -16,12 +13,9 @@ __all__ = [
     "REMEDY",
     "REPORT",
     "ROUNDING_UNITS",
-    "Exact",
     "compare_values",
     "rounded",
 ]
-
-Exact: TypeAlias = Callable[[], Tensors]
 
 REPORT = "the graph does not compute what the model does, as onnx.reference computes it in float64"
 REMEDY = "Report the model; verify=False exports all the same"
@@ -39,7 +33,6 @@ def compare_values(
     feeds: Tensors,
     found: Tensors,
     mode: str,
-    exact: Exact | None = None,
 ) -> None:
     """Compare what a session gave with what a model's forward graph is.
 
@@ -48,7 +41,6 @@ def compare_values(
         feeds: The inputs, and the parameters.
         found: The session's values by name; the graph's other values are left out.
         mode: The model's mode, `"training"` or `"evaluation"`.
-        exact: PyTorch's values in float64, where there are any: they decide where the two differ.
 
     Raises:
         ExportError: They differ by more than rounding.
@@ -58,15 +50,13 @@ def compare_values(
     if not differing:
         return
     moved = [reference.run(rounded(feeds, seed)) for seed in range(2)]
-    truth = {} if exact is None else exact()
     for name, value in differing.items():
         spread = max(_distance(other[name], value) for other in moved)
         size = float(np.linalg.norm(value.astype(np.float64)))
         slack = min(ROUNDING_UNITS * spread, MOST_ROUNDING * size)
-        right = truth.get(name, value)
-        if not _same(found[name], right, slack):
+        if not _same(found[name], value, slack):
             raise ExportError(
-                f"{name!r} in {mode} mode, off by {_distance(found[name], right):.2e} of "
+                f"{name!r} in {mode} mode, off by {_distance(found[name], value):.2e} of "
                 f"{size:.2e} on the example batch",
                 REPORT,
                 REMEDY,

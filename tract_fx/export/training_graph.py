@@ -12,7 +12,7 @@ from tract_fx.export.gradient_builder import build_gradients
 from tract_fx.export.left_out import only_output
 from tract_fx.export.value_names import gradient_names_apart
 from tract_fx.passes.onnx_graph.calls import match_call
-from tract_fx.passes.onnx_graph.repairs import prepare_for_gradients, unbiased_running_variance
+from tract_fx.passes.onnx_graph.repairs import prepare_for_gradients
 from tract_fx.passes.onnx_graph.rewrite import insert_tract, present_lambdas
 
 __all__ = ["add_tract", "build_plain_training_graph"]
@@ -25,7 +25,6 @@ def build_plain_training_graph(
     trainable: Sequence[str],
     frozen: Sequence[str],
     directory: Path,
-    unbiased_variance: bool,
 ) -> ir.Model:
     """Have ONNX Runtime build the gradients of a forward graph, after what that needs repaired.
 
@@ -35,7 +34,6 @@ def build_plain_training_graph(
         trainable: Parameters that get gradients.
         frozen: Other tensors that become part of the checkpoint.
         directory: Where `checkpoint` is written, and files of the builder's own.
-        unbiased_variance: Whether running variances are PyTorch's.
 
     Returns:
         The training graph, without TrAct.
@@ -47,10 +45,7 @@ def build_plain_training_graph(
     only_output(graph, loss)
     gradient_names_apart(graph)
     prepare_for_gradients(graph, trainable=trainable)
-    training = build_gradients(ir.to_proto(graph), trainable, frozen, directory)
-    if unbiased_variance:
-        unbiased_running_variance(training)
-    return training
+    return build_gradients(ir.to_proto(graph), trainable, frozen, directory)
 
 
 def add_tract(training: ir.Model, lambdas: Mapping[str, float]) -> tuple[str, ...]:

@@ -57,7 +57,7 @@ class TrainingSession:
 
         Returns:
             The loss, what the step leaves in the gradients' buffers by parameter, and the values
-            that are read as well.
+            that are read as well: those that `also` names, and running statistics after the step.
 
         Raises:
             ExportError: ONNX Runtime can't run the graph.
@@ -85,11 +85,9 @@ class TrainingSession:
             for name in self._inputs
             if name.endswith(BUFFER)
         }
-        return (
-            float(values[self._loss]),
-            gradients,
-            {n: values[n] for n in self._also if n in values},
-        )
+        states = {n: np.array(shared[n].numpy()) for n in self._inputs if n in parameters}
+        read = {name: values[name] for name in self._also if name in values}
+        return float(values[self._loss]), gradients, {**states, **read}
 
 
 def _can_not_run(error: Exception) -> ExportError:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
-import torch
-from torch.utils import _pytree as pytree
 
-from tract_fx.errors import ExportError, TractWarning
-from tract_fx.export.example_batch import first_of, loss_of_output, open_batch_size
+from tract_fx.errors import ExportError
+from tract_fx.export.example_batch import first_of, open_batch_size
 from tract_fx.export.forward import Source
 from tract_fx.export.gradient_builder import run_graph
 from tract_fx.export.graphs import Graphs
@@ -22,8 +19,6 @@ from tract_fx.export.reference_comparison import compare_values
 from tract_fx.export.reference_gradients import Step, verify_gradients
 from tract_fx.export.reference_model import NoReferenceError, ReferenceModel
 from tract_fx.export.training_session import TrainingSession
-from tract_fx.export.verify_torch import torch_gradients, torch_outputs
-from tract_fx.passes import remove_tract
 from tract_fx.passes.onnx_graph.repairs import evaluation_mode, random_free, random_operators
 from tract_fx.passes.onnx_graph.repairs.stop_gradients import detached_names
 
@@ -57,19 +52,11 @@ def verify_by_reference(
         try:
             check()
         except NoReferenceError as error:
-            if source.torch_forward is None:
-                raise ExportError(
-                    f"a model that onnx.reference can't compute in float64 {what} ({error})",
-                    "nothing independent of ONNX Runtime could tell whether the export is right",
-                    "Compare it yourself on a batch; verify=False exports it unchecked",
-                ) from error
-            warnings.warn(
-                TractWarning(
-                    f"onnx.reference can't compute the model {what} ({error}): the export was "
-                    "compared with PyTorch's alone, to 2e-3"
-                ),
-                stacklevel=2,
-            )
+            raise ExportError(
+                f"a model that onnx.reference can't compute in float64 {what} ({error})",
+                "nothing independent of ONNX Runtime could tell whether the export is right",
+                "Compare it yourself on a batch; verify=False exports it unchecked",
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,26 +78,6 @@ class _Sample:
     def feeds(self) -> dict[str, np.ndarray]:
         return {**self.inputs, **self.targets}
 
-    def exact_outputs(self) -> dict[str, np.ndarray]:
-        """PyTorch's outputs in evaluation mode, in float64, and its loss."""
-        forward = self.source.torch_forward
-        assert forward is not None and forward.evaluation is not None
-        args, kwargs = first_of((forward.args, forward.kwargs), self.batch, _IMAGES)
-        values = torch_outputs(forward.evaluation, args, kwargs, torch.float64)
-        names = [str(name) for name in pytree.tree_leaves(self.source.graphs.structure)]
-        return dict(zip(names, values, strict=True))
-
-    def exact_gradients(self) -> dict[str, np.ndarray]:
-        """PyTorch's plain gradients, in float64."""
-        forward = self.source.torch_forward
-        assert forward is not None
-        args, kwargs = first_of((forward.args, forward.kwargs), self.batch, _IMAGES)
-        loss = loss_of_output(self.source, self.chosen, self.targets)
-        plain = remove_tract(forward.training)
-        result = torch_gradients(plain, loss, args, kwargs, torch.float64)
-        aliases = self.source.graphs.aliases
-        return {aliases.get(name, name): value for name, value in result.by_name.items()}
-
 
 def _verify_training(sample: _Sample, graphs: Graphs, session: TrainingSession) -> None:
     train = _deterministic(sample.source.graphs.train)
@@ -125,7 +92,7 @@ def _verify_training(sample: _Sample, graphs: Graphs, session: TrainingSession) 
         graphs.initial,
         sample.source.graphs.trainable,
     )
-    verify_gradients(step, sample.exact_gradients if sample.source.torch_forward else None)
+    verify_gradients(step)
 
 
 def _verify_evaluation(sample: _Sample, graphs: Graphs) -> None:
@@ -136,14 +103,12 @@ def _verify_evaluation(sample: _Sample, graphs: Graphs) -> None:
     names = (chosen.name, *chosen.predictions)
     references = [ReferenceModel(_deterministic(source.graphs.evaluation), names)]
     feeds = {**graphs.initial, **sample.feeds}
-    in_torch = source.torch_forward is not None and source.torch_forward.evaluation is not None
-    exact = sample.exact_outputs if in_torch else None
     whole = run_graph(evaluation, feeds, names)
     cut = run_graph(evaluation, feeds, chosen.predictions)
     for found in (whole, cut):
         for reference in references:
-            compare_values(reference, feeds, found, "evaluation", exact)
-    if source.given is not None and chosen.predictions:
+            compare_values(reference, feeds, found, "evaluation")
+    if chosen.predictions:
         _verify_given(source.given, sample, evaluation, graphs)
 
 

@@ -1,21 +1,17 @@
-"""Write TrAct's subgraph where a step's graph has a marker."""
+"""Put TrAct into a step's graph where it has markers."""
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 import onnx_ir as ir
 
 from tract_fx.errors import ExportError
 from tract_fx.export.value_names import free_name
-from tract_fx.passes.onnx_graph.calls import Layout, OnnxCall
-from tract_fx.passes.onnx_graph.rewrite import PREFIX, PROVENANCE
-from tract_fx.passes.onnx_graph.subgraph import write_tract
+from tract_fx.passes.onnx_graph.calls import OnnxCall, is_standard, match_call
+from tract_fx.passes.onnx_graph.rewrite import insert
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient
-from tract_fx.passes.onnx_graph.writer import NodeWriter
-from tract_fx.step.translations import MARKER, MARKER_DOMAIN
+from tract_fx.step.translations import MARKER, MARKER_DOMAIN, WEIGHT_MARKER
 
 __all__ = ["expand_markers"]
 
@@ -23,57 +19,134 @@ __all__ = ["expand_markers"]
 def expand_markers(model: ir.Model) -> None:
     """Replace the markers, in place.
 
+    Names are those of ONNX Runtime's builder: the gradient of a value `v` is `v_grad`. A call's
+    node has the call's name.
+
     Args:
-        model: A step's graph.
+        model: A step's graph, its nodes and values named.
 
     Raises:
         ExportError: A call's output gradient is not known.
-    """  # noqa: DOC502 (raised by what it calls)
-    markers = [n for n in model.graph if n.domain == MARKER_DOMAIN and n.op_type == MARKER]
-    taken: set[str | None] = set()
+    """
+    own = [node for node in model.graph if node.domain == MARKER_DOMAIN]
+    markers = [node for node in own if node.op_type == MARKER]
     for node in markers:
-        _expand(model.graph, node, free_name(node.attributes["call"].as_string(), taken))
+        if len(node.inputs) < 3:
+            raise ExportError(
+                f"the layer {_call(node)!r}, whose weight's gradient is no product of its own",
+                "TrAct with fewer rows than columns takes the output's gradient, which can't be "
+                "told",
+                "Train it in PyTorch, where a gradient penalty's share is told apart",
+            )
+    weights = {_call(node): node for node in own if node.op_type == WEIGHT_MARKER}
+    found = [(m, _forward(weights.pop(_call(m), None), _call(m))) for m in markers]
+    for marker, call in found:
+        _expand(model.graph, marker, call)
+    for name, weight in weights.items():  # that gets no gradient
+        _name_call(model.graph, _forward(weight, name), name)
     model.opset_imports.pop(MARKER_DOMAIN, None)
     if markers:
         model.opset_imports.setdefault("com.microsoft", 1)
         model.graph.sort()
 
 
-def _expand(graph: ir.Graph, node: ir.Node, name: str) -> None:
-    gradient, x = node.inputs[:2]
-    dz = node.inputs[2] if len(node.inputs) > 2 else None
-    assert gradient is not None and x is not None
+def _call(node: ir.Node) -> str:
+    return node.attributes["call"].as_string()
+
+
+def _name_call(graph: ir.Graph, call: OnnxCall, name: str) -> None:
+    """Give a call's node the call's name, and whoever has it another."""
+    names = {node.name: node for node in graph}
+    if name in names:
+        names[name].name = free_name(name, {*names})
+    call.node.name = name
+
+
+def _forward(weight: ir.Node | None, name: str) -> OnnxCall:
+    """The call that reads a marked weight, which its mark is taken off."""
+    readers = [] if weight is None else _readers(weight)
+    if weight is None or not readers:
+        raise ExportError(
+            f"the layer {name!r}, whose weight no product reads as it is",
+            "TrAct's call can't be told in the graph",
+            "Report the model; meanwhile train it in PyTorch",
+        )
+    weight.outputs[0].replace_all_uses_with(weight.inputs[0])  # type: ignore[arg-type]
+    _graph_of(weight).remove(weight, safe=True)
+    call = match_call(readers[0])
+    assert call is not None
+    return call
+
+
+def _graph_of(node: ir.Node) -> ir.Graph:
+    assert isinstance(node.graph, ir.Graph)
+    return node.graph
+
+
+def _readers(weight: ir.Node) -> list[ir.Node]:
+    """The products that read a weight, in order: the call, and derivatives of it.
+
+    One that reads it transposed becomes a Gemm that does so itself.
+    """  # noqa: DOC201
+    value = weight.outputs[0]
+    turned = [n.outputs[0] for n in value.consumers() if is_standard(n, "Transpose")]
+    for transpose in turned:
+        for product in list(transpose.consumers()):
+            if is_standard(product, "Gemm", "MatMul") and product.inputs[1] is transpose:
+                _as_gemm(product, value)
+    products = {n for n in value.consumers() if match_call(n) and n.inputs[1] is value}
+    return [node for node in _graph_of(weight) if node in products]
+
+
+def _as_gemm(product: ir.Node, weight: ir.Value) -> None:
+    """Let a product with a weight's transpose read the weight itself."""
+    inputs = [product.inputs[0], weight, *product.inputs[2:]]
+    alpha, beta = (product.attributes.get_float(name, 1.0) for name in ("alpha", "beta"))
+    attributes = {"alpha": alpha, "beta": beta, "transB": 1}
+    new = ir.node("Gemm", inputs, attributes, name=product.name)
+    result = new.outputs[0]
+    old = product.outputs[0]
+    result.shape, result.type = old.shape, old.type
+    old.replace_all_uses_with(result, replace_graph_outputs=True)
+    graph = _graph_of(product)
+    graph.insert_after(product, new)
+    graph.remove(product, safe=True)
+    result.name, old.name = old.name, None
+
+
+def _expand(graph: ir.Graph, marker: ir.Node, call: OnnxCall) -> None:
+    gradient, _, dz = marker.inputs
+    assert gradient is not None and dz is not None
     shape = static_shape(gradient)
     assert shape is not None
-    if dz is None:
-        raise ExportError(
-            f"the layer {name!r}, whose weight's gradient is no product of its own",
-            "TrAct with fewer rows than columns takes the output's gradient, which can't be told",
-            "Train it in PyTorch, where a gradient penalty's share is told apart",
-        )
-    call, reference = _call(node, gradient, x, shape)
-    write = NodeWriter(graph, f"{PREFIX}{name}/", {PROVENANCE: json.dumps({"call": name})})
-    value = write.constant(np.asarray(node.attributes["lambda_"].as_float(), np.float32), "lambda")
-    result = write_tract(write, WeightGradient(call, gradient, dz), shape, value)
-    for index in range(len(reference.inputs)):
-        reference.replace_input_with(index, None)
-    result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
-    node.outputs[0].replace_all_uses_with(result, replace_graph_outputs=True)
-    graph.insert_after(node, list(write.nodes))
-    graph.remove(node, safe=True)
+    marker.outputs[0].replace_all_uses_with(gradient, replace_graph_outputs=True)
+    wanted, name = marker.outputs[0].name, _call(marker)
+    graph.remove(marker, safe=True)
+    taken = {v.name for node in graph for v in node.outputs} | {v.name for v in graph.outputs}
+    _name_call(graph, call, name)
+    if gradient.is_graph_output():
+        gradient.name = wanted
+    else:
+        gradient.name = free_name(f"{call.weight.name}_grad", taken)
+    if f"{call.output.name}_grad" in taken:
+        call.output.name = free_name(f"{name}/output", taken)
+    lambda_ = np.asarray(marker.attributes["lambda_"].as_float(), np.float32)
+    own = _own(graph, gradient, dz, f"{call.output.name}_grad")
+    found = WeightGradient(call, gradient, own)
+    insert(graph, name, found, shape, lambda_)
 
 
-def _call(
-    node: ir.Node, gradient: ir.Value, x: ir.Value, shape: tuple[int, ...]
-) -> tuple[OnnxCall, ir.Node]:
-    """The call as the subgraph's writer reads one: a node that stands nowhere."""
-    weight = ir.Value(shape=ir.Shape(shape), type=gradient.type)
-    if "strides" not in node.attributes:
-        reference = ir.Node("", "Gemm", [x, weight], {"transB": ir.AttrInt64("transB", 1)})
-        return OnnxCall(reference, x, weight, Layout.OUT_IN), reference
-    pads = node.attributes["pads"].as_ints()
-    sides = pads * 2 if len(pads) == len(shape) - 2 else [*pads[0::2], *pads[1::2]]
-    attributes = {name: node.attributes[name] for name in ("strides", "dilations", "group")}
-    attributes["pads"] = ir.AttrInt64s("pads", sides)
-    reference = ir.Node("", "Conv", [x, weight], attributes)
-    return OnnxCall(reference, x, weight, Layout.CONVOLUTION), reference
+def _own(graph: ir.Graph, term: ir.Value, value: ir.Value, name: str) -> ir.Value:
+    """Give a call's output's gradient a value of its own: other layers may have the same one."""
+    copy = ir.node("Identity", [value], name=name)
+    result = copy.outputs[0]
+    result.name, result.shape, result.type = name, value.shape, value.type
+    graph.append(copy)
+    pending = [term.producer()]
+    for node in pending:  # which grows on the way
+        for index, given in enumerate(() if node is None else node.inputs):
+            if given is value and node is not None:
+                node.replace_input_with(index, result)
+            elif given is not None and (maker := given.producer()) is not None:
+                pending += [maker] * is_standard(maker, "Transpose", "Reshape")
+    return result

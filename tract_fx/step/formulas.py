@@ -192,6 +192,32 @@ def _split_with_sizes(x: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Ten
     return [x.narrow(dim, k, size) for k, size in zip(starts, sizes, strict=True)]
 
 
+@_for(aten._weight_norm_interface_backward.default)
+def _weight_norm_backward(
+    dw: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int
+) -> tuple[Tensor, Tensor]:
+    """Of w = g v / ‖v‖, the norms over all dimensions but one."""
+    dims = [d for d in range(v.dim()) if d != dim]
+    norms = norms.reshape(g.shape)
+    along = (dw * v).sum(dims, keepdim=True) / norms
+    return g / norms * (dw - v * (along / norms)), along
+
+
+@_for(aten.mv.default)
+def _mv(matrix: Tensor, vector: Tensor) -> Tensor:
+    return aten.mm(matrix, vector.unsqueeze(1)).squeeze(1)  # type: ignore[no-any-return]
+
+
+@_for(aten.dot.default, aten.vdot.default)
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    return (one * other).sum()
+
+
+@_for(aten.copy.default)
+def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.to(x.dtype).expand_as(x).clone()
+
+
 @_for(aten.celu.default)
 def _celu(x: Tensor, alpha: float = 1.0) -> Tensor:
     return torch.where(x > 0, x, alpha * (torch.exp(x / alpha) - 1))

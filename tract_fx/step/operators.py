@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import fx
 
 from tract_fx.errors import ExportError
 
-__all__ = ["TESTED", "refuse_untested"]
+__all__ = ["TESTED", "refuse_untested", "untested"]
 
 aten = torch.ops.aten
 
@@ -34,7 +34,8 @@ _ATEN = """
 """
 _OTHERS = """
     floordiv getitem mul neg prims.var.default sub sym_float tract_fx.keep_mask.default
-    tract_fx.precondition_grad.default tract_fx.precondition_step.default truediv
+    tract_fx.precondition_grad.default tract_fx.precondition_step.default
+    tract_fx.treated_weight.default truediv
 """
 TESTED = frozenset(_OTHERS.split()) | {
     f"aten.{name}" if "." in name else f"aten.{name}.default" for name in _ATEN.split()
@@ -48,6 +49,29 @@ _POOLS_BACKWARD = (
 )
 
 
+def untested(nodes: Iterable[fx.Node], translations: Collection[Any]) -> str | None:
+    """Say what among operators has no translation that was compared with PyTorch.
+
+    Args:
+        nodes: Nodes of a traced step.
+        translations: Operators that are translated by this library.
+
+    Returns:
+        What it is, in words; None where there is nothing.
+    """
+    calls = [node for node in nodes if node.op == "call_function"]
+    others = [node for node in calls if node.target not in translations]
+    names = sorted({operator_name(node) for node in others} - TESTED)
+    if names:
+        return f"the operator{'s' * (len(names) > 1)} {', '.join(names)}"
+    results = [result for node in calls if node.target in _POOLS for result in node.users]
+    for result in results:
+        if result.args[1] == 1 and any(u.target not in _POOLS_BACKWARD for u in result.users):
+            # ONNX counts them through the whole tensor, PyTorch through one image.
+            return "max pooling whose indices are read"
+    return None
+
+
 def refuse_untested(graph: fx.GraphModule, translations: Collection[Any]) -> None:
     """Refuse operators whose translation nobody has compared with PyTorch.
 
@@ -58,23 +82,22 @@ def refuse_untested(graph: fx.GraphModule, translations: Collection[Any]) -> Non
     Raises:
         ExportError: It has one, or reads max-pooling's indices otherwise than to differentiate.
     """
-    nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
-    others = [node for node in nodes if node.target not in translations]
-    names = sorted({operator_name(node) for node in others} - TESTED)
-    if names:
+    for node in graph.graph.nodes:
+        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if is_random and node.target not in translations:
+            raise ExportError(
+                f"{operator_name(node)} (node {node.name!r})",
+                "its random state can't be saved, nor its result be verified",
+                "Express it by dropout: stochastic depth is x * dropout(ones(N, 1, 1, 1), p); or "
+                "pass random values in as an input or a target",
+            )
+    found = untested(graph.graph.nodes, translations)
+    if found is not None:
         raise ExportError(
-            f"the operator{'s' * (len(names) > 1)} {', '.join(names)} in the training step",
+            f"{found} in the training step",
             "its translation to ONNX is not tested, and some of PyTorch's are not exact",
             "Write that part of the model or the loss with other operators",
         )
-    results = [result for node in nodes if node.target in _POOLS for result in node.users]
-    for result in results:
-        if result.args[1] == 1 and any(u.target not in _POOLS_BACKWARD for u in result.users):
-            raise ExportError(
-                "max pooling whose indices are read",
-                "ONNX counts them through the whole tensor, PyTorch through one image",
-                "Use max pooling without return_indices",
-            )
 
 
 def operator_name(node: fx.Node) -> str:

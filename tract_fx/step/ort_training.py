@@ -1,4 +1,4 @@
-"""A step as ONNX Runtime Training's `Module` reads one.
+"""A step as ONNX Runtime Training's `Module` reads one, to train and to evaluate.
 
 Its training graph takes the batch, the trained parameters, what else the checkpoint holds, a buffer
 for each gradient and `lazy_reset_grad`; it gives the loss, and the accumulators' outputs. What is
@@ -19,10 +19,9 @@ from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
 from tract_fx.step.trace import StepTrace
 
-__all__ = ["CheckpointTensors", "to_training_graph"]
+__all__ = ["CheckpointTensors", "to_evaluation_graph", "to_training_graph"]
 
 _MICROSOFT = "com.microsoft"
-_COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,12 @@ class CheckpointTensors:
     Attributes:
         trained: Names of the trained parameters, in the graph's order.
         kept: Names of frozen parameters and running statistics, in the graph's order.
-        counters: Names of integers that grow by one with every batch.
+        counters: What integers grow by with every batch, by name.
     """
 
     trained: tuple[str, ...]
     kept: tuple[str, ...]
-    counters: tuple[str, ...]
+    counters: dict[str, int]
 
 
 def to_training_graph(
@@ -58,12 +57,12 @@ def to_training_graph(
         The names of the checkpoint's tensors.
 
     Raises:
-        ExportError: A step changes a buffer that is neither floating nor a count of batches.
+        ExportError: A step changes a buffer that is neither floating nor a counter.
     """
     graph = model.graph
     results = {str(value.name): value for value in graph.outputs}
-    counters = tuple(name for name in trace.buffers if not buffers[name].is_floating_point())
-    others = [name for name in counters if not name.endswith(_COUNTER)]
+    integers = [name for name in trace.buffers if not buffers[name].is_floating_point()]
+    others = [name for name in integers if name not in trace.growth]
     if others:
         raise ExportError(
             f"the buffers {others}, which the forward pass changes",
@@ -77,7 +76,7 @@ def to_training_graph(
         buffer = _value(f"{name}{BUFFER}", ir.DataType.FLOAT, parameters[name].shape)
         accumulators.append(buffer)
         _accumulate(graph, buffer, results[gradient], reset, f"{name}_grad")
-    statistics = [name for name in trace.buffers if name not in counters]
+    statistics = [name for name in trace.buffers if name not in integers]
     always = ir.Value(name="overwrite", const_value=ir.tensor(np.array([True]), name="overwrite"))
     if statistics:
         graph.register_initializer(always)
@@ -89,15 +88,45 @@ def to_training_graph(
     passes.RemoveUnusedNodesPass()(model)
     frozen = [name for name in parameters if name in given and name not in trace.gradients]
     kept = [*frozen, *statistics]
-    for name, value in given.items():
-        if name in buffers and name not in kept and value.uses():
-            value.const_value = ir.tensor(buffers[name].detach().cpu().numpy().copy(), name=name)
-            graph.register_initializer(value)
+    _hold(graph, {name: value for name, value in buffers.items() if name not in kept})
     batch = [given[name] for name in trace.batch]
     tensors = [given[name] for name in (*trace.gradients, *kept)]
     graph.inputs[:] = [*batch, *tensors, *accumulators, reset]
     model.opset_imports[_MICROSOFT] = 1
+    counters = {name: trace.growth[name] for name in integers}
     return CheckpointTensors(tuple(trace.gradients), tuple(kept), counters)
+
+
+def to_evaluation_graph(
+    model: ir.Model, trace: StepTrace, tensors: CheckpointTensors, state: Mapping[str, Tensor]
+) -> None:
+    """Turn the graph of a step without gradients into an evaluation graph, in place.
+
+    ONNX Runtime hands over all of the checkpoint's tensors, in the training graph's order.
+
+    Args:
+        model: What `write_step` made of the trace.
+        trace: The trace.
+        tensors: The checkpoint's tensors.
+        state: All tensors of the model by name.
+    """
+    graph = model.graph
+    given = {str(value.name): value for value in graph.inputs}
+    held = (*tensors.trained, *tensors.kept)
+    for name in held:
+        if name not in given:
+            given[name] = _value(name, ir.DataType.FLOAT, state[name].shape)
+    _hold(graph, {name: value for name, value in state.items() if name not in held})
+    graph.inputs[:] = [given[name] for name in (*trace.batch, *held)]
+
+
+def _hold(graph: ir.Graph, tensors: Mapping[str, Tensor]) -> None:
+    """Turn those of a graph's inputs that are these tensors into constants."""
+    for value in graph.inputs:
+        name = str(value.name)
+        if name in tensors and value.uses():
+            value.const_value = ir.tensor(tensors[name].detach().cpu().numpy().copy(), name=name)
+            graph.register_initializer(value)
 
 
 def _value(name: str, dtype: ir.DataType, shape: list[int] | tuple[int, ...]) -> ir.Value:

@@ -1,4 +1,4 @@
-"""Give TrAct's operator the output's gradient, which it needs with fewer rows than columns."""
+"""Tell TrAct's calls apart in a step: each one's weight, its gradient, its output's gradient."""
 
 from __future__ import annotations
 
@@ -10,10 +10,26 @@ import torch
 from torch import Tensor, fx
 
 from tract_fx.errors import ExportError
+from tract_fx.export.value_names import free_name
+from tract_fx.preconditioner import PRECONDITION_GRAD_OPERATOR
 
-__all__ = ["PRECONDITION_STEP", "attach_output_gradients"]
+__all__ = ["PRECONDITION_STEP", "TREATED_WEIGHT", "ancestors", "attach_output_gradients"]
 
 aten = torch.ops.aten
+
+
+@torch.library.custom_op("tract_fx::treated_weight", mutates_args=())
+def _treated_weight(weight: Tensor, call: str) -> Tensor:
+    return weight.clone()
+
+
+@_treated_weight.register_fake
+def _(weight: Tensor, call: str) -> Tensor:
+    return torch.empty_like(weight)
+
+
+TREATED_WEIGHT = torch.ops.tract_fx.treated_weight.default
+"""A weight as one of TrAct's calls reads it."""
 
 
 @torch.library.custom_op("tract_fx::precondition_step", mutates_args=())
@@ -49,18 +65,27 @@ _SAME_NUMBERS = {
 }
 
 
-def attach_output_gradients(graph: fx.GraphModule, gradients: Mapping[str, fx.Node]) -> None:
-    """Put `PRECONDITION_STEP` in the place of TrAct's operators, in place.
+def attach_output_gradients(
+    graph: fx.GraphModule, gradients: Mapping[str, fx.Node], parameters: Mapping[str, fx.Node]
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Put `PRECONDITION_STEP` and `TREATED_WEIGHT` in the place of TrAct's operators, in place.
 
     Args:
         graph: A traced step, in which convolutions' derivatives are whole.
         gradients: The parameters' gradients in it by their names, after which calls are named.
+        parameters: The parameters themselves.
+
+    Returns:
+        λ by the name of each call, and the names of those whose weight gets no gradient.
 
     Raises:
         ExportError: A call is under autocast.
     """
-    target = torch.ops.tract_fx.precondition.default
-    for node in list(graph.graph.find_nodes(op="call_function", target=target)):
+    forward = list(_calls(graph, PRECONDITION_GRAD_OPERATOR))
+    taken: set[str | None] = set()
+    lambdas: dict[str, float] = {}
+    # The last call's gradient comes first.
+    for node in list(_calls(graph, torch.ops.tract_fx.precondition.default)):
         arguments: Any = node.args
         gradient, x, *settings, input_dtype = arguments
         if input_dtype is not None:
@@ -69,26 +94,70 @@ def attach_output_gradients(graph: fx.GraphModule, gradients: Mapping[str, fx.No
                 "the graph has no rounding of its input, which TrAct's rows have there",
                 "Leave autocast out of what is exported",
             )
-        with graph.graph.inserting_before(node):
-            new = graph.graph.call_function(
-                PRECONDITION_STEP,
-                (gradient, x, _output_gradient(gradient, x), *settings, _name(node, gradients)),
-            )
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        graph.graph.erase_node(node)
+        trained = _part_of(node, gradients)
+        name = free_name(_name(trained), taken)
+        lambdas[name] = settings[0]
+        new = (gradient, x, _output_gradient(gradient, x), *settings, name)
+        _replace(graph, node, PRECONDITION_STEP, new)
+        weights = {parameters[name] for name in trained}
+        own = [n for n in forward if n.args[1:] == arguments[1:] and weights & ancestors(n.args[0])]
+        if own:
+            forward.remove(own[-1])
+            _replace(graph, own[-1], TREATED_WEIGHT, (own[-1].args[0], name))
+    idle = []
+    for node in forward:
+        reached = ancestors(node.args[0])
+        weight = [name for name, parameter in parameters.items() if parameter in reached]
+        idle.append(free_name(_name(weight), taken))
+        lambdas[idle[-1]] = node.args[2]  # type: ignore[assignment]
+        _replace(graph, node, TREATED_WEIGHT, (node.args[0], idle[-1]))
     graph.recompile()
+    return lambdas, tuple(idle)
 
 
-def _name(node: fx.Node, gradients: Mapping[str, fx.Node]) -> str:
-    """Name a call after the module of the first parameter whose gradient it is part of."""
+def ancestors(node: Any) -> set[fx.Node]:
+    """Give a node and all that it is computed from.
+
+    Args:
+        node: The node.
+
+    Returns:
+        The nodes.
+    """
+    reached, pending = {node}, [node]
+    while pending:
+        new = [n for n in pending.pop().all_input_nodes if n not in reached]
+        reached.update(new)
+        pending += new
+    return reached
+
+
+def _calls(graph: fx.GraphModule, target: Any) -> Iterator[fx.Node]:
+    return iter(graph.graph.find_nodes(op="call_function", target=target))
+
+
+def _replace(graph: fx.GraphModule, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+    with graph.graph.inserting_before(node):
+        new = graph.graph.call_function(target, args)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.graph.erase_node(node)
+
+
+def _part_of(node: fx.Node, gradients: Mapping[str, fx.Node]) -> list[str]:
+    """Names of the parameters whose gradients a node is part of."""
     reached, pending = {node}, [node]
     while pending:
         new = [user for user in pending.pop().users if user not in reached]
         reached.update(new)
         pending += new
-    found = next((name for name, gradient in gradients.items() if gradient in reached), "")
-    return found.partition(".parametrizations")[0].removesuffix(".weight") or "call"
+    return [name for name, gradient in gradients.items() if gradient in reached]
+
+
+def _name(parameters: Sequence[str]) -> str:
+    """Name a call after the module of the first parameter."""
+    first = parameters[0] if parameters else ""
+    return first.partition(".parametrizations")[0].removesuffix(".weight") or "call"
 
 
 def _output_gradient(gradient: Any, x: Any) -> Any:
@@ -102,6 +171,8 @@ def _output_gradient(gradient: Any, x: Any) -> Any:
         call, index = product.args
         if call.target is aten.convolution_backward.default and index == 1:
             dz, image = call.args[:2]
+            if image.target is aten.constant_pad_nd.default:  # more on one side: padding="same"
+                image = image.args[0]
             return dz if set(_origins(image)) & inputs else None
     if product.target is not aten.mm.default:
         return None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +14,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from tract_fx import torch_private
 from tract_fx.errors import ExportError, UnsupportedTrainingError
 from tract_fx.export.value_names import free_name
 from tract_fx.preconditioner import to_training_graph
+from tract_fx.program import held_at
 from tract_fx.step import exporter
 from tract_fx.step.dialects import STANDARD, Dialect
-from tract_fx.step.operators import refuse_untested
-from tract_fx.step.output_gradient import attach_output_gradients
+from tract_fx.step.names import batch_names, output_names
+from tract_fx.step.operators import refuse_untested, untested
+from tract_fx.step.output_gradient import ancestors, attach_output_gradients
 
 __all__ = ["StepTrace", "trace_step"]
 
@@ -32,17 +34,22 @@ Loss = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class StepTrace:
-    """A training step as a graph of aten operators, free of side effects.
+    """A step as a graph of aten operators, free of side effects.
 
     Attributes:
         graph: Takes the tensors that `inputs` names, in this order, and gives those of `outputs`.
         inputs: The state_dict's keys, of buffers that are not in it too, then the batch's names.
-        outputs: Names of the loss, the model's outputs, the gradients and the new buffers.
+        outputs: Names of the loss, the gradients and the new buffers; or, of a step without
+            gradients, of the loss and of what the model returns beside it.
         loss: The loss's name.
         gradients: Names of the gradients by the parameters that have one.
         buffers: Names of the new values by the buffers that the step changes.
+        growth: What the step adds to those buffers that are counters, which nothing else reads.
         batch: Names of the model's inputs, then of the targets.
-        structure: Names of the model's outputs, nested as it returns them.
+        lambdas: λ by the name of each call with TrAct.
+        idle: Names of those calls whose weight gets no gradient.
+        left_out: What stands in the way of outputs that can't be written, by name.
+        smallest_batch: 2 where a BatchNorm gets one number per channel of a batch of one.
         dialect: What it is to be written in.
     """
 
@@ -52,8 +59,12 @@ class StepTrace:
     loss: str
     gradients: dict[str, str]
     buffers: dict[str, str]
+    growth: dict[str, int]
     batch: tuple[str, ...]
-    structure: Any
+    lambdas: dict[str, float]
+    idle: tuple[str, ...]
+    left_out: dict[str, str]
+    smallest_batch: int
     dialect: Dialect
 
 
@@ -61,21 +72,23 @@ def trace_step(
     model: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    loss: Loss | None,
+    loss: Loss,
     targets: Sequence[Tensor],
     *,
+    gradients: bool = True,
     dynamic_batch: bool = True,
     dialect: Dialect = STANDARD,
 ) -> StepTrace:
     """Record a step.
 
     Args:
-        model: The model, in the mode that it trains in. Not changed.
+        model: The model, in the mode that the step is of. Not changed.
         args: Positional arguments of a call; a tensor whose first size is the first tensor's is
             taken for a batch.
         kwargs: Keyword arguments of a call.
-        loss: Of the model's output and the targets; None where the model returns its loss.
+        loss: Of the model's output and the targets.
         targets: What the loss takes beside the output.
+        gradients: Whether the step trains; else it gives what the model returns.
         dynamic_batch: Whether the batch's size is left open.
         dialect: What it is to be written in.
 
@@ -91,7 +104,8 @@ def trace_step(
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     batch = [*(leaves[i] for i in places), *targets]
     arguments = exporter.fake_arguments(state.tensors, batch, dynamic_batch)
-    found = _Found()
+    names = batch_names(model, args, kwargs, len(targets), {*state.tensors})
+    found: list[_Results] = []
 
     def step(tensors: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
         own, wanted = state.copies(tensors)
@@ -99,47 +113,110 @@ def trace_step(
         for place, tensor in zip(places, given, strict=False):
             call[place] = tensor
         args, kwargs = pytree.tree_unflatten(call, spec)
-        with torch.enable_grad():
+        with torch.set_grad_enabled(gradients):
             output = functional_call(model, own, args, kwargs)
-            value = output if loss is None else loss(output, *given[len(places) :])
-            _refuse_many_numbers(value)
-            gradients = torch.autograd.grad(value, wanted, allow_unused=True)
-        found.output, found.has_gradient = output, [g is not None for g in gradients]
-        results = [value, *(r for r in pytree.tree_leaves(output) if isinstance(r, Tensor))]
-        changed = [own[name] for name in state.buffers]
-        return [r.detach() for r in results] + [g for g in gradients if g is not None] + changed
+            value = loss(output, *given[len(places) :])
+            _refuse_many_numbers(value, gradients)
+            results = _Results.of(
+                state, own, output, value, {*names}, wanted if gradients else None
+            )
+        found.append(results)
+        return [result.detach() for result in results.all]
 
     # First whole derivatives, among whose arguments are outputs' gradients; then formulas of them.
     graph = _record(step, arguments, {})
-    attach_output_gradients(graph, _gradients(graph, state, found))
+    smallest = _smallest_batch(graph)
+    placeholders = dict(zip(state.tensors, graph.graph.find_nodes(op="placeholder"), strict=False))
+    lambdas, idle = attach_output_gradients(graph, found[-1].gradients_in(graph), placeholders)
     table = exporter.decompositions()
     table = {key: formula for key, formula in table.items() if key not in dialect.translations}
     table |= dialect.formulas
     graph = _record(functionalize(graph, remove="mutations"), arguments, table)
+    _refuse_held(graph, model)
     if dynamic_batch:
         exporter.refuse_bounded_batch(arguments[1])
+    inputs = (*state.tensors, *names)
+    results, left_out = _kept(graph, inputs, found[0], dialect)
     refuse_untested(graph, dialect.translations)
-    names = _batch_names(model, args, kwargs, len(targets), {*state.tensors})
-    return _named(graph, state, found, names, dialect)
+    return StepTrace(
+        graph,
+        inputs,
+        (results.loss, *results.outputs, *results.gradients.values(), *results.buffers.values()),
+        results.loss,
+        results.gradients,
+        results.buffers,
+        _growth(graph, inputs, results),
+        names,
+        lambdas,
+        idle,
+        left_out,
+        smallest,
+        dialect,
+    )
 
 
-def _refuse_many_numbers(loss: object) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        raise UnsupportedTrainingError(
-            f"a loss of shape {tuple(loss.shape)}"
-            if isinstance(loss, Tensor)
-            else f"a loss of class {type(loss).__name__}",
-            "a step minimises one number that depends on what is trained",
-            "Reduce the loss, by its mean for one, and leave something to train",
-        )
+def _refuse_many_numbers(loss: object, gradients: bool) -> None:
+    if not isinstance(loss, Tensor):
+        found = f"a loss of class {type(loss).__name__}"
+    elif loss.numel() != 1:
+        found = f"a loss of shape {tuple(loss.shape)}"
+    elif gradients and not loss.requires_grad:
+        found = "a loss that depends on nothing that is trained"
+    else:
+        return
+    raise UnsupportedTrainingError(
+        found,
+        "a step minimises one number that depends on what is trained",
+        "Reduce the loss, by its mean for one, and leave something to train",
+    )
 
 
-@dataclass
-class _Found:
-    """What a run of the step has shown: the model's output, and which parameters have gradients."""
+@dataclass(frozen=True)
+class _Results:
+    """What a run of a step gives, in order, and the names of it.
 
-    output: Any = None
-    has_gradient: Sequence[bool] = ()
+    Attributes:
+        all: The tensors.
+        loss: The loss's name.
+        outputs: Names of what the model returns beside the loss.
+        gradients: Names of gradients by parameter.
+        buffers: Names of new values by buffer, of those that did not change too.
+    """
+
+    all: list[Tensor]
+    loss: str
+    outputs: list[str]
+    gradients: dict[str, str]
+    buffers: dict[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        state: _State,
+        own: Mapping[str, Tensor],
+        output: Any,
+        loss: Tensor,
+        batch: set[str],
+        wanted: Sequence[Tensor] | None,
+    ) -> _Results:
+        taken: set[str | None] = {*state.tensors, *batch}
+        if wanted is None:
+            named = output_names(output, {*state.tensors, *batch})
+            others = {name: value for name, value in named.items() if value is not loss}
+            name = free_name("loss", {*taken, *others})
+            return cls([loss, *others.values()], name, list(others), {}, {})
+        name = free_name("loss", taken)
+        every = torch.autograd.grad(loss, wanted, allow_unused=True)
+        found = {n: g for n, g in zip(state.trained, every, strict=True) if g is not None}
+        gradients = {n: free_name(f"{n}_grad", taken) for n in found}
+        buffers = {n: free_name(f"{n}_new", taken) for n in state.buffers}
+        results = [loss, *found.values(), *(own[n] for n in state.buffers)]
+        return cls(results, name, [], gradients, buffers)
+
+    def gradients_in(self, graph: fx.GraphModule) -> dict[str, fx.Node]:
+        """The gradients among a graph's results, by parameter."""
+        results: Any = graph.graph.output_node().args[0]
+        return dict(zip(self.gradients, results[1:], strict=False))
 
 
 @dataclass(frozen=True)
@@ -206,8 +283,10 @@ def _record(
     finally:
         to_training_graph.reset(token)
     for node in list(traced.graph.nodes):
-        if node.target in _SAME:
-            node.replace_all_uses_with(node.args[0])
+        argument: Any = node.args[0] if node.args else None
+        twice = node.target is aten.t.default and argument.target is aten.t.default
+        if node.target in _SAME or twice:
+            node.replace_all_uses_with(argument.args[0] if twice else argument)
             traced.graph.erase_node(node)
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default  # a formula may lay its argument out otherwise
@@ -216,81 +295,91 @@ def _record(
     return traced
 
 
-def _batch_names(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    targets: int,
-    taken: set[str],
-) -> tuple[str, ...]:
-    """Name the batch's tensors after the forward method's arguments."""
-    known = [
-        name
-        for name, p in inspect.signature(model.forward).parameters.items()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    positional = known + [f"input_{i}" for i in range(len(known), len(args))]
-    given = {**dict(zip(positional, args, strict=False)), **kwargs}
-    places, _ = pytree.tree_flatten_with_path(given)
-    names = [_path_name(path) for path, leaf in places if isinstance(leaf, Tensor)]
-    names += ["target"] if targets == 1 else [f"target_{i}" for i in range(targets)]
-    used: set[str | None] = {*taken}
-    return tuple(free_name(name, used) for name in names)
-
-
-def _path_name(path: Sequence[Any]) -> str:
-    """Name a place in nested containers by the way to it."""
-    steps = (
-        next((getattr(s, a) for a in ("key", "idx", "name") if hasattr(s, a)), s) for s in path
-    )
-    return "_".join(map(str, steps))
-
-
-def _output_names(output: Any, taken: set[str | None]) -> tuple[list[str], Any]:
-    """Names of the tensors that a model returns, and all of them as it returns them."""
-    places, spec = pytree.tree_flatten_with_path(output)
-    paths = [_path_name(path) or "output" for path, _ in places]
-    names = [free_name(f"output_{n}" if n.isdigit() else n, taken) for n in paths]
-    tensors = [n for n, (_, leaf) in zip(names, places, strict=True) if isinstance(leaf, Tensor)]
-    return tensors, pytree.tree_unflatten(names, spec)
-
-
-def _gradients(graph: fx.GraphModule, state: _State, found: _Found) -> dict[str, fx.Node]:
-    """The parameters' gradients among a graph's results."""
-    results: Any = graph.graph.output_node().args[0]
-    names = [n for n, has in zip(state.trained, found.has_gradient, strict=True) if has]
-    end = len(results) - len(state.buffers)
-    return dict(zip(names, results[end - len(names) : end], strict=True))
-
-
-def _named(
-    graph: fx.GraphModule,
-    state: _State,
-    found: _Found,
-    batch: tuple[str, ...],
-    dialect: Dialect,
-) -> StepTrace:
-    """Name what goes in and comes out, without the buffers that come out as they went in."""
-    results: Any = graph.graph.output_node().args[0]
-    inputs = (*state.tensors, *batch)
-    placeholders = dict(zip(inputs, graph.graph.find_nodes(op="placeholder"), strict=True))
-    taken: set[str | None] = {*inputs}
-    loss = free_name("loss", taken)
-    outputs, structure = _output_names(found.output, taken)
-    gradients = {n: free_name(f"{n}_grad", taken) for n in _gradients(graph, state, found)}
-    end = len(results) - len(state.buffers)
-    changed = {
-        name: node
-        for name, node in zip(state.buffers, results[end:], strict=True)
-        if _uncopied(node) is not placeholders[name]
+def _refuse_held(graph: fx.GraphModule, model: nn.Module) -> None:
+    """Refuse a parameter that the trace has taken for a constant."""
+    registered = {
+        torch_private.storage_of(tensor): name
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
-    buffers = {name: free_name(f"{name}_new", taken) for name in changed}
-    graph.graph.output_node().args = ([*results[:end], *changed.values()],)
+    for node in graph.graph.find_nodes(op="get_attr"):
+        value = getattr(graph, str(node.target))
+        name = registered.get(torch_private.storage_of(value)) if value.numel() else None
+        if value.requires_grad or name is not None:
+            where = held_at(model, value) or f"a tensor of shape {tuple(value.shape)}"
+            raise UnsupportedTrainingError(
+                f"{name or where}, which the model or the loss reads as an object of its own",
+                "the graph would go on with its value of now while training goes on",
+                "Register it in the model, and let that compute and return the loss (loss=None)",
+            )
+
+
+_BATCH_NORMS = ("aten.native_batch_norm.", "aten._native_batch_norm_legit.")
+
+
+def _smallest_batch(graph: fx.GraphModule) -> int:
+    """What a trained BatchNorm has a variance from."""
+    for node in graph.graph.nodes:
+        if str(node.target).startswith(
+            ("aten.native_batch_norm.", "aten._native_batch_norm_legit.")
+        ):
+            x, *_ = node.args
+            trains = node.args[5] is True or len(node.args) < 8
+            if trains and all(size == 1 for size in x.meta["val"].shape[2:]):
+                return 2
+    return 1
+
+
+def _kept(
+    graph: fx.GraphModule, inputs: Sequence[str], results: _Results, dialect: Dialect
+) -> tuple[_Results, dict[str, str]]:
+    """Leave out buffers that come out as they went in, and outputs that can't be written.
+
+    Returns the names that are left, and why outputs are left out.
+    """  # noqa: DOC201
+    nodes: Any = graph.graph.output_node().args[0]
+    placeholders = dict(zip(inputs, graph.graph.find_nodes(op="placeholder"), strict=True))
+    names = ["", *results.outputs, *results.gradients, *results.buffers]
+    buffers, outputs, kept = {}, [], []
+    left_out: dict[str, str] = {}
+    for name, node in zip(names, nodes, strict=True):
+        if name in results.buffers:
+            if _uncopied(node) is placeholders[name]:
+                continue
+            buffers[name] = results.buffers[name]
+        elif name in results.outputs:
+            found = untested(ancestors(node), dialect.translations)
+            if found is not None:
+                left_out[name] = found
+                continue
+            outputs.append(name)
+        kept.append(node)
+    graph.graph.output_node().args = (kept,)
     graph.graph.set_codegen(fx.graph.CodeGen())  # not that of nested arguments
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    names = (loss, *outputs, *gradients.values(), *buffers.values())
-    return StepTrace(graph, inputs, names, loss, gradients, buffers, batch, structure, dialect)
+    return replace(results, outputs=outputs, buffers=buffers), left_out
+
+
+def _growth(graph: fx.GraphModule, inputs: Sequence[str], results: _Results) -> dict[str, int]:
+    """What is added to integer buffers that are added to, and not read otherwise."""
+    nodes: Any = graph.graph.output_node().args[0]
+    placeholders = dict(zip(inputs, graph.graph.find_nodes(op="placeholder"), strict=True))
+    changed = dict(zip(reversed(results.buffers), reversed(nodes), strict=False))
+    found = {}
+    for name, node in changed.items():
+        total, start = 0, _read_once(node)
+        while start is not None and start.target is aten.add.Tensor and type(start.args[1]) is int:
+            total, start = total + start.args[1], _read_once(start.args[0])
+        if total and start is placeholders[name]:
+            found[name] = total
+    return found
+
+
+def _read_once(node: fx.Node) -> Any:
+    """What a node is a copy of, None where something else reads it too."""
+    while len(node.users) == 1 and node.target is aten.clone.default:
+        (node,) = node.args  # type: ignore[assignment]
+    return node if len(node.users) == 1 else None
 
 
 def _uncopied(node: fx.Node) -> Any:

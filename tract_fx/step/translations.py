@@ -14,16 +14,16 @@ from onnxscript.values import Opset
 
 from tract_fx.preconditioner import PRECONDITION_GRAD_OPERATOR
 from tract_fx.step.formulas import each
-from tract_fx.step.output_gradient import PRECONDITION_STEP
+from tract_fx.step.output_gradient import PRECONDITION_STEP, TREATED_WEIGHT
 from tract_fx.step.random_masks import KEEP_MASK
 
-__all__ = ["MARKER", "MARKER_DOMAIN", "TRANSLATIONS", "register_marker"]
+__all__ = ["MARKER", "MARKER_DOMAIN", "TRANSLATIONS", "WEIGHT_MARKER", "register_markers"]
 
 aten = torch.ops.aten
 
 op: Any = opset18
 
-MARKER_DOMAIN, MARKER = "tract_fx.step", "Precondition"
+MARKER_DOMAIN, MARKER, WEIGHT_MARKER = "tract_fx.step", "Precondition", "TreatedWeight"
 
 
 def _max_pool(dims: int) -> Callable[..., Any]:
@@ -91,6 +91,10 @@ def _precondition(
     return marker(*inputs, lambda_=float(lambda_), group=int(groups), call=call, **given)
 
 
+def _treated_weight(weight: Any, call: str) -> Any:
+    return getattr(Opset(MARKER_DOMAIN, 1), WEIGHT_MARKER)(weight, call=call)
+
+
 def _keep_mask(like: Any, probability: float) -> Any:
     """Dropout's mask; its seed is put in afterwards.
 
@@ -110,6 +114,7 @@ _TRUE = onnx.numpy_helper.from_array(np.asarray(True))
 
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     PRECONDITION_GRAD_OPERATOR: lambda weight, *_: op.Identity(weight),
+    TREATED_WEIGHT: _treated_weight,
     PRECONDITION_STEP: _precondition,
     aten.max_pool2d_with_indices.default: _max_pool(2),
     aten.max_pool3d_with_indices.default: _max_pool(3),
@@ -124,11 +129,24 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
 
 
 @functools.cache
-def register_marker() -> None:
-    """Make the marker known to onnx; without a schema the translation does not write it."""
+def register_markers() -> None:
+    """Make the markers known to onnx; without a schema the translation does not write them."""
     formal, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
     kinds = onnx.defs.OpSchema.AttrType
     optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    constraint = ("T", ["tensor(float)", "tensor(double)"], "Any float.")
+    onnx.defs.register_schema(
+        onnx.defs.OpSchema(
+            WEIGHT_MARKER,
+            MARKER_DOMAIN,
+            1,
+            doc="The weight of a call.",
+            inputs=[formal("weight", "T")],
+            outputs=[formal("output", "T")],
+            type_constraints=[constraint],
+            attributes=[attribute("call", kinds.STRING, "The call's name.")],
+        )
+    )
     onnx.defs.register_schema(
         onnx.defs.OpSchema(
             MARKER,
@@ -141,7 +159,7 @@ def register_marker() -> None:
                 formal("output_gradient", "T", param_option=optional),
             ],
             outputs=[formal("output", "T")],
-            type_constraints=[("T", ["tensor(float)", "tensor(double)"], "Any float.")],
+            type_constraints=[constraint],
             attributes=[
                 attribute("lambda_", kinds.FLOAT, "λ > 0."),
                 attribute("group", kinds.INT, "Groups."),

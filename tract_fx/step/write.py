@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import re
+
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from tract_fx.export.batch_dimension import BATCH
 from tract_fx.export.value_names import free_name
 from tract_fx.step import exporter
 from tract_fx.step.expand import expand_markers
 from tract_fx.step.trace import StepTrace
-from tract_fx.step.translations import register_marker
+from tract_fx.step.translations import register_markers
 
 __all__ = ["write_step"]
 
 
-def write_step(trace: StepTrace, seed: int = 0) -> ir.Model:
+def write_step(trace: StepTrace, seed: int | None = 0) -> ir.Model:
     """Translate a step.
 
     Args:
         trace: The step.
-        seed: What the random numbers of dropout are derived from.
+        seed: What the random numbers of dropout are derived from; None where whoever runs the graph
+            sets the runtime's generator.
 
     Returns:
         A graph of opset 18 with the trace's inputs, but those that nothing reads, and its outputs,
@@ -28,7 +32,7 @@ def write_step(trace: StepTrace, seed: int = 0) -> ir.Model:
     Raises:
         ExportError: PyTorch has no translation of an operator, or TrAct can't be exact.
     """  # noqa: DOC502 (raised by what it calls)
-    register_marker()
+    register_markers()
     model, results = exporter.translate_graph(trace.graph, trace.dialect.translations)
     graph = model.graph
     for value, name in zip(graph.inputs, trace.inputs, strict=True):
@@ -41,12 +45,44 @@ def write_step(trace: StepTrace, seed: int = 0) -> ir.Model:
             value = copied.outputs[0]
         graph.outputs.append(value)
     passes.InlinePass()(model)
-    expand_markers(model)
+    _casts(graph)
+    passes.RemoveUnusedNodesPass()(model)
     _name(graph, trace)
+    _name_batch(graph)
+    expand_markers(model)
     for index, node in enumerate(n for n in graph if n.op_type == "Dropout"):
-        node.attributes["seed"] = ir.AttrInt64("seed", seed + index)
+        node.attributes.pop("seed", None)
+        if seed is not None:
+            node.attributes["seed"] = ir.AttrInt64("seed", seed + index)
     graph.inputs[:] = [v for v in graph.inputs if v.uses() or v.name in trace.batch]
     return model
+
+
+def _casts(graph: ir.Graph) -> None:
+    """Write dtypes that are known where the translation reads them off values."""
+    for node in [n for n in graph if n.op_type == "CastLike"]:
+        x, like = node.inputs
+        if like is not None and like.dtype is not None:
+            cast = ir.node("Cast", [x], {"to": ir.AttrInt64("to", int(like.dtype))})
+            result, old = cast.outputs[0], node.outputs[0]
+            result.shape, result.type, result.name = old.shape, old.type, old.name
+            old.replace_all_uses_with(result, replace_graph_outputs=True)
+            graph.insert_before(node, cast)
+            graph.remove(node, safe=True)
+
+
+def _name_batch(graph: ir.Graph) -> None:
+    """Call the open size "batch"."""
+    sizes = [size for value in graph.inputs for size in value.shape or ()]
+    symbol = next((str(size.value) for size in sizes if isinstance(size, ir.SymbolicDim)), None)
+    if symbol is None:
+        return
+    open_size = re.compile(rf"\b{re.escape(symbol)}\b")
+    for value in (*graph.inputs, *(v for node in graph for v in node.outputs)):
+        value.shape = value.shape and ir.Shape(
+            size if isinstance(size, int) else open_size.sub(BATCH, str(size.value))
+            for size in value.shape
+        )
 
 
 def _name(graph: ir.Graph, trace: StepTrace) -> None:

@@ -159,7 +159,8 @@ class OrtTrainer:
             ) from error
         self._has_gradients = True
         self._batches += 1
-        self._counters = {key: value + 1 for key, value in self._counters.items()}
+        steps = self._manifest.counter_steps
+        self._counters = {key: n + steps.get(key, 1) for key, n in self._counters.items()}
         if not self._pending:
             with _failures("the optimizer's update", "Go back to a saved state with load"):
                 self._run.optimizer.step()

@@ -1,0 +1,309 @@
+"""From a PyTorch model to the files of a directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from torch import Tensor, nn
+
+from tract_fx import ort_training
+from tract_fx.errors import ExportError
+from tract_fx.export.directory import CHECKPOINT, CONSTANTS, EVAL_MODEL, TRAINING_MODEL
+from tract_fx.export.gradient_builder import run_graph
+from tract_fx.export.graphs import layer_of, spec_of
+from tract_fx.export.left_out import warn_of_left_out
+from tract_fx.export.manifest import Manifest, ParameterSpec
+from tract_fx.export.optimizers import OptimizerConfig
+from tract_fx.export.torch_loss import TorchLoss
+from tract_fx.export.torch_model import TorchModel
+from tract_fx.export.versions import versions
+from tract_fx.passes.onnx_graph.find import locate
+from tract_fx.passes.onnx_graph.parameters import RESET
+from tract_fx.passes.records import InputLayer
+from tract_fx.step.dialects import ORT_TRAINING
+from tract_fx.step.ort_training import CheckpointTensors, to_evaluation_graph, to_training_graph
+from tract_fx.step.trace import StepTrace, trace_step
+from tract_fx.step.write import write_step
+
+__all__ = [
+    "TorchGraphs",
+    "arrays",
+    "build_graphs",
+    "describe_graphs",
+    "evaluation_graph",
+    "training_graph",
+    "write_graphs",
+]
+
+
+@dataclass(frozen=True)
+class TorchGraphs:
+    """A model's graphs, and what is beside them.
+
+    Attributes:
+        training: The training graph.
+        evaluation: The evaluation graph.
+        trace: What the training graph was made of.
+        tensors: The checkpoint's tensors by what becomes of them.
+        initial: Their values.
+        layers: The calls with TrAct, with λ.
+        predictions: Names of the evaluation graph's outputs after the loss.
+        aliases: Further state_dict keys of a tensor, with the key under which it is kept.
+    """
+
+    training: ir.Model
+    evaluation: ir.Model
+    trace: StepTrace
+    tensors: CheckpointTensors
+    initial: Mapping[str, np.ndarray]
+    layers: tuple[InputLayer, ...]
+    predictions: tuple[str, ...]
+    aliases: Mapping[str, str]
+
+
+def training_graph(
+    model: TorchModel, loss: TorchLoss, training: nn.Module
+) -> tuple[ir.Model, StepTrace, CheckpointTensors]:
+    """Write a model's step as ONNX Runtime Training reads it.
+
+    Args:
+        model: The model.
+        loss: The loss.
+        training: Its module in training mode.
+
+    Returns:
+        The graph, what it was made of, and the checkpoint's tensors.
+    """
+    trace = trace_step(
+        training,
+        model.args,
+        model.kwargs,
+        loss.function,
+        tuple(loss.targets.values()),
+        dynamic_batch=model.open_batch,
+        dialect=ORT_TRAINING,
+    )
+    _refuse_names(trace)
+    graph = write_step(trace, None)
+    parameters, buffers = dict(training.named_parameters()), dict(training.named_buffers())
+    return graph, trace, to_training_graph(graph, trace, parameters, buffers)
+
+
+def _refuse_names(trace: StepTrace) -> None:
+    if RESET in trace.inputs:
+        raise ExportError(
+            f"the name {RESET!r} in the model",
+            "ONNX Runtime Training gives it to an input of its own",
+            "Rename it",
+        )
+
+
+def build_graphs(model: TorchModel, loss: TorchLoss) -> TorchGraphs:
+    """Make a model's graphs.
+
+    Args:
+        model: The model.
+        loss: The loss.
+
+    Returns:
+        The graphs.
+
+    Raises:
+        ExportError: The model can't be brought to ONNX with its meaning kept.
+    """  # noqa: DOC502 (raised by what it calls)
+    training, trace, tensors = training_graph(model, loss, model.training)
+    state = {**dict(model.training.named_parameters()), **dict(model.training.named_buffers())}
+    held = (*tensors.trained, *tensors.kept)
+    _refuse_tensors(model.training, {name: state[name] for name in held})
+    initial = {name: state[name].detach().cpu().numpy().copy() for name in held}
+    evaluation, evaluated = evaluation_graph(model, loss, model.evaluation, tensors)
+    feeds = {**initial, **arrays({**model.inputs, **loss.targets})}
+    left_out = {**evaluated.left_out, **_not_runnable(evaluation, feeds)}
+    warn_of_left_out(left_out)
+    outputs = [value for value in evaluation.graph.outputs if value.name not in left_out]
+    evaluation.graph.outputs[:] = outputs
+    passes.RemoveUnusedNodesPass()(evaluation)
+    return TorchGraphs(
+        training,
+        evaluation,
+        trace,
+        tensors,
+        initial,
+        _layers(training, trace, tensors),
+        tuple(str(value.name) for value in outputs[1:]),
+        _aliases(model.training, held),
+    )
+
+
+def evaluation_graph(
+    model: TorchModel, loss: TorchLoss, evaluation: nn.Module, tensors: CheckpointTensors
+) -> tuple[ir.Model, StepTrace]:
+    """Write a model in evaluation mode as ONNX Runtime Training reads it.
+
+    Args:
+        model: The model.
+        loss: The loss.
+        evaluation: Its module in evaluation mode.
+        tensors: The checkpoint's tensors.
+
+    Returns:
+        The graph, and what it was made of.
+    """
+    trace = trace_step(
+        evaluation,
+        model.args,
+        model.kwargs,
+        loss.function,
+        tuple(loss.targets.values()),
+        gradients=False,
+        dynamic_batch=model.open_batch,
+        dialect=ORT_TRAINING,
+    )
+    graph = write_step(trace, None)
+    state = {**dict(evaluation.named_parameters()), **dict(evaluation.named_buffers())}
+    to_evaluation_graph(graph, trace, tensors, state)
+    return graph, trace
+
+
+def arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Read tensors as arrays.
+
+    Args:
+        tensors: The tensors by name.
+
+    Returns:
+        Copies of them.
+    """
+    return {name: value.detach().cpu().numpy().copy() for name, value in tensors.items()}
+
+
+def _refuse_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    kept = model.state_dict()
+    for name, value in tensors.items():
+        if value.dtype != torch.float32:
+            raise ExportError(
+                f"{name} of {value.dtype}",
+                "ONNX Runtime Training keeps parameters in float32",
+                "Use model.float()",
+            )
+        if name not in kept:
+            raise ExportError(
+                f"the buffers {[name]}, which the forward pass changes and no state_dict holds",
+                "what is trained goes back into the model by its state_dict",
+                "Register it with persistent=True",
+            )
+
+
+def _not_runnable(evaluation: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Why ONNX Runtime can't compute outputs that the loss does not read, by name."""
+    loss, *others = (str(value.name) for value in evaluation.graph.outputs)
+
+    def reasons(names: Sequence[str]) -> dict[str, str]:
+        try:
+            run_graph(evaluation, feeds, names)
+        except ExportError as error:
+            if len(names) == 1:
+                return {names[0]: error.found}
+            return {name: why for each in names for name, why in reasons([each]).items()}
+        return {}
+
+    left_out = reasons(others) if others else {}
+    run_graph(evaluation, feeds, [loss])  # whose own fault is no output's
+    return left_out
+
+
+def _layers(
+    training: ir.Model, trace: StepTrace, tensors: CheckpointTensors
+) -> tuple[InputLayer, ...]:
+    """The records of TrAct's calls, as locating finds them in the graph."""
+    located = locate(training, tensors.trained, tensors.kept, trace.lambdas)
+    records = {record.node: record for record, _ in located.eligible}
+    missing = trace.lambdas.keys() - records.keys()
+    if missing:
+        raise ExportError(
+            f"TrAct's calls {sorted(missing)} of the exported graph",
+            "they are not among the layers that the ONNX pass can treat",
+            "Report the model; meanwhile train it in PyTorch",
+        )
+    return tuple(
+        dataclasses.replace(records[name], lambda_=lambda_)
+        for name, lambda_ in trace.lambdas.items()
+    )
+
+
+def _aliases(model: nn.Module, held: Sequence[str]) -> dict[str, str]:
+    """Further names of tensors that a checkpoint holds under their first one."""
+    state = model.state_dict(keep_vars=True)
+    first: dict[int, str] = {id(state[name]): name for name in held}
+    return {
+        name: first[id(tensor)]
+        for name, tensor in state.items()
+        if first.get(id(tensor), name) != name
+    }
+
+
+def write_graphs(graphs: TorchGraphs, model: TorchModel, directory: Path) -> None:
+    """Write both graphs, the checkpoint and what training leaves alone.
+
+    Args:
+        graphs: The graphs.
+        model: The model.
+        directory: Where to write.
+    """
+    state = model.training.state_dict()
+    known = {*graphs.initial, *graphs.aliases, *graphs.tensors.counters}
+    constants = {n: v.detach().cpu().clone() for n, v in state.items() if n not in known}
+    if constants:
+        torch.save(constants, directory / CONSTANTS)
+    trained, kept = (
+        [ir.to_proto(ir.tensor(graphs.initial[name], name=name)) for name in names]
+        for names in (graphs.tensors.trained, graphs.tensors.kept)
+    )
+    ort_training.save_checkpoint(trained, kept, directory / CHECKPOINT)
+    ir.save(graphs.training, directory / TRAINING_MODEL)
+    ir.save(graphs.evaluation, directory / EVAL_MODEL)
+
+
+def describe_graphs(
+    graphs: TorchGraphs, model: TorchModel, loss: TorchLoss, optimizer: OptimizerConfig, seed: int
+) -> Manifest:
+    """Write the manifest of a new directory.
+
+    Args:
+        graphs: The graphs.
+        model: The model.
+        loss: The loss.
+        optimizer: The optimizer.
+        seed: What dropout's random numbers are derived from.
+
+    Returns:
+        The manifest, without the files' checksums.
+    """
+    values = {str(value.name): value for value in graphs.training.graph.inputs}
+    state = model.training.state_dict()
+    return Manifest(
+        target="ort-training",
+        versions=versions(),
+        layers=tuple(layer_of(record) for record in graphs.layers),
+        loss=loss.description,
+        optimizer=optimizer,
+        inputs=tuple(spec_of(values[name], {}) for name in model.inputs),
+        targets=tuple(spec_of(values[name], loss.classes) for name in loss.targets),
+        outputs=graphs.predictions,
+        parameters=tuple(
+            ParameterSpec(name, value.shape, str(value.dtype), name in graphs.tensors.trained)
+            for name, value in graphs.initial.items()
+        ),
+        min_batch=graphs.trace.smallest_batch,
+        counters={name: int(state[name]) for name in graphs.tensors.counters},
+        counter_steps={n: k for n, k in graphs.tensors.counters.items() if k != 1},
+        aliases=dict(graphs.aliases),
+        seed=seed,
+    )

@@ -1,0 +1,137 @@
+"""The loss of a PyTorch model: what it reads, and what its targets are."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tract_fx.errors import UnsupportedTrainingError
+from tract_fx.export.loss_program import evaluate_loss
+from tract_fx.export.losses import (
+    Loss,
+    TargetSpec,
+    describe_loss,
+    loss_function,
+    loss_targets,
+)
+from tract_fx.export.torch_model import TorchModel
+from tract_fx.step.names import batch_names, output_names
+
+__all__ = ["TorchLoss", "choose_loss"]
+
+
+@dataclass(frozen=True)
+class TorchLoss:
+    """A loss.
+
+    Attributes:
+        function: Of what the model returns, and of the targets.
+        targets: Examples of these, by name.
+        classes: Number of classes and ignored index by name of a target that holds class indices.
+        returned: Name of the output that is the loss, None where it is computed of others.
+        description: The loss in words.
+    """
+
+    function: Callable[..., Tensor]
+    targets: Mapping[str, Tensor]
+    classes: Mapping[str, tuple[int, int | None]]
+    returned: str | None
+    description: str
+
+
+def choose_loss(
+    model: TorchModel,
+    loss: Loss | None,
+    output: str | None,
+    example_targets: Sequence[Tensor] | None,
+) -> TorchLoss:
+    """Find the function of a loss, and examples of its targets.
+
+    Args:
+        model: The model.
+        loss: A name, a module, a callable, or None where the model returns its loss.
+        output: Name of the output that the loss reads (or that is the loss, for None).
+        example_targets: Example targets, None where the loss's name says what they are.
+
+    Returns:
+        The loss.
+
+    Raises:
+        UnsupportedTrainingError: The loss or what it reads can't be told.
+    """  # noqa: DOC502 (raised by what it calls)
+    if loss is None:
+        return _returned(model, output)
+    reads = _reads(model, loss, output)
+    function = loss_function(loss)
+    values = [torch.zeros(0)] if reads is None else [model.outputs[reads]]
+    values = list(model.outputs.values()) if reads is None else values
+    specs: tuple[TargetSpec, ...] = ()
+    if example_targets is None:
+        specs = loss_targets(loss, values, [{}] * len(values))
+        targets = [spec.example for spec in specs]
+    else:
+        targets = [target.detach().cpu() for target in example_targets]
+        with contextlib.suppress(UnsupportedTrainingError):  # a callable's targets aren't known
+            specs = loss_targets(loss, values, [{}] * len(values))
+    names = batch_names(model.training, (), {}, len(targets), model.taken)
+    given = dict(zip(names, targets, strict=True))
+    classes = {
+        name: (spec.classes, spec.ignore_index)
+        for name, spec, target in zip(names, specs, targets, strict=False)
+        if spec.classes is not None and target.dtype == spec.dtype
+    }
+    taken = model.taken
+
+    def compute(output: Any, *targets: Tensor) -> Tensor:
+        read = output if reads is None else output_names(output, taken)[reads]
+        return function(read, *targets)
+
+    evaluate_loss(compute, (model.output, *targets))
+    return TorchLoss(compute, given, classes, None, describe_loss(loss))
+
+
+def _returned(model: TorchModel, output: str | None) -> TorchLoss:
+    """The output that is the loss: the named one, "loss", or the only scalar."""
+    scalars = [name for name, value in model.outputs.items() if not value.dim()]
+    named = "loss" if "loss" in model.outputs else scalars[0] if len(scalars) == 1 else None
+    name = output or named
+    if name is None or name not in scalars:
+        raise UnsupportedTrainingError(
+            f"a model that returns {list(model.outputs)}, of which {scalars} are scalars, and "
+            f"{output=}",
+            "without loss= the model has to return its loss, as a scalar",
+            "Give loss=, for example loss='cross_entropy', or name the output that is the loss",
+        )
+    taken = model.taken
+    return TorchLoss(
+        lambda output: output_names(output, taken)[name], {}, {}, name, describe_loss(None)
+    )
+
+
+def _reads(model: TorchModel, loss: Loss, output: str | None) -> str | None:
+    """Name the output that a loss reads, None where it takes all that the model returns."""
+    outputs = list(model.outputs)
+    if output is not None:
+        if output not in outputs:
+            raise UnsupportedTrainingError(
+                f"{output=}",
+                "the model has no output of that name",
+                f"Name one of {outputs}",
+            )
+        return output
+    if len(outputs) == 1:
+        return outputs[0]
+    if isinstance(loss, (str, nn.Module)):
+        if "logits" in outputs:
+            return "logits"
+        raise UnsupportedTrainingError(
+            f"a model with the outputs {outputs} and the loss {describe_loss(loss)}",
+            "which of them the loss reads can't be told",
+            "Name it with output=, or give a callable loss(output, *targets)",
+        )
+    return None
