@@ -125,6 +125,16 @@ def upsampled(z: Tensor) -> Tensor:
     return F.interpolate(larger, size=(5, 7), mode="bilinear", align_corners=False)
 
 
+def average_pools(z: Tensor) -> Tensor:
+    pools = [
+        F.avg_pool2d(F.pad(z, (1, 1, 1, 1)), 3, 1, 1, count_include_pad=False),
+        F.avg_pool2d(z, 3, 2, 1, ceil_mode=True),
+        F.avg_pool2d(z, (3, 2), 2, 1, True, False),
+        F.avg_pool2d(z, 3, 2, 1, ceil_mode=True, divisor_override=5),
+    ]
+    return torch.cat([pool.flatten(1) for pool in pools], 1)
+
+
 def padded(z: Tensor) -> Tensor:
     z = F.pad(F.pad(z, (1, 2, 0, 1)), (1, 1, 1, 1), "reflect")
     return F.pad(F.pad(z, (1, 0, 2, 1), "replicate"), (1, 1, 1, 1), "circular")
@@ -160,6 +170,56 @@ def in_pieces(z: Tensor) -> Tensor:
 def multiplied(z: Tensor) -> Tensor:
     two = torch.matmul(z[:, :, 0], z[:, :, 1].transpose(1, 2))
     return torch.einsum("bchw,bdhw->bcd", z, z) + two + F.normalize(z, dim=1).sum((2, 3))[:, None]
+
+
+def joined(*functions: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda z: torch.cat([function(z).flatten(1) for function in functions], 1)
+
+
+def positive(z: Tensor) -> Tensor:
+    return z.abs() + 0.5
+
+
+COMPARED = (
+    lambda z: torch.maximum(z, z.flip(1)) + torch.minimum(z, z.roll(1, 1)),
+    lambda z: torch.where(z > z.flip(1), z, z.mean()) + torch.where(z <= z.flip(1), z, 0.0),
+    lambda z: torch.where((z == z.flip(1)) | ~(z > 0), z, 1.0),
+    lambda z: z.clamp_max(0.5) + z.clamp_min(-0.2) + z.clamp(-1, 1),
+    lambda z: z.amin(1) + z.amax(1) + z.aminmax(dim=1)[0] + z.max() - z.min(),
+    lambda z: z * (z.argmax(1, keepdim=True) == 1),
+    lambda z: z.flatten(1).topk(5)[0] + z.flatten(1).sort(1)[0][:, :5],
+    lambda z: z.masked_fill(z > 0, float("-inf")).softmax(1).nan_to_num(0.0),
+    lambda z: torch.where(torch.isnan(z) | torch.isinf(z), 0.0, z) + torch.isfinite(z),
+    lambda z: z.norm(1, dim=1) + z.norm(float("inf"), dim=1),
+)  # fmt: skip
+ROUNDED = (
+    lambda z: z * z.round() + z.floor() * z.ceil() * 0.1 + z * z.trunc(),
+    lambda z: z.remainder(1.0) + z.fmod(0.7) + torch.div(z, 0.3, rounding_mode="floor"),
+    lambda z: z * z.new_full((1,), 2.0) + torch.full_like(z, 0.5) + torch.full((4, 1, 1), 3.0),
+    lambda z: z * torch.linspace(-1, 1, 8) + z.triu() + z.tril(1),
+)
+COMPUTED = (
+    lambda z: positive(z) ** (z * 0.3) + 2**z + positive(z) ** 2.5 + positive(z) ** -1,
+    lambda z: z.atan() + z.sinh() + z.cosh() + (z * 0.1).asin() + (z * 0.1).acos(),
+    lambda z: z.tan() * 0.01 + z.asinh() + (z * 0.1).atanh() + z.erfc() + z.expm1() + z.exp2(),
+    lambda z: positive(z).log2() + positive(z).log10() + torch.logaddexp(z, z.flip(1)),
+    lambda z: z.cumsum(1) + torch.lerp(z, z.flip(1), 0.3),
+    lambda z: torch.addcdiv(z, z, z.abs() + 1) + torch.addcmul(z, z, z),
+    lambda z: torch.baddbmm(z[:, 0], z[:, 1], z[:, 2]),
+    lambda z: torch.cross(z[:, :3], z[:, 1:4], dim=1) + torch.var_mean(z, 1, keepdim=True)[0],
+    lambda z: torch.xlogy(z.abs(), z.abs() + 1) + torch.special.entr(positive(z)),
+)  # fmt: skip
+MOVED = (
+    lambda z: F.unfold(z, 3, padding=1, stride=2),
+    lambda z: F.fold(F.unfold(z, 2, stride=2), (8, 8), 2, stride=2),
+    lambda z: F.interpolate(z, scale_factor=2, mode="bicubic"),
+    lambda z: F.interpolate(z, size=(5, 6), mode="bicubic", align_corners=True),
+    lambda z: F.interpolate(z, size=(5, 6), mode="nearest-exact"),
+    lambda z: F.interpolate(z, size=(4, 4), mode="area"),
+    lambda z: F.interpolate(z.unsqueeze(2), scale_factor=(2, 2, 2), mode="trilinear"),
+    lambda z: F.adaptive_max_pool2d(z, (2, 4)),
+    lambda z: F.adaptive_max_pool2d(z, 1),
+)  # fmt: skip
 
 
 def logits_loss(output: dict[str, Tensor], y: Tensor) -> Tensor:
@@ -226,6 +286,11 @@ CASES: dict[str, Case] = {
         stack(lambda: nn.Conv2d(3, 6, 8, 8), nn.Tanh, nn.Flatten, lambda: nn.Linear(6, 4))
     ),
     "adaptive pool": does(lambda z: F.adaptive_avg_pool2d(z, (3, 5))),
+    "compared": does(joined(*COMPARED)),
+    "rounded": does(joined(*ROUNDED)),
+    "computed": does(joined(*COMPUTED)),
+    "moved": does(joined(*MOVED)),
+    "average pools": does(average_pools),
     "upsampled": does(upsampled),
     "padded": does(padded),
     "activations": does(activated),

@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from foreign_models import FLOAT32, initializers
+from foreign_models import FLOAT32, conv_net, initializers
 from onnx_models import by_hand
 from oracle import Spec, precondition, relative_error
 from photographs import photograph_range_255
 from tract_fx import ExportError, TractWarning, export_training, load_trainer, tract_pass
 from tract_fx.export import api
-from tract_fx.export.graphs import Graphs
 from tract_fx.export.made_up import are_pixels, made_up_numbers
-from tract_fx.export.verify import verify_graphs
+from tract_fx.export.torch_graphs import TorchGraphs
 from tract_fx.export.verify_torch import verify_torch
+from tract_fx.importer import build, table
 from tract_fx.inspection.onnx_calls import without_tract
 
 
@@ -59,14 +59,13 @@ class Written:
 @pytest.fixture(scope="module", params=[foreign, from_torch], ids=["foreign", "torch"])
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
     seen: list[Written] = []
-    check: Any = verify_torch if request.param is from_torch else verify_graphs
 
     def note(*given: Any) -> None:
-        seen.append(Written(check, given[:-1], given[-1]))
-        check(*given)
+        seen.append(Written(verify_torch, given[:-1], given[-1]))
+        verify_torch(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, check.__name__, note)
+        patch.setattr(api, "verify_torch", note)
         x = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
         export_training(request.param(), x, tmp_path_factory.mktemp("export") / "a")
     return seen[0]
@@ -95,35 +94,35 @@ def spoil(model: ir.Model, name: str, factor: float, added: float = 0.0) -> None
             model.graph.outputs[index] = total.outputs[0]
 
 
-def gradient_of(graphs: Graphs, shape: tuple[int, ...]) -> str:
+def gradient_of(graphs: TorchGraphs, shape: tuple[int, ...]) -> str:
     """The name of the gradient of the one parameter of a shape."""
     (name,) = (name for name, value in graphs.initial.items() if value.shape == shape)
     return f"{name}_grad"
 
 
-def wrong_gradient(graphs: Graphs) -> None:
+def wrong_gradient(graphs: TorchGraphs) -> None:
     spoil(graphs.training, gradient_of(graphs, (4,)), 1 + 1e-4)
 
 
-def missing_number(graphs: Graphs) -> None:
+def missing_number(graphs: TorchGraphs) -> None:
     spoil(graphs.training, gradient_of(graphs, (4,)), 1, np.nan)
 
 
-def wrong_loss(graphs: Graphs) -> None:
+def wrong_loss(graphs: TorchGraphs) -> None:
     spoil(graphs.training, str(graphs.training.graph.outputs[0].name), 1 + 1e-4)
 
 
-def another_activation(graphs: Graphs) -> None:
+def another_activation(graphs: TorchGraphs) -> None:
     """A repair that puts the wrong operator into both graphs' forward pass."""
     for model in (graphs.training, graphs.evaluation):
         next(node for node in model.graph if node.op_type == "Tanh").op_type = "Sin"
 
 
-def wrong_evaluation(graphs: Graphs) -> None:
+def wrong_evaluation(graphs: TorchGraphs) -> None:
     next(node for node in graphs.evaluation.graph if node.op_type == "Tanh").op_type = "Sin"
 
 
-def another_lambda(graphs: Graphs) -> None:
+def another_lambda(graphs: TorchGraphs) -> None:
     (value,) = (v for n, v in graphs.training.graph.initializers.items() if n.endswith("/lambda"))
     assert value.const_value is not None
     value.const_value = ir.Tensor(value.const_value.numpy() * np.float32(1.02), name=value.name)
@@ -154,6 +153,39 @@ def test_a_lost_transform_is_seen(written: Written) -> None:
     plain, _ = without_tract(written.graphs.training)
     with pytest.raises(ExportError, match="without TrAct"):
         written.verify(dataclasses.replace(written.graphs, training=plain))
+
+
+MISREAD: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
+    "another activation": ("Tanh", torch.sin),
+    "a share of it": ("Tanh", lambda x: torch.tanh(x) * (1 + 1e-4)),
+    "another mean": ("GlobalAveragePool", lambda x: x.amax((2, 3), keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("mistake", MISREAD)
+def test_a_model_read_wrongly_is_seen(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was imported is another model than the file, and trains itself rightly."""
+    name, function = MISREAD[mistake]
+    monkeypatch.setitem(table.OPERATORS, ("", name), function)
+    with pytest.raises(ExportError, match=r"onnx\.reference"):
+        export_training(foreign(), None, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_norm_read_wrongly_in_training_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Any = build.batch_norm  # type: ignore[attr-defined]
+
+    def wrong(x: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
+        *_, training = others
+        return real(x, *others, **options) * (1 + 1e-4 if training else 1)
+
+    monkeypatch.setattr(build, "batch_norm", wrong)
+    with pytest.raises(ExportError, match="in training mode"):
+        export_training(conv_net(), None, tmp_path / "a")
 
 
 @pytest.mark.parametrize(

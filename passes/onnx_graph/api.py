@@ -10,8 +10,8 @@ import onnx_ir as ir
 from tract_fx.passes.choose import LayerChoice, choose, named_lambdas, warn_of_frozen
 from tract_fx.passes.onnx_graph.find import locate
 from tract_fx.passes.onnx_graph.models import as_ir_model
+from tract_fx.passes.onnx_graph.node_names import named_nodes
 from tract_fx.passes.onnx_graph.parameters import training_parameters
-from tract_fx.passes.onnx_graph.repairs import named_nodes
 from tract_fx.passes.onnx_graph.rewrite import insert_tract, present_lambdas, remove_from_graph
 
 __all__ = ["remove_tract_onnx", "tract_onnx_pass"]

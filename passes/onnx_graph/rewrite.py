@@ -10,7 +10,6 @@ import onnx_ir as ir
 
 from tract_fx.errors import InvalidLambdaError, UnsupportedLayerError, UnsupportedModelError
 from tract_fx.passes.onnx_graph.calls import OnnxCall
-from tract_fx.passes.onnx_graph.markers import shortest
 from tract_fx.passes.onnx_graph.subgraph import write_tract
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient, find_weight_gradient
@@ -160,7 +159,7 @@ def present_lambdas(model: ir.Model) -> dict[str, float]:
     for name in names:
         constant = model.graph.initializers[f"{PREFIX}{name}/lambda"].const_value
         assert constant is not None
-        lambdas[name] = shortest(constant.numpy())
+        lambdas[name] = float(str(np.float32(constant.numpy())))  # 0.1, not 0.10000000149
     return lambdas
 
 

@@ -59,7 +59,8 @@ def find_weight_gradient(graph: ir.Graph, call: OnnxCall) -> WeightGradient | No
     if not any(pattern.fullmatch(name) for name in gradients):
         return None
     dy = gradients.get(f"{call.output.name}_grad")
-    terms = [] if dy is None else _terms(call, dy)
+    products = [] if dy is None else _terms(call, dy)
+    terms = [_turned(product, pattern) for product in products]
     if dy is None or len(terms) != 1 or not pattern.fullmatch(terms[0].name or ""):
         raise UnsupportedLayerError(
             f"node {call.node.name!r} ({call.node.op_type}) and {len(terms)} nodes that look like "
@@ -104,6 +105,12 @@ def _terms(call: OnnxCall, dy: ir.Value) -> list[ir.Value]:
         for node in dict.fromkeys(matrix.consumers())
         if _is_product(node) and any(x in node.inputs[:2] for x in matrices)
     ]
+
+
+def _turned(product: ir.Value, pattern: re.Pattern[str]) -> ir.Value:
+    """The product as the weight lies: its transpose, where that has the gradient's name."""
+    matrices = (product, *_made_by("Transpose", product))
+    return next((value for value in matrices if pattern.fullmatch(value.name or "")), product)
 
 
 def _is_product(node: ir.Node) -> bool:

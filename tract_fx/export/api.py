@@ -16,23 +16,18 @@ from torch.export import ExportedProgram
 
 from tract_fx.errors import NoInputLayerError, UnsupportedTrainingError
 from tract_fx.export.directory import OPTIMIZER_MODEL, write_directory
-from tract_fx.export.evaluation_graph import with_runnable_predictions
-from tract_fx.export.forward import onnx_source
-from tract_fx.export.graphs import describe, write_graphs
-from tract_fx.export.loss_choice import put_loss
+from tract_fx.export.forward import OnnxSource, onnx_source
 from tract_fx.export.losses import Loss
 from tract_fx.export.lost_in_graphs import refuse_other_parameters
 from tract_fx.export.manifest import Manifest
 from tract_fx.export.optimizer_graph import build_optimizer
 from tract_fx.export.optimizers import OptimizerConfig, optimizer_from
-from tract_fx.export.torch_graphs import build_graphs, describe_graphs
-from tract_fx.export.torch_graphs import write_graphs as write_torch_graphs
+from tract_fx.export.torch_graphs import build_graphs, describe_graphs, write_graphs
 from tract_fx.export.torch_loss import choose_loss
 from tract_fx.export.torch_model import read_torch
-from tract_fx.export.verify import verify_graphs
+from tract_fx.export.verify_onnx import verify_import
 from tract_fx.export.verify_torch import verify_torch
 from tract_fx.passes.choose import LayerChoice, warn_of_frozen
-from tract_fx.passes.records import InputLayer
 
 __all__ = ["TrainingArtifacts", "export_training"]
 
@@ -125,60 +120,43 @@ def export_training(
     _check_target(target)
     config = optimizer_from(optimizer)
     targets = [example_targets] if isinstance(example_targets, Tensor) else example_targets
+    source: OnnxSource | None = None
     if isinstance(model, (nn.Module, ExportedProgram)):
         if isinstance(model, nn.Module):
             refuse_other_parameters(optimizer, model)
         _refuse_onnx_options(lambda_=lambda_, layers=layers, trainable=trainable)
-        torch_model = read_torch(model, example_inputs, plain=plain, dynamic_batch=dynamic_batch)
-        torch_loss = choose_loss(torch_model, loss, output, targets)
-        built = build_graphs(torch_model, torch_loss)
-        _refuse_plain(built.layers, plain)
-        with write_directory(directory, overwrite=overwrite) as new:
-            write_torch_graphs(built, torch_model, new.path)
-            _write_optimizer(config, len(built.tensors.trained), new.path)
-            if verify:
-                verify_torch(torch_model, torch_loss, built)
-            new.manifest = describe_graphs(built, torch_model, torch_loss, config, seed)
-        warn_of_frozen(built.trace.idle)
-        return TrainingArtifacts(Path(directory), new.manifest)
-    source = onnx_source(
-        model,
-        example_inputs,
-        loss=loss,
-        output=output,
-        plain=plain,
-        lambda_=lambda_,
-        layers=layers,
-        trainable=trainable,
-        dynamic_batch=dynamic_batch,
-    )
-    _refuse_plain(source.graphs.layers, plain)
-    chosen = put_loss(
-        source.graphs, loss, output=source.output, feeds=source.feeds, example_targets=targets
-    )
-    chosen = with_runnable_predictions(source.graphs.evaluation, chosen, source.feeds)
-    source = source.without_gradient(chosen.name)
-    with write_directory(directory, overwrite=overwrite) as new:
-        graphs = write_graphs(source, chosen, new.path)
-        _write_optimizer(config, len(source.graphs.trainable), new.path)
-        if verify:
-            verify_graphs(source, chosen, graphs)
-        new.manifest = describe(source, chosen, graphs, config, seed)
-    warn_of_frozen(graphs.idle)
-    return TrainingArtifacts(Path(directory), new.manifest)
-
-
-def _refuse_plain(layers: Sequence[InputLayer], plain: bool) -> None:
-    if not layers and not plain:
+        subject = read_torch(model, example_inputs, plain=plain, dynamic_batch=dynamic_batch)
+    else:
+        source = onnx_source(
+            model,
+            example_inputs,
+            loss=loss,
+            output=output,
+            plain=plain,
+            lambda_=lambda_,
+            layers=layers,
+            trainable=trainable,
+            dynamic_batch=dynamic_batch,
+        )
+        subject, output = source.model, source.output
+    chosen = choose_loss(subject, loss, output, targets)
+    graphs = build_graphs(subject, chosen)
+    if not graphs.layers and not plain:
         raise NoInputLayerError(
             "a model in which no layer has TrAct",
             "it would train with plain gradients",
             "Apply tract_pass or tract_module first, or say plain=True",
         )
-
-
-def _write_optimizer(config: OptimizerConfig, trained: int, directory: Path) -> None:
-    ir.save(build_optimizer(config, trained), directory / OPTIMIZER_MODEL)
+    with write_directory(directory, overwrite=overwrite) as new:
+        write_graphs(graphs, subject, new.path)
+        ir.save(build_optimizer(config, len(graphs.tensors.trained)), new.path / OPTIMIZER_MODEL)
+        if verify:
+            verify_torch(subject, chosen, graphs)
+            if source is not None:
+                verify_import(source, chosen, graphs)
+        new.manifest = describe_graphs(graphs, subject, chosen, config, seed)
+    warn_of_frozen(graphs.trace.idle)
+    return TrainingArtifacts(Path(directory), new.manifest)
 
 
 def _check_target(target: object) -> None:

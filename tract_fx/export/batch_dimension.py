@@ -9,17 +9,15 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from tract_fx.errors import ExportError, TractError
-from tract_fx.export.gradient_builder import run_graph
+from tract_fx.export.graph_runs import run_graph
 from tract_fx.export.left_out import remove_unused, warn_of_left_out
+from tract_fx.importer.modes import evaluation_mode
 from tract_fx.ort_training import message_of
 from tract_fx.passes.onnx_graph.calls import is_standard
-from tract_fx.passes.onnx_graph.repairs import evaluation_mode
 from tract_fx.passes.onnx_graph.values import ancestors
+from tract_fx.step.names import BATCH
 
-__all__ = ["BATCH", "fixed_batch", "name_batch", "open_batch"]
-
-BATCH = "batch"
-"""Name of the inputs' first dimension where it is left open."""
+__all__ = ["fixed_batch", "name_batch", "open_batch"]
 
 ROWS_BY_DATA = ("NonMaxSuppression", "NonZero", "Unique", "Compress")
 """Operators whose results have as many entries as the numbers in their operands make it."""

@@ -1,16 +1,17 @@
-"""Forward graphs of an ONNX model, with a batch to try them on."""
+"""An ONNX model as a PyTorch module that trains, with a batch to try it on."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from tract_fx.errors import InvalidBatchError, TractWarning, UnsupportedTrainingError
@@ -19,55 +20,36 @@ from tract_fx.export.losses import Loss
 from tract_fx.export.made_up import are_pixels, made_up_numbers
 from tract_fx.export.ml_operators import read_with_scores
 from tract_fx.export.model_outputs import default_output, logits_of
-from tract_fx.export.onnx_model import read_forward, read_model
-from tract_fx.export.records import ForwardGraphs
+from tract_fx.export.onnx_model import ForwardModel, read_forward, read_model
+from tract_fx.export.torch_model import TorchModel
+from tract_fx.importer.build import import_graph
+from tract_fx.importer.detached import detached_names
+from tract_fx.importer.modes import evaluation_mode
+from tract_fx.modules import copy_tree
 from tract_fx.passes.choose import LayerChoice
-from tract_fx.passes.onnx_graph.repairs import evaluation_mode, unreached_parameters
 from tract_fx.program import arguments
 
-__all__ = ["Source", "onnx_source"]
+__all__ = ["OnnxSource", "onnx_source"]
 
 EXAMPLES = 4
 """Batch of the example inputs that are made up for an ONNX model without any."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """A model to export.
+class OnnxSource:
+    """An ONNX model to export.
 
     Attributes:
-        graphs: Its forward graphs.
-        feeds: Example inputs by the graphs' names for them.
+        model: The model in PyTorch.
         output: Name of the value that the loss reads, None where the outputs decide.
         given: The model as it was given, before anything was changed.
+        forward: The forward graph that was imported, and what trains in it.
     """
 
-    graphs: ForwardGraphs
-    feeds: Mapping[str, np.ndarray]
+    model: TorchModel
     output: str | None
     given: ir.Model
-
-    def without_gradient(self, loss: str) -> Source:
-        """Take the parameters that the loss does not depend on out of those that are trained.
-
-        PyTorch leaves their gradients None, and its optimizers leave such parameters alone.
-
-        Args:
-            loss: Name of the loss among the graphs' outputs.
-
-        Returns:
-            The model with these parameters as constants.
-        """
-        forward = self.graphs
-        idle = unreached_parameters(forward.train, forward.trainable, [loss])
-        if not idle:
-            return self
-        graphs = replace(
-            forward,
-            trainable=tuple(name for name in forward.trainable if name not in idle),
-            constants=(*forward.constants, *idle),
-        )
-        return replace(self, graphs=graphs)
+    forward: ForwardModel
 
 
 def onnx_source(
@@ -81,7 +63,7 @@ def onnx_source(
     layers: LayerChoice,
     trainable: Iterable[str] | None,
     dynamic_batch: bool = True,
-) -> Source:
+) -> OnnxSource:
     """Read an ONNX forward model.
 
     Args:
@@ -96,11 +78,12 @@ def onnx_source(
         dynamic_batch: Whether a model for batches of one fixed size is opened for any.
 
     Returns:
-        The graphs and the batch.
+        The model and the batch.
 
     Raises:
         InvalidBatchError: The example inputs do not fit.
-        UnsupportedTrainingError: There are none, and none can be made up.
+        UnsupportedTrainingError: There are none, and none can be made up; or an operator has no
+            counterpart in PyTorch.
     """  # noqa: DOC502 (raised by what it calls)
     given = read_with_scores(model)
     ir.external_data.load_to_model(given)
@@ -112,16 +95,68 @@ def onnx_source(
         whole = open_batch(whole, inputs, feeds, _read_by(whole, loss, output))
         inputs = list(whole.graph.inputs)
     feeds = _feeds(inputs, example_inputs)
-    graphs = read_forward(
+    forward = read_forward(
         whole,
         lambda_=0.1 if lambda_ is None else lambda_,
         layers=layers,
         trainable=trainable,
         plain=plain,
     )
+    evaluation = forward.graph.clone()
+    evaluation_mode(evaluation)
     if loss is not None and output is None:
-        output = logits_of(graphs.evaluation, default_output(graphs.evaluation, loss), loss)
-    return Source(graphs, feeds, output, given)
+        output = logits_of(evaluation, default_output(evaluation, loss), loss)
+    return OnnxSource(_imported(forward, feeds, output), output, given, forward)
+
+
+def _imported(
+    forward: ForwardModel, feeds: dict[str, np.ndarray], output: str | None
+) -> TorchModel:
+    """The model in PyTorch. What the loss reads becomes an output, where it is none yet."""
+    graph = forward.graph.clone()
+    own = [str(value.name) for value in graph.graph.outputs]
+    hidden = () if output is None or output in own else (output,)
+    made = {value.name: value for node in graph.graph for value in node.outputs}
+    for name in hidden:
+        if name not in made:
+            raise UnsupportedTrainingError(
+                f"output={name!r}",
+                "the model has no output of that name",
+                f"Name one of {own}",
+            )
+        graph.graph.outputs.append(made[name])
+    imported = import_graph(
+        graph,
+        trained=(*forward.trained, *forward.frozen),
+        trains=forward.trains,
+        lambdas=forward.lambdas,
+        detached=detached_names(forward.graph),
+        needed=own if output is None else [output],
+    )
+    module = imported.module
+    for name in forward.frozen:
+        if name in imported.keys:
+            module.get_parameter(imported.keys[name]).requires_grad_(False)
+    values = [value for value in graph.graph.inputs if value.name in feeds]
+    tensors = tuple(torch.from_numpy(np.array(feeds[str(value.name)])) for value in values)
+    opened = tuple(
+        tuple(axis for axis, size in enumerate(value.shape or ()) if not isinstance(size, int))
+        for value in values
+    )
+    evaluation = copy_tree(module).eval()
+    with torch.no_grad():
+        result = evaluation(*tensors)
+    return TorchModel(
+        module,
+        evaluation,
+        tensors,
+        {},
+        result,
+        opened,
+        tuple(str(value.name) for value in values),
+        hidden,
+        forward.graph,
+    )
 
 
 def _read_by(model: ir.Model, loss: Loss | None, output: str | None) -> str | None:

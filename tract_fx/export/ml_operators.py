@@ -9,8 +9,8 @@ import onnx
 import onnx_ir as ir
 
 from tract_fx.export.model_outputs import without_dictionaries
+from tract_fx.importer.replacement import Replacement
 from tract_fx.passes.onnx_graph.models import as_ir_model
-from tract_fx.passes.onnx_graph.repairs.replacement import Replacement
 
 __all__ = ["read_with_scores", "standardised_preprocessing"]
 

@@ -1,4 +1,4 @@
-"""From an ONNX model of any framework to forward graphs, in training and in evaluation mode."""
+"""An ONNX model of any framework, read: its opset, what is trained in it, where TrAct goes."""
 
 from __future__ import annotations
 
@@ -10,27 +10,19 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveInitializersFromInputsPass, ShapeInferencePass
 
-from tract_fx.errors import UnsupportedModelError, UnsupportedTrainingError
+from tract_fx.errors import ExportError, UnsupportedModelError, UnsupportedTrainingError
 from tract_fx.export.ml_operators import read_with_scores, standardised_preprocessing
-from tract_fx.export.records import ForwardGraphs
-from tract_fx.export.value_names import refuse_shared_names
+from tract_fx.importer.auto_pad import explicit_pads
+from tract_fx.importer.operands import unread_operands
+from tract_fx.importer.permutations import identity_permutations
+from tract_fx.importer.versions import supported_versions
 from tract_fx.passes.choose import LayerChoice, choose, named_lambdas
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.find import locate
-from tract_fx.passes.onnx_graph.parameters import forward_parameters, is_training_graph
-from tract_fx.passes.onnx_graph.repairs import (
-    evaluation_mode,
-    identity_permutations,
-    named_nodes,
-    strip_exporter_metadata,
-    supported_versions,
-    train_batch_norm,
-    train_dropout,
-    unread_operands,
-)
-from tract_fx.passes.onnx_graph.repairs.auto_pad import explicit_pads
+from tract_fx.passes.onnx_graph.node_names import named_nodes
+from tract_fx.passes.onnx_graph.parameters import RESET, forward_parameters, is_training_graph
 
-__all__ = ["read_forward", "read_model"]
+__all__ = ["ForwardModel", "read_forward", "read_model"]
 
 
 def read_model(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
@@ -55,7 +47,7 @@ def read_model(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
             "tract_fx.passes.tract_onnx_pass, `tract-fx rewrite` in a shell",
         )
     RemoveInitializersFromInputsPass()(graph)
-    refuse_shared_names(graph)
+    _refuse_shared_names(graph)
     ir.external_data.load_to_model(graph)  # a converter of opsets forgets where the files lie
     supported_versions(graph)
     named_nodes(graph)
@@ -67,6 +59,25 @@ def read_model(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
     return graph
 
 
+@dataclasses.dataclass(frozen=True)
+class ForwardModel:
+    """A forward graph, and what trains in it.
+
+    Attributes:
+        graph: The graph, its nodes named.
+        trained: Names of the initializers that are trained.
+        frozen: Names of parameters that are not.
+        trains: Names of the BatchNormalization and Dropout nodes that follow the model's mode.
+        lambdas: λ by the name of each node with TrAct.
+    """
+
+    graph: ir.Model
+    trained: tuple[str, ...]
+    frozen: tuple[str, ...]
+    trains: frozenset[str]
+    lambdas: dict[str, float]
+
+
 def read_forward(
     model: ir.Model,
     *,
@@ -74,8 +85,8 @@ def read_forward(
     layers: LayerChoice,
     trainable: Iterable[str] | None,
     plain: bool,
-) -> ForwardGraphs:
-    """Make forward graphs of an ONNX model, and choose the layers that TrAct goes on.
+) -> ForwardModel:
+    """Tell what of an ONNX model trains, and choose the layers that TrAct goes on.
 
     A model that was exported for inference is put in training mode: each BatchNormalization that
     has a trained scale or bias follows the batches, and each Dropout drops. A model in which some
@@ -91,45 +102,52 @@ def read_forward(
         plain: Whether TrAct goes on nothing.
 
     Returns:
-        The graphs.
+        The model.
 
     Raises:
         UnsupportedTrainingError: `trainable` names what can't be trained, nothing is left to train,
             or something of another dtype than float32.
         TractError: No layer, or more than one, consumes the input.
     """  # noqa: DOC502 (raised by what it calls)
-    train = model.clone()
-    names = forward_parameters(train, trainable)
-    _check_trained(train, names)
-    frozen = () if trainable is None else _usual_others(train, names)
-    evaluation = train.clone()
-    evaluation_mode(evaluation)
-    norms = [node for node in train.graph if is_standard(node, "BatchNormalization")]
-    if not any(node.attributes.get_int("training_mode", 0) for node in norms):
-        trained = {str(n.name) for n in norms if any(v and v.name in names for v in n.inputs[1:3])}
-        train_batch_norm(train, trained)
-    train_dropout(train)
-    statistics = tuple(
-        str(value.name)
-        for node in norms
-        if node.attributes.get_int("training_mode", 0)
-        for value in node.inputs[3:5]
-        if value is not None and value.is_initializer()
-    )
-    located = locate(train, names, frozen)
-    chosen: dict[str, float] = {}
+    names = forward_parameters(model, trainable)
+    _check_trained(model, names)
+    frozen = () if trainable is None else _usual_others(model, names)
+    norms = [node for node in model.graph if is_standard(node, "BatchNormalization")]
+    moving = [node for node in norms if node.attributes.get_int("training_mode", 0)]
+    moving = moving or [n for n in norms if any(v and v.name in names for v in n.inputs[1:3])]
+    drops = [node for node in model.graph if is_standard(node, "Dropout") and _may_drop(node)]
+    lambdas: dict[str, float] = {}
     if not plain:
+        located = locate(model, names, frozen)
         eligible = [record for record, _ in located.eligible]
         by_name = named_lambdas(layers, lambda_)
-        chosen = choose(located.findings, eligible, lambda_, by_name)
-    records = {record.node: record for record, _ in located.eligible}
-    treated = tuple(
-        dataclasses.replace(records[node], lambda_=value) for node, value in chosen.items()
-    )
-    # The training graph keeps its notes until `prepare_for_gradients` has read what was detached.
-    strip_exporter_metadata(evaluation)
-    kept = tuple(name for name in frozen if name not in statistics)
-    return ForwardGraphs(train, evaluation, treated, names, (*kept, *statistics))
+        lambdas = choose(located.findings, eligible, lambda_, by_name)
+    trains = frozenset(str(node.name) for node in (*moving, *drops))
+    return ForwardModel(model, names, frozen, trains, lambdas)
+
+
+def _may_drop(node: ir.Node) -> bool:
+    """Whether a Dropout says that it trains, or says nothing."""
+    given = node.inputs[2] if len(node.inputs) > 2 else None
+    constant = None if given is None else ir.convenience.get_const_tensor(given)
+    return constant is None or bool(constant.numpy().reshape(-1)[0])
+
+
+def _refuse_shared_names(model: ir.Model) -> None:
+    """Refuse an input that is called like an initializer, and what ONNX Runtime adds."""
+    inputs = {str(value.name) for value in model.graph.inputs}
+    for name in sorted(inputs & set(model.graph.initializers)):
+        raise ExportError(
+            f"an argument {name!r} of forward(), and {name!r} in the state_dict",
+            "a graph has one value of a name, and both names are the model's interface",
+            "Rename one of them",
+        )
+    for name in sorted({RESET} & (inputs | set(model.graph.initializers))):
+        raise ExportError(
+            f"the name {name!r} in the model",
+            "ONNX Runtime Training gives it to an input of its own",
+            "Rename it",
+        )
 
 
 def _check_trained(model: ir.Model, names: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx import AttributeProto, TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from tract_fx.export.gradient_builder import cut
+from tract_fx.export.graph_runs import cut
 from tract_fx.export.reference_kernels import KERNELS
 
 __all__ = ["NoReferenceError", "ReferenceModel"]

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,14 +17,15 @@ from torch import Tensor, nn
 from tract_fx import ort_training
 from tract_fx.errors import ExportError
 from tract_fx.export.directory import CHECKPOINT, CONSTANTS, EVAL_MODEL, TRAINING_MODEL
-from tract_fx.export.gradient_builder import run_graph
-from tract_fx.export.graphs import layer_of, spec_of
+from tract_fx.export.file_outputs import append_outputs
+from tract_fx.export.graph_runs import run_graph
 from tract_fx.export.left_out import warn_of_left_out
-from tract_fx.export.manifest import Manifest, ParameterSpec
+from tract_fx.export.manifest import Manifest, ParameterSpec, TensorSpec, TractLayer
 from tract_fx.export.optimizers import OptimizerConfig
 from tract_fx.export.torch_loss import TorchLoss
 from tract_fx.export.torch_model import TorchModel
 from tract_fx.export.versions import versions
+from tract_fx.importer.metadata import strip_exporter_metadata
 from tract_fx.passes.onnx_graph.find import locate
 from tract_fx.passes.onnx_graph.parameters import RESET
 from tract_fx.passes.records import InputLayer
@@ -87,7 +89,8 @@ def training_graph(
         model.kwargs,
         loss.function,
         tuple(loss.targets.values()),
-        dynamic_batch=model.open_batch,
+        names=(*model.inputs, *loss.targets),
+        open_axes=model.open_axes,
         dialect=ORT_TRAINING,
     )
     _refuse_names(trace)
@@ -125,9 +128,21 @@ def build_graphs(model: TorchModel, loss: TorchLoss) -> TorchGraphs:
     initial = {name: state[name].detach().cpu().numpy().copy() for name in held}
     evaluation, evaluated = evaluation_graph(model, loss, model.evaluation, tensors)
     feeds = {**initial, **arrays({**model.inputs, **loss.targets})}
-    left_out = {**evaluated.left_out, **_not_runnable(evaluation, feeds)}
+    if model.file is not None:
+        made = {str(value.name) for value in evaluation.graph.outputs}
+        names = [str(value.name) for value in model.file.graph.outputs]
+        append_outputs(evaluation, model.file, [name for name in names if name not in made])
+        strip_exporter_metadata(evaluation)
+    made = {str(value.name) for value in evaluation.graph.outputs}
+    left_out = {name: why for name, why in evaluated.left_out.items() if name not in made}
+    left_out |= _not_runnable(evaluation, feeds)
     warn_of_left_out(left_out)
-    outputs = [value for value in evaluation.graph.outputs if value.name not in left_out]
+    unwanted = {*left_out, *model.hidden}
+    loss_value, *others = (v for v in evaluation.graph.outputs if v.name not in unwanted)
+    if model.file is not None:  # in the file's order
+        order = [value.name for value in model.file.graph.outputs]
+        others.sort(key=lambda value: order.index(value.name))
+    outputs = [loss_value, *others]
     evaluation.graph.outputs[:] = outputs
     passes.RemoveUnusedNodesPass()(evaluation)
     return TorchGraphs(
@@ -162,8 +177,9 @@ def evaluation_graph(
         model.kwargs,
         loss.function,
         tuple(loss.targets.values()),
+        names=(*model.inputs, *loss.targets),
         gradients=False,
-        dynamic_batch=model.open_batch,
+        open_axes=model.open_axes,
         dialect=ORT_TRAINING,
     )
     graph = write_step(trace, None)
@@ -291,11 +307,11 @@ def describe_graphs(
     return Manifest(
         target="ort-training",
         versions=versions(),
-        layers=tuple(layer_of(record) for record in graphs.layers),
+        layers=tuple(_layer(record) for record in graphs.layers),
         loss=loss.description,
         optimizer=optimizer,
-        inputs=tuple(spec_of(values[name], {}) for name in model.inputs),
-        targets=tuple(spec_of(values[name], loss.classes) for name in loss.targets),
+        inputs=tuple(_spec(values[name], {}) for name in model.inputs),
+        targets=tuple(_spec(values[name], loss.classes) for name in loss.targets),
         outputs=graphs.predictions,
         parameters=tuple(
             ParameterSpec(name, value.shape, str(value.dtype), name in graphs.tensors.trained)
@@ -307,3 +323,26 @@ def describe_graphs(
         aliases=dict(graphs.aliases),
         seed=seed,
     )
+
+
+def _layer(record: InputLayer) -> TractLayer:
+    assert record.lambda_ is not None
+    geometry: dict[str, Any] | None = None
+    if record.geometry is not None:
+        geometry = dataclasses.asdict(record.geometry)
+    return TractLayer(
+        record.name,
+        record.node,
+        record.op,
+        record.weight,
+        record.weight_shape,
+        geometry,
+        record.lambda_,
+    )
+
+
+def _spec(value: ir.Value, classes: Mapping[str, tuple[int, int | None]]) -> TensorSpec:
+    assert value.shape is not None and value.dtype is not None
+    sizes = tuple(size if isinstance(size, int) else size.value for size in value.shape)
+    count, ignored = classes.get(str(value.name), (None, None))
+    return TensorSpec(str(value.name), str(value.dtype.numpy()), sizes, count, ignored)

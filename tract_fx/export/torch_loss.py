@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tract_fx.errors import UnsupportedTrainingError
-from tract_fx.export.loss_program import evaluate_loss
 from tract_fx.export.losses import (
     Loss,
     TargetSpec,
@@ -72,12 +72,12 @@ def choose_loss(
     values = list(model.outputs.values()) if reads is None else values
     specs: tuple[TargetSpec, ...] = ()
     if example_targets is None:
-        specs = loss_targets(loss, values, [{}] * len(values))
+        specs = loss_targets(loss, values)
         targets = [spec.example for spec in specs]
     else:
         targets = [target.detach().cpu() for target in example_targets]
         with contextlib.suppress(UnsupportedTrainingError):  # a callable's targets aren't known
-            specs = loss_targets(loss, values, [{}] * len(values))
+            specs = loss_targets(loss, values)
     names = batch_names(model.training, (), {}, len(targets), model.taken)
     given = dict(zip(names, targets, strict=True))
     classes = {
@@ -91,7 +91,7 @@ def choose_loss(
         read = output if reads is None else output_names(output, taken)[reads]
         return function(read, *targets)
 
-    evaluate_loss(compute, (model.output, *targets))
+    _refuse_loss(compute, (model.output, *targets))
     return TorchLoss(compute, given, classes, None, describe_loss(loss))
 
 
@@ -135,3 +135,36 @@ def _reads(model: TorchModel, loss: Loss, output: str | None) -> str | None:
             "Name it with output=, or give a callable loss(output, *targets)",
         )
     return None
+
+
+def _refuse_loss(function: Callable[..., Tensor], values: Sequence[Any]) -> None:
+    """Refuse what is no loss of the outputs and targets alone."""
+    tensors = [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
+    shapes = ", ".join(f"{v.dtype} {tuple(v.shape)}" for v in tensors)
+    try:
+        with torch.enable_grad():
+            loss = function(*values)
+    except Exception as error:
+        raise UnsupportedTrainingError(
+            f"the loss fails on the example outputs and targets ({shapes}): {error}",
+            "it is called as loss(*outputs, *targets)",
+            "Give example targets of the shape and dtype that it takes, or another loss",
+        ) from error
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or loss.dtype != torch.float32:
+        found = (
+            f"a {loss.dtype} tensor of shape {tuple(loss.shape)}"
+            if isinstance(loss, Tensor)
+            else f"a {type(loss).__name__}"
+        )
+        raise UnsupportedTrainingError(
+            f"the loss of ({shapes}) is {found}",
+            "training needs one float32 scalar",
+            "Reduce it, by mean() or sum(), and give float32 targets",
+        )
+    if loss.requires_grad:
+        raise UnsupportedTrainingError(
+            "the loss has a gradient by a tensor that is neither an output nor a target",
+            "exported alone, it would hold that tensor (a model's weight, or a parameter of its "
+            "own) as a constant, untrained",
+            "Let the model's forward compute and return the loss, and give loss=None",
+        )

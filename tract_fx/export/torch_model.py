@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -19,6 +20,7 @@ from tract_fx.export.lost_in_graphs import refuse_gradient_hooks, refuse_shared_
 from tract_fx.modules import copy_tree
 from tract_fx.passes import remove_tract
 from tract_fx.program import arguments
+from tract_fx.step.exporter import open_sizes
 from tract_fx.step.names import batch_names, output_names
 
 __all__ = ["TorchModel", "read_torch"]
@@ -34,7 +36,10 @@ class TorchModel:
         args: Positional arguments of the example call; a batch of one is doubled.
         kwargs: Keyword arguments of the example call.
         output: What it returns for them in evaluation mode.
-        open_batch: Whether the batch's size is left open.
+        open_axes: For each tensor of the example call the axes whose sizes are left open.
+        names: The names of these tensors.
+        hidden: Names of outputs that are for the loss alone.
+        file: The ONNX graph that the model was read from; None for a PyTorch model.
     """
 
     training: nn.Module
@@ -42,13 +47,25 @@ class TorchModel:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
-    open_batch: bool
+    open_axes: tuple[tuple[int, ...], ...]
+    names: tuple[str, ...]
+    hidden: tuple[str, ...] = ()
+    file: ir.Model | None = None
 
     @property
     def inputs(self) -> dict[str, Tensor]:
         """The example batch by the names of its tensors."""
-        leaves = [v for v in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(v, Tensor)]
-        return dict(zip(_names(self.training, self.args, self.kwargs), leaves, strict=True))
+        return dict(zip(self.names, _tensors(self.args, self.kwargs), strict=True))
+
+    @property
+    def batch(self) -> int | None:
+        """The example batch's size, None where that is fixed."""
+        sizes = [
+            len(tensor)
+            for tensor, axes in zip(self.inputs.values(), self.open_axes, strict=True)
+            if 0 in axes
+        ]
+        return sizes[0] if sizes else None
 
     @property
     def outputs(self) -> dict[str, Tensor]:
@@ -104,7 +121,13 @@ def read_torch(
             "one loss has to apply to both",
             "Make it return the same in both modes",
         )
-    return TorchModel(training, evaluation, args, kwargs, output, dynamic_batch)
+    opened = tuple(open_sizes(_tensors(args, kwargs), dynamic_batch))
+    given = _names(training, args, kwargs)
+    return TorchModel(training, evaluation, args, kwargs, output, opened, given)
+
+
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
 
 
 def _tensor_names(module: nn.Module) -> list[str]:

@@ -6,11 +6,11 @@ import numpy as np
 import onnx_ir as ir
 
 from tract_fx.errors import ExportError
-from tract_fx.export.value_names import free_name
 from tract_fx.passes.onnx_graph.calls import OnnxCall, is_standard, match_call
 from tract_fx.passes.onnx_graph.rewrite import insert
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient
+from tract_fx.step.names import free_name
 from tract_fx.step.translations import MARKER, MARKER_DOMAIN, WEIGHT_MARKER
 
 __all__ = ["expand_markers"]
@@ -148,5 +148,5 @@ def _own(graph: ir.Graph, term: ir.Value, value: ir.Value, name: str) -> ir.Valu
             if given is value and node is not None:
                 node.replace_input_with(index, result)
             elif given is not None and (maker := given.producer()) is not None:
-                pending += [maker] * is_standard(maker, "Transpose", "Reshape")
+                pending += [maker] * is_standard(maker, "Transpose", "Reshape", "MatMul", "Gemm")
     return result

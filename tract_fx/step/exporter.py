@@ -18,15 +18,25 @@ from torch.export import Dim
 
 from tract_fx import torch_private
 from tract_fx.errors import ExportError, TractWarning
-from tract_fx.export.onnx_program import OPSET, translate
-from tract_fx.export.quiet import quiet
 from tract_fx.preconditioner import to_training_graph
+from tract_fx.quiet import quiet
 from tract_fx.torch_version import NEWEST_TESTED, TESTED, version_number
 
-__all__ = ["decompositions", "fake_arguments", "refuse_bounded_batch", "translate_graph"]
+__all__ = [
+    "decompositions",
+    "fake_arguments",
+    "open_sizes",
+    "refuse_bounded_batch",
+    "translate_graph",
+]
 
 # PyTorch's translations of these give outputs that a backward pass reads another meaning.
 _INEXACT = ("batch_norm", "native_layer_norm", "native_group_norm", "nll_loss", "native_dropout")
+
+OPSET = 18
+"""ONNX Runtime 1.19 has CUDA kernels for all of a step's operators up to 18 alone: it takes a
+kernel only for the very version that its schema names, and those of Size, Pad, Equal and ReduceMax
+stayed behind."""
 
 Translations = Mapping[Any, Callable[..., Any]]
 
@@ -55,7 +65,7 @@ def _exporter() -> Any:
 
 def _registry() -> Any:
     """PyTorch's translations, as a copy that may be added to."""
-    with torch_private.kept_translations():
+    with torch_private.kept_translations(), quiet():
         return _exporter()._registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
 
 
@@ -79,35 +89,50 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return {k: v for k, v in table.items() if "squeeze" not in str(k)}
 
 
+def open_sizes(batch: Sequence[Tensor], dynamic_batch: bool) -> list[tuple[int, ...]]:
+    """Tell which axes of a batch are its size.
+
+    Args:
+        batch: Tensors.
+        dynamic_batch: Whether that size is left open.
+
+    Returns:
+        For each, the first axis where its size is that of the first tensor; else none.
+    """
+    size = next((len(tensor) for tensor in batch if tensor.dim()), None)
+    return [(0,) if dynamic_batch and t.dim() and len(t) == size else () for t in batch]
+
+
 def fake_arguments(
-    state: Mapping[str, Tensor], batch: Sequence[Tensor], dynamic_batch: bool
+    state: Mapping[str, Tensor], batch: Sequence[Tensor], opened: Sequence[Sequence[int]]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Make fake tensors to trace with, those of the batch with one open first size.
+    """Make fake tensors to trace with, those of the batch with open sizes.
 
     Args:
         state: Tensors whose sizes are fixed.
-        batch: Tensors of a batch: each whose first size is the first one's is open there.
-        dynamic_batch: Whether that size is left open.
+        batch: Tensors of a batch.
+        opened: For each of these, the axes whose sizes are left open; the first one's are the same.
 
     Returns:
         Fakes of both, in order.
     """
 
     class Related(nn.Module):
-        """Adds all up along what is left open, so that it is one size."""
+        """Adds all up along the first axis, so that what is left open there is one size."""
 
         def forward(self, *tensors: Tensor) -> list[Tensor]:
-            open_ones = [t for t, is_open in zip(tensors, opened, strict=True) if is_open]
+            open_ones = [t for t, axes in zip(tensors, opened, strict=True) if 0 in axes]
             sums: list[Any] = [t.reshape(t.shape[0], -1).sum(1).float() for t in open_ones]
             return [t + 0 if t.is_floating_point() else t.clone() for t in tensors] + [sum(sums)]
 
-    sized = [tensor for tensor in batch if tensor.dim()]
-    opened = [bool(dynamic_batch and t.dim() and len(t) == len(sized[0])) for t in batch]
-    if len(sized[0]) == 1:  # which would be taken for a batch that is always one
-        batch = [torch.cat([t, t]) if o else t for t, o in zip(batch, opened, strict=True)]
-    shapes = tuple({0: Dim.DYNAMIC} if is_open else None for is_open in opened)
+    # A size of one would be taken for one that is always one.
+    given = [
+        torch.cat([t, t]) if 0 in axes and len(t) == 1 else t
+        for t, axes in zip(batch, opened, strict=True)
+    ]
+    shapes = tuple(dict.fromkeys(axes, Dim.DYNAMIC) or None for axes in opened)
     program = torch.export.export(
-        Related(), tuple(batch), dynamic_shapes={"tensors": shapes}, strict=False
+        Related(), tuple(given), dynamic_shapes={"tensors": shapes}, strict=False
     )
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     fakes = [node.meta["val"] for node in placeholders[-len(batch) :]]
@@ -127,12 +152,17 @@ def refuse_bounded_batch(batch: Sequence[Tensor]) -> None:
         ExportError: The model asked for the batch's size, and took a branch by it.
     """
     environment = batch[0].fake_mode.shape_env  # type: ignore[attr-defined]
-    bounded = [
+    firsts: list[Any] = [t.shape[0] for t in batch if t.dim() and not isinstance(t.shape[0], int)]
+    expressions = [size.node.expr for size in firsts]
+    sizes = {symbol for expression in expressions for symbol in expression.free_symbols}
+    bounded = [f"size == {expression}" for expression in expressions if expression.is_number]
+    bounded += [
         str(bounds)
-        for bounds in environment.var_to_range.values()
-        if bounds.lower > 2 or bounds.upper < 1 << 20
+        for symbol, bounds in environment.var_to_range.items()
+        if symbol in sizes and (bounds.lower > 2 or bounds.upper < 1 << 20)
     ]
-    relations = [g.expr for g in environment.guards if not _holds(g.expr)]
+    guards = [g.expr for g in environment.guards if set(g.expr.free_symbols) <= sizes]
+    relations = [condition for condition in guards if not _holds(condition)]
     if bounded or relations:
         conditions = ", ".join([*bounded, *map(str, relations)])
         raise ExportError(
@@ -239,9 +269,19 @@ def _translate_publicly(
     token = to_training_graph.set(True)
     try:
         program = torch.export.export(graph, zeros, dynamic_shapes=dynamic, strict=False)
+        with torch_private.kept_translations():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                optimize=False,
+                opset_version=OPSET,
+                verbose=False,
+                custom_translation_table=dict(translations),
+            )
     finally:
         to_training_graph.reset(token)
-    model = translate(program, dict(translations))
+    assert exported is not None
+    model = ir.from_proto(exported.model_proto)  # a copy, whose tensors are its own
     results = list(model.graph.outputs)
     model.graph.outputs.clear()
     model.ir_version = 10

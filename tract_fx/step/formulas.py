@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tract_fx.importer.resizing import resize_matrix
+
 __all__ = ["FORMULAS", "each"]
 
 aten = torch.ops.aten
@@ -107,6 +109,69 @@ def _weight_gradient(
     return found.transpose(0, 1)  # type: ignore[no-any-return]
 
 
+@_for(aten.avg_pool2d.default, aten.avg_pool3d.default)
+def _avg_pool(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    ceil_mode: bool = False,
+    counts_padding: bool = True,
+    divisor: int | None = None,
+) -> Tensor:
+    """Padded here, with a share for each window: of what lies outside runtimes count other parts.
+
+    ONNX Runtime 1.19.2 and 1.32 also move a Pad into a pool behind it, whatever that counts.
+    """  # noqa: DOC201
+    if not ceil_mode and counts_padding and divisor is None:
+        return NotImplemented  # type: ignore[no-any-return]
+    dims = len(kernel) if len(kernel) > 1 else x.dim() - 2
+    kernel, padding = each(kernel, dims), each(padding, dims)
+    stride = each(stride, dims) or kernel
+    sides: list[int] = []
+    shares = []
+    for i in range(dims):
+        size, reach = x.shape[i - dims], padding[i] if counts_padding else 0
+        left = size + 2 * padding[i] - kernel[i]
+        count = (-(-left // stride[i]) if ceil_mode else left // stride[i]) + 1
+        count -= int(ceil_mode and (count - 1) * stride[i] >= size + padding[i])
+        starts = [o * stride[i] - padding[i] for o in range(count)]
+        sides = [padding[i], max(padding[i], starts[-1] + kernel[i] - size), *sides]
+        counted = [min(b + kernel[i], size + reach) - max(b, -reach) for b in starts]
+        shares.append([kernel[i] / (1 if divisor else n) for n in counted])
+    pool = aten.avg_pool2d.default if dims == 2 else aten.avg_pool3d.default
+    padded = aten.constant_pad_nd(x, sides) if any(sides) else x
+    found = pool(padded, kernel, stride, [0] * dims, False, True, None)
+    found = found if divisor is None else found / divisor
+    for i, share in enumerate(shares):
+        found = found * torch.tensor(share, dtype=x.dtype).reshape([-1] + [1] * (dims - 1 - i))
+    return found  # type: ignore[no-any-return]
+
+
+@_for(aten.adaptive_max_pool2d.default)
+def _adaptive_max_pool(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    kernel = _even_windows(x, sizes)
+    if kernel is None:
+        return NotImplemented  # type: ignore[no-any-return]
+    return aten.max_pool2d_with_indices(x, kernel, kernel)  # type: ignore[no-any-return]
+
+
+@_for(aten.adaptive_max_pool2d_backward.default)
+def _adaptive_max_pool_backward(dz: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    kernel = _even_windows(x, dz.shape[-2:])
+    if kernel is None:
+        return NotImplemented  # type: ignore[no-any-return]
+    return aten.max_pool2d_with_indices_backward(  # type: ignore[no-any-return]
+        dz, x, kernel, kernel, [0, 0], [1, 1], False, indices
+    )
+
+
+def _even_windows(x: Tensor, sizes: Sequence[int]) -> list[int] | None:
+    """The windows' size, where each is as large as the other."""
+    pairs = list(zip(x.shape[-2:], sizes, strict=True))
+    return [a // b for a, b in pairs] if all(a % b == 0 for a, b in pairs) else None
+
+
 @_for(aten.avg_pool2d_backward.default, aten.avg_pool3d_backward.default)
 def _avg_pool_backward(
     dz: Tensor,
@@ -180,6 +245,52 @@ def _replication_pad_backward(dz: Tensor, x: Tensor, padding: Sequence[int]) -> 
     return dz
 
 
+def _cubic(size: int, out: int, aligned: bool, scale: float | None) -> Tensor:
+    """PyTorch's bicubic weights of one axis, (size, out)."""
+    way = "align_corners" if aligned else "half_pixel"
+    factor = out / size if scale is None else scale
+    return torch.from_numpy(resize_matrix(size, out, factor, "cubic", way))
+
+
+@_for(aten.upsample_bicubic2d.default)
+def _bicubic(
+    x: Tensor,
+    sizes: Sequence[int],
+    aligned: bool,
+    scale_h: float | None = None,
+    scale_w: float | None = None,
+) -> Tensor:
+    high = _cubic(x.shape[2], sizes[0], aligned, scale_h).to(x.dtype)
+    wide = _cubic(x.shape[3], sizes[1], aligned, scale_w).to(x.dtype)
+    return torch.matmul(high.t(), torch.matmul(x, wide))
+
+
+@_for(aten.upsample_bicubic2d_backward.default)
+def _bicubic_backward(
+    dz: Tensor,
+    sizes: Sequence[int],
+    shape: Sequence[int],
+    aligned: bool,
+    scale_h: float | None = None,
+    scale_w: float | None = None,
+) -> Tensor:
+    high = _cubic(shape[2], sizes[0], aligned, scale_h).to(dz.dtype)
+    wide = _cubic(shape[3], sizes[1], aligned, scale_w).to(dz.dtype)
+    return torch.matmul(high, torch.matmul(dz, wide.t()))
+
+
+@_for(aten.index_select.default)
+def _index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    places: list[Any] = [None] * (dim % x.dim())
+    return aten.index.Tensor(x, [*places, index])  # type: ignore[no-any-return]
+
+
+@_for(aten.index_add.default)
+def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, alpha: float = 1) -> Tensor:
+    places: list[Any] = [None] * (dim % x.dim())
+    return aten.index_put(x, [*places, index], source * alpha, True)  # type: ignore[no-any-return]
+
+
 @_for(aten.split.Tensor)
 def _split(x: Tensor, size: int, dim: int = 0) -> list[Tensor]:
     whole = x.shape[dim]
@@ -216,6 +327,11 @@ def _dot(one: Tensor, other: Tensor) -> Tensor:
 @_for(aten.copy.default)
 def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(x.dtype).expand_as(x).clone()
+
+
+@_for(aten.logaddexp.default)
+def _logaddexp(one: Tensor, other: Tensor) -> Tensor:
+    return torch.maximum(one, other) + torch.log1p(torch.exp(-(one - other).abs()))
 
 
 @_for(aten.celu.default)

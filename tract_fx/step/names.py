@@ -9,9 +9,28 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tract_fx.export.value_names import free_name
+__all__ = ["BATCH", "batch_names", "free_name", "output_names"]
 
-__all__ = ["batch_names", "output_names"]
+BATCH = "batch"
+"""Name of the batch's size where it is left open."""
+
+
+def free_name(name: str, taken: set[str | None]) -> str:
+    """Find a name that is not in use, and take it.
+
+    Args:
+        name: The name wanted.
+        taken: Names in use, which grow.
+
+    Returns:
+        The name, with a number if it was taken.
+    """
+    number, found = 0, name
+    while found in taken:
+        number += 1
+        found = f"{name}_{number}"
+    taken.add(found)
+    return found
 
 
 def batch_names(
@@ -60,7 +79,8 @@ def output_names(output: Any, taken: set[str]) -> dict[str, Tensor]:
     for path, leaf in places:
         if isinstance(leaf, Tensor):
             name = _path_name(path) or "output"
-            clashes = name.isdigit() or name in taken
+            by_order = len(path) == 1 and hasattr(path[0], "idx")
+            clashes = name in taken or by_order
             named[free_name(f"output_{name}" if clashes else name, used)] = leaf
     return named
 

@@ -15,26 +15,31 @@ __all__ = ["TESTED", "refuse_untested", "untested"]
 aten = torch.ops.aten
 
 _ATEN = """
-    addcmul _log_softmax _native_batch_norm_legit_no_training _prelu_kernel _softmax _to_copy
-    _unsafe_index.Tensor _unsafe_index_put abs add.Scalar add.Tensor addmm all.dim amax arange
-    avg_pool2d avg_pool3d bitwise_and.Tensor bitwise_not bitwise_or.Tensor bmm cat clamp
-    clamp_min.Tensor clamp_min clone constant_pad_nd convolution copy cos div.Scalar div.Tensor
-    div.Tensor_mode elu embedding empty_like eq.Scalar eq.Tensor erf exp expand fill.Scalar flip
-    gather ge.Scalar ge.Tensor gelu glu gt.Scalar hardsigmoid hardswish hardtanh index.Tensor
-    index_put le.Scalar leaky_relu linalg_vector_norm log log1p logical_and logsumexp lt.Scalar
-    masked_fill.Scalar max.dim max_pool2d_with_indices max_pool2d_with_indices_backward
-    max_pool3d_with_indices max_pool3d_with_indices_backward mean mean.dim min.dim minimum mish
-    mm mse_loss mul.Scalar mul.Tensor native_layer_norm ne.Scalar ne.Tensor neg new_empty
-    new_empty_strided new_zeros ones ones_like permute pixel_shuffle pixel_unshuffle
-    pow.Tensor_Scalar reciprocal reflection_pad2d relu repeat replication_pad2d reshape roll
-    rsqrt scalar_tensor scatter.src scatter.value scatter_add select.int select_scatter sigmoid
-    sign silu sin slice.Tensor slice_scatter softplus sqrt squeeze.dim stack
-    sub.Scalar sub.Tensor sum sum.dim_IntList sym_numel sym_size.int t tanh transpose.int tril
-    unbind.int unsqueeze where.self xlogy.Tensor zeros zeros_like
+    " _log_softmax _native_batch_norm_legit_no_training _prelu_kernel _softmax _to_copy
+    _unsafe_index.Tensor _unsafe_index_put abs acos add.Scalar add.Tensor addcdiv addcmul addmm
+    all.dim amax amin arange argmax asin asinh atan atanh avg_pool2d avg_pool3d baddbmm
+    bitwise_and.Tensor bitwise_not bitwise_or.Tensor bmm cat ceil clamp clamp_max clamp_min
+    clamp_min.Tensor clone col2im constant_pad_nd convolution copy cos cosh cumsum div.Scalar
+    div.Tensor div.Tensor_mode elu embedding empty_like eq.Scalar eq.Tensor erf erfc exp exp2
+    expand expm1 fill.Scalar flip floor fmod.Scalar full full_like gather ge.Scalar ge.Tensor
+    gelu glu gt.Scalar gt.Tensor hardsigmoid hardswish hardtanh im2col index.Tensor index_put
+    isinf isnan isneginf isposinf le.Scalar le.Tensor leaky_relu lerp.Scalar linalg_cross
+    linalg_vector_norm linspace log log10 log1p log2 logical_and
+    logical_or logsumexp lt.Scalar lt.Tensor masked_fill.Scalar max max.dim
+    max_pool2d_with_indices max_pool2d_with_indices_backward max_pool3d_with_indices
+    max_pool3d_with_indices_backward maximum mean mean.dim min min.dim minimum mish mm mse_loss
+    mul.Scalar mul.Tensor native_layer_norm ne.Scalar ne.Tensor neg new_empty new_empty_strided
+    new_full new_zeros ones ones_like permute pixel_shuffle pixel_unshuffle pow.Scalar
+    pow.Tensor_Scalar pow.Tensor_Tensor reciprocal reflection_pad2d relu remainder.Scalar repeat
+    replication_pad2d reshape roll round rsqrt scalar_tensor scatter.src scatter.value
+    scatter_add select.int select_scatter sigmoid sign silu sin sinh slice.Tensor slice_scatter
+    softplus sort sqrt squeeze.dim stack sub.Scalar sub.Tensor sum sum.dim_IntList sym_numel
+    sym_size.int t tan tanh topk transpose.int tril triu trunc unbind.int unsqueeze where.self
+    xlogy.Tensor zeros zeros_like
 """
 _OTHERS = """
-    floordiv getitem mul neg prims.var.default sub sym_float tract_fx.keep_mask.default
-    tract_fx.precondition_grad.default tract_fx.precondition_step.default
+    floordiv getitem mul neg prims.broadcast_in_dim.default prims.var.default sub sym_float
+    tract_fx.keep_mask.default tract_fx.precondition_grad.default tract_fx.precondition_step.default
     tract_fx.treated_weight.default truediv
 """
 TESTED = frozenset(_OTHERS.split()) | {

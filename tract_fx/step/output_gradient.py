@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from tract_fx.errors import ExportError
-from tract_fx.export.value_names import free_name
 from tract_fx.preconditioner import PRECONDITION_GRAD_OPERATOR
+from tract_fx.step.names import free_name
 
 __all__ = ["PRECONDITION_STEP", "TREATED_WEIGHT", "ancestors", "attach_output_gradients"]
 
@@ -171,9 +171,10 @@ def _output_gradient(gradient: Any, x: Any) -> Any:
         call, index = product.args
         if call.target is aten.convolution_backward.default and index == 1:
             dz, image = call.args[:2]
+            reached = set(_origins(image))
             if image.target is aten.constant_pad_nd.default:  # more on one side: padding="same"
-                image = image.args[0]
-            return dz if set(_origins(image)) & inputs else None
+                reached |= set(_origins(image.args[0]))
+            return dz if reached & inputs else None
     if product.target is not aten.mm.default:
         return None
     left, right = product.args

@@ -16,12 +16,11 @@ from torch.utils import _pytree as pytree
 
 from tract_fx import torch_private
 from tract_fx.errors import ExportError, UnsupportedTrainingError
-from tract_fx.export.value_names import free_name
 from tract_fx.preconditioner import to_training_graph
 from tract_fx.program import held_at
 from tract_fx.step import exporter
 from tract_fx.step.dialects import STANDARD, Dialect
-from tract_fx.step.names import batch_names, output_names
+from tract_fx.step.names import batch_names, free_name, output_names
 from tract_fx.step.operators import refuse_untested, untested
 from tract_fx.step.output_gradient import ancestors, attach_output_gradients
 
@@ -77,6 +76,8 @@ def trace_step(
     *,
     gradients: bool = True,
     dynamic_batch: bool = True,
+    open_axes: Sequence[Sequence[int]] | None = None,
+    names: Sequence[str] = (),
     dialect: Dialect = STANDARD,
 ) -> StepTrace:
     """Record a step.
@@ -90,6 +91,8 @@ def trace_step(
         targets: What the loss takes beside the output.
         gradients: Whether the step trains; else it gives what the model returns.
         dynamic_batch: Whether the batch's size is left open.
+        open_axes: For each input the axes whose sizes are left open, where it is not the batch's.
+        names: The names of the inputs and the targets; None for those of the forward method.
         dialect: What it is to be written in.
 
     Returns:
@@ -103,8 +106,10 @@ def trace_step(
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     batch = [*(leaves[i] for i in places), *targets]
-    arguments = exporter.fake_arguments(state.tensors, batch, dynamic_batch)
-    names = batch_names(model, args, kwargs, len(targets), {*state.tensors})
+    opened = exporter.open_sizes(batch, dynamic_batch) if open_axes is None else [*open_axes]
+    opened += exporter.open_sizes([*batch], any(map(len, opened)))[len(opened) :]
+    arguments = exporter.fake_arguments(state.tensors, batch, opened)
+    names = tuple(names) or batch_names(model, args, kwargs, len(targets), {*state.tensors})
     found: list[_Results] = []
 
     def step(tensors: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
@@ -133,7 +138,7 @@ def trace_step(
     table |= dialect.formulas
     graph = _record(functionalize(graph, remove="mutations"), arguments, table)
     _refuse_held(graph, model)
-    if dynamic_batch:
+    if any(map(len, opened)):
         exporter.refuse_bounded_batch(arguments[1])
     inputs = (*state.tensors, *names)
     results, left_out = _kept(graph, inputs, found[0], dialect)
@@ -261,7 +266,10 @@ def _one_kernel() -> Iterator[None]:
 
 
 # Which are their arguments, once gradients are taken.
-_SAME = (aten.detach.default, aten.detach_.default, aten.alias.default)
+_SAME = (
+    *(aten.detach.default, aten.detach_.default, aten.alias.default),
+    *(aten.lift_fresh_copy.default, aten.lift_fresh.default),
+)
 
 
 def _record(
@@ -303,6 +311,13 @@ def _refuse_held(graph: fx.GraphModule, model: nn.Module) -> None:
     }
     for node in graph.graph.find_nodes(op="get_attr"):
         value = getattr(graph, str(node.target))
+        if any(user.target is aten.copy_.default for user in node.users):
+            where = held_at(model, value) or f"a tensor of shape {tuple(value.shape)}"
+            raise ExportError(
+                f"{where}, which the model or the loss changes in place",
+                "it is a state that no state_dict of the model holds, so that the graph has none",
+                "Register it as a buffer of the model",
+            )
         name = registered.get(torch_private.storage_of(value)) if value.numel() else None
         if value.requires_grad or name is not None:
             where = held_at(model, value) or f"a tensor of shape {tuple(value.shape)}"

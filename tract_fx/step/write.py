@@ -7,10 +7,10 @@ import re
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from tract_fx.export.batch_dimension import BATCH
-from tract_fx.export.value_names import free_name
+from tract_fx.importer.metadata import strip_exporter_metadata
 from tract_fx.step import exporter
 from tract_fx.step.expand import expand_markers
+from tract_fx.step.names import BATCH, free_name
 from tract_fx.step.trace import StepTrace
 from tract_fx.step.translations import register_markers
 
@@ -45,8 +45,10 @@ def write_step(trace: StepTrace, seed: int | None = 0) -> ir.Model:
             value = copied.outputs[0]
         graph.outputs.append(value)
     passes.InlinePass()(model)
+    strip_exporter_metadata(model)
     _casts(graph)
     passes.RemoveUnusedNodesPass()(model)
+    _keep_padding_out_of_pools(graph)
     _name(graph, trace)
     _name_batch(graph)
     expand_markers(model)
@@ -69,6 +71,19 @@ def _casts(graph: ir.Graph) -> None:
             old.replace_all_uses_with(result, replace_graph_outputs=True)
             graph.insert_before(node, cast)
             graph.remove(node, safe=True)
+
+
+def _keep_padding_out_of_pools(graph: ir.Graph) -> None:
+    """Part Pad from MaxPool: ONNX Runtime would pad with what is never a maximum instead."""
+    for node in [n for n in graph if n.op_type == "MaxPool"]:
+        x = node.inputs[0]
+        producer = None if x is None else x.producer()
+        if x is not None and producer is not None and producer.op_type == "Pad":
+            shape = ir.node("Shape", [x])
+            same = ir.node("Reshape", [x, shape.outputs[0]])
+            same.outputs[0].shape, same.outputs[0].type = x.shape, x.type
+            graph.insert_before(node, [shape, same])
+            node.replace_input_with(0, same.outputs[0])
 
 
 def _name_batch(graph: ir.Graph) -> None:

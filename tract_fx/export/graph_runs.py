@@ -1,0 +1,133 @@
+"""Runs of graphs in ONNX Runtime, to read values inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from tract_fx import ort_training
+from tract_fx.errors import ExportError
+from tract_fx.passes.onnx_graph.node_names import name_in_file
+from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
+from tract_fx.passes.onnx_graph.values import operands
+
+__all__ = [
+    "accumulated_gradients",
+    "cut",
+    "run_graph",
+    "run_training_graph",
+]
+
+
+def accumulated_gradients(training: ir.Model) -> dict[str, str]:
+    """Name the values that a training graph adds to the parameters' gradient buffers.
+
+    Args:
+        training: A training graph.
+
+    Returns:
+        The value's name by parameter; mostly `{parameter}_grad`, another one where a repair reads
+        the parameter through a copy.
+    """
+    return {
+        str(node.inputs[0].name).removesuffix(BUFFER): str(node.inputs[1].name)
+        for node in training.graph
+        if node.op_type == "InPlaceAccumulatorV2"
+        and node.inputs[0] is not None
+        and node.inputs[1] is not None
+        and str(node.inputs[0].name).endswith(BUFFER)
+    }
+
+
+def cut(graph: ir.Graph, outputs: Sequence[ir.Value]) -> None:
+    """Leave in a graph what some values need: ONNX Runtime computes the rest too, read or not.
+
+    Args:
+        graph: The graph, edited in place.
+        outputs: Values in it, which become its outputs.
+    """
+    graph.outputs[:] = outputs
+    needed: set[ir.Node] = set()
+    read, pending = set(outputs), list(outputs)
+    while pending:
+        node = pending.pop().producer()
+        if node is not None and node not in needed:
+            needed.add(node)
+            given = {*operands(node), *(value for value in node.inputs if value is not None)}
+            new = [value for value in given if value not in read]
+            read.update(new)
+            pending += new
+    graph.remove([node for node in graph if node not in needed])
+    graph.inputs[:] = [value for value in graph.inputs if value in read]
+
+
+def run_graph(
+    model: ir.Model, feeds: Mapping[str, np.ndarray], names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Run a graph once on the CPU and read values inside it.
+
+    Args:
+        model: A graph. Not changed.
+        feeds: Its inputs; others are left out.
+        names: Names of the values to read.
+
+    Returns:
+        The values.
+
+    Raises:
+        ExportError: ONNX Runtime can't run the graph.
+    """
+    model = ir.from_proto(ir.to_proto(model))
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    read = [name for name in dict.fromkeys(names) if name in values]
+    cut(model.graph, [values[name] for name in read])
+    for value in model.graph.outputs:
+        value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
+    given = {str(v.name): feeds[str(v.name)] for v in model.graph.inputs}
+    for node in model.graph:
+        node.name = name_in_file(node)  # what ONNX Runtime calls it in its errors
+    proto = ir.to_proto(model)
+    ort_training.runtime()  # its own error, where there is none
+    try:
+        session = ort_training.inference_session(proto.SerializeToString(), "cpu", 0)
+        results = dict(zip(read, session.run(read, given), strict=True))
+    except Exception as error:  # ONNX Runtime's own classes are not public
+        raise ExportError(
+            f"ONNX Runtime can't run the exported graph ({ort_training.message_of(error)})",
+            "it has an operator, or one in a dtype, that has no kernel there",
+            "Write that part of the model otherwise, without autocast for one",
+        ) from error
+    return {name: results[name] if name in results else given[name] for name in names}
+
+
+def run_training_graph(
+    training: ir.Model,
+    feeds: Mapping[str, np.ndarray],
+    parameters: Mapping[str, np.ndarray],
+    names: Sequence[str],
+) -> dict[str, np.ndarray]:
+    """Run a training graph once on the CPU, without accumulation, and read values inside it.
+
+    Args:
+        training: A training graph. Not changed.
+        feeds: The model's inputs and targets.
+        parameters: All tensors of the checkpoint. Not changed.
+        names: Names of the values to read.
+
+    Returns:
+        The values.
+    """
+    given: dict[str, np.ndarray] = {}
+    for value in training.graph.inputs:
+        name = str(value.name)
+        if name in feeds:
+            given[name] = feeds[name]
+        elif name in parameters:
+            given[name] = parameters[name].copy()  # running statistics are updated in place
+        elif name == RESET:
+            given[name] = np.array([True])
+        elif name.endswith(BUFFER):
+            given[name] = np.zeros_like(parameters[name.removesuffix(BUFFER)])
+    return run_graph(training, given, names)

@@ -1,0 +1,394 @@
+"""From an ONNX graph to an fx graph that computes the same."""
+
+from __future__ import annotations
+
+import inspect
+import operator as python
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from tract_fx.errors import UnsupportedTrainingError
+from tract_fx.importer import elementwise, layers, reductions, shapes
+from tract_fx.importer.host import as_host
+from tract_fx.importer.layers import batch_norm, split_pads
+from tract_fx.importer.shapes import pad_sides
+from tract_fx.importer.table import OPERATORS
+from tract_fx.passes.onnx_graph.node_names import described
+from tract_fx.passes.onnx_graph.values import static_shape
+from tract_fx.preconditioner import precondition_grad
+
+__all__ = ["Imported", "import_graph"]
+
+assert elementwise and layers and reductions and shapes  # which fill the table
+
+_SMALL = 64
+"""Integers up to this many are taken for sizes and the like."""
+
+# Inputs that are numbers, and never data.
+_NUMBERS = frozenset(
+    {
+        *(("Clip", 1), ("Clip", 2), ("Pad", 2), ("Resize", 1), ("Resize", 2), ("Dropout", 1)),
+        *(("Dropout", 2), ("Range", 0), ("Range", 1), ("Range", 2)),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An ONNX model in PyTorch.
+
+    Attributes:
+        module: Takes the model's inputs in order, and gives its outputs by name.
+        keys: The state_dict's key of each initializer that is a tensor of it.
+        left_out: What stands in the way of outputs that are left out, by name.
+    """
+
+    module: fx.GraphModule
+    keys: Mapping[str, str]
+    left_out: Mapping[str, str]
+
+
+class Mode(nn.Module):
+    """Tells whether the model trains."""
+
+    def forward(self) -> bool:
+        """Tell it.
+
+        Returns:
+            Whether it does.
+        """
+        return self.training
+
+
+def import_graph(
+    model: ir.Model,
+    *,
+    trained: Collection[str],
+    trains: Collection[str] = (),
+    lambdas: Mapping[str, float] | None = None,
+    detached: Collection[str] = (),
+    needed: Collection[str] = (),
+) -> Imported:
+    """Import a graph.
+
+    Args:
+        model: A forward graph of opset 18 to 20, its nodes named. Not changed.
+        trained: Names of the initializers that are parameters.
+        trains: Names of the BatchNormalization and Dropout nodes that follow the module's mode.
+        lambdas: λ by the name of each Conv, Gemm or MatMul with TrAct.
+        detached: Names of values that no gradient goes through.
+        needed: Names of the outputs that may not be left out.
+
+    Returns:
+        The module, in training mode.
+
+    Raises:
+        UnsupportedTrainingError: An operator has no counterpart.
+    """  # noqa: DOC502 (raised by _Builder)
+    builder = _Builder(model, trained, trains, lambdas or {}, detached)
+    return builder.build(needed)
+
+
+class _Builder:
+    def __init__(
+        self,
+        model: ir.Model,
+        trained: Collection[str],
+        trains: Collection[str],
+        lambdas: Mapping[str, float],
+        detached: Collection[str],
+    ) -> None:
+        self.model, self.trained, self.trains = model, frozenset(trained), frozenset(trains)
+        self.lambdas, self.detached = lambdas, frozenset(detached)
+        self.root = nn.Module()
+        self.root.mode = Mode()
+        self.graph = fx.Graph()
+        self.keys: dict[str, str] = {}
+        self.values: dict[ir.Value, Any] = {}
+        self.problems: dict[ir.Value, str] = {}
+        self.training: fx.Node | None = None
+
+    def build(self, needed: Collection[str]) -> Imported:
+        graph = self.model.graph
+        for value in graph.inputs:
+            name = re.sub(r"\W", "_", str(value.name))
+            self.values[value] = self.graph.placeholder(
+                name if name.isidentifier() else f"x_{name}"
+            )
+        self.training = self.graph.call_module("mode")
+        for node in graph:
+            self._visit(node)
+        outputs, left_out = {}, {}
+        for value in graph.outputs:
+            name = str(value.name)
+            if value in self.problems and name in needed:
+                raise UnsupportedTrainingError(
+                    self.problems[value],
+                    "it has no counterpart in PyTorch that is tested",
+                    "Write that part of the model with other operators, or export the model from "
+                    "its own framework otherwise",
+                )
+            if value in self.problems:
+                left_out[name] = self.problems[value]
+            else:
+                outputs[name] = self._read(value)
+        self.graph.output(outputs)
+        module = fx.GraphModule(self.root, self.graph, "OnnxModel")
+        module.graph.eliminate_dead_code()
+        module.delete_all_unused_submodules()
+        module.recompile()
+        return Imported(module.train(), self.keys, left_out)
+
+    def _visit(self, node: ir.Node) -> None:
+        behind = [self.problems[v] for v in node.inputs if v is not None and v in self.problems]
+        try:
+            problem = behind[0] if behind else self._translate(node)
+        except UnsupportedTrainingError as error:
+            problem = error.found
+        if problem is not None:
+            self.problems.update(dict.fromkeys(node.outputs, problem))
+
+    def _translate(self, node: ir.Node) -> str | None:
+        """Write a node; say what stands in the way if it can't be."""
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        if (domain, node.op_type) == ("", "Constant"):
+            self.values[node.outputs[0]] = self._constant(node)
+            return None
+        special = _SPECIAL.get((domain, node.op_type))
+        function = OPERATORS.get((domain, node.op_type))
+        if special is None and function is None:
+            return f"{described(node)}"
+        arguments = [
+            None if value is None else self._argument(node, place, value)
+            for place, value in enumerate(node.inputs)
+        ]
+        attributes = {name: _attribute(a) for name, a in node.attributes.items()}
+        if special is not None:
+            result = special(self, node, arguments, attributes)
+        else:
+            assert function is not None
+            if node.op_type == "Dropout":
+                arguments = [*arguments[:2], *[None] * (2 - len(arguments)), self._mode(node)]
+            unknown = _unknown(function, attributes)
+            if unknown:
+                return f"{described(node)} with {', '.join(unknown)}"
+            result = self.graph.call_function(function, tuple(arguments), attributes)
+        if node.op_type == "Split":
+            for index, value in enumerate(node.outputs):
+                part = self.graph.call_function(python.getitem, (result, index))
+                self.values[value] = self._detached(value, part)
+            return None
+        if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
+            return f"{described(node)} with several outputs"
+        self.values[node.outputs[0]] = self._detached(node.outputs[0], result)
+        return None
+
+    def _detached(self, value: ir.Value, result: fx.Node) -> fx.Node:
+        if value.name in self.detached:
+            return self.graph.call_method("detach", (result,))
+        return result
+
+    def _mode(self, node: ir.Node) -> Any:
+        if node.name in self.trains:
+            return self.training
+        if node.op_type == "BatchNormalization":
+            return bool(node.attributes.get_int("training_mode", 0))
+        given = node.inputs[2] if len(node.inputs) > 2 else None
+        constant = None if given is None else ir.convenience.get_const_tensor(given)
+        return bool(constant is not None and constant.numpy().reshape(-1)[0])
+
+    def _read(self, value: ir.Value) -> Any:
+        """The node of a value; an initializer's is made when it is first read."""
+        if value not in self.values:
+            self.values[value] = self._initializer(value)
+        found = self.values[value]
+        return self._as_tensor(found) if isinstance(found, _Numbers) else found
+
+    def _as_tensor(self, numbers: _Numbers) -> fx.Node:
+        return self.graph.call_function(torch.tensor, (numbers.entries,), {"dtype": numbers.dtype})
+
+    def _argument(self, node: ir.Node, place: int, value: ir.Value) -> Any:
+        if value not in self.values:
+            self.values[value] = self._initializer(value)
+        found = self.values[value]
+        if not isinstance(found, _Numbers):
+            return found
+        is_integer = not found.dtype.is_floating_point and found.dtype != torch.bool
+        if is_integer or (node.op_type, place) in _NUMBERS:
+            kind = "int64" if is_integer else "float32" if found.dtype != torch.bool else "bool"
+            return self.graph.call_function(as_host, (found.entries, kind))
+        return self._as_tensor(found)
+
+    def _constant(self, node: ir.Node) -> Any:
+        tensor = ir.convenience.get_const_tensor(node.outputs[0])
+        if tensor is None:
+            raise UnsupportedTrainingError(described(node), "", "")
+        return self._held(node.outputs[0], tensor.numpy())
+
+    def _initializer(self, value: ir.Value) -> Any:
+        assert value.const_value is not None, value.name
+        return self._held(value, value.const_value.numpy())
+
+    def _held(self, value: ir.Value, array: np.ndarray) -> Any:
+        name = str(value.name)
+        readers = {(use.node.op_type, use.idx) for use in value.uses()}
+        small = array.size <= _SMALL and name not in self.trained
+        is_sizes = array.dtype.kind in "iu" and not value.is_graph_output()
+        if small and (is_sizes or (readers and readers <= _NUMBERS)):
+            return _Numbers(array.tolist(), torch.from_numpy(np.array(array)).dtype)
+        tensor = torch.from_numpy(np.array(array))
+        key = _place(self.root, name, tensor, name in self.trained)
+        self.keys[name] = key
+        return self.graph.get_attr(key)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """A constant that is written into the graph."""
+
+    entries: Any
+    dtype: torch.dtype
+
+
+def _attribute(attribute: ir.Attr) -> Any:
+    if attribute.type == ir.AttributeType.TENSOR:
+        array = attribute.as_tensor().numpy()
+        return array.reshape(-1)[0].item() if array.size == 1 else array.tolist()
+    value = attribute.value
+    if attribute.type == ir.AttributeType.STRING:
+        return attribute.as_string()
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _unknown(function: Any, attributes: Mapping[str, Any]) -> list[str]:
+    """Attributes that a function doesn't take."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # one of PyTorch's own
+        return sorted(attributes)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return []
+    return sorted(attributes.keys() - parameters.keys())
+
+
+def _place(root: nn.Module, name: str, tensor: Tensor, trained: bool) -> str:
+    """Register a tensor under its name, whose dots make modules."""
+    *path, last = [part or "_" for part in name.split(".")]
+    owner, taken = root, []
+    for part in path:
+        while not isinstance(getattr(owner, part, None), nn.Module):
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            else:
+                part += "_"
+        owner = getattr(owner, part)
+        taken.append(part)
+    while hasattr(owner, last):
+        last += "_"
+    if trained:
+        owner.register_parameter(last, nn.Parameter(tensor))
+    else:
+        owner.register_buffer(last, tensor)
+    return ".".join([*taken, last])
+
+
+# --- Conv, Gemm, MatMul and BatchNormalization, written as PyTorch's own layers are -------------
+
+
+def _convolution(
+    builder: _Builder, node: ir.Node, arguments: list[Any], attributes: dict[str, Any]
+) -> fx.Node:
+    x, weight, *bias = arguments
+    shape = None if node.inputs[1] is None else static_shape(node.inputs[1])
+    if shape is None:
+        raise UnsupportedTrainingError(f"{described(node)} with a weight of unknown shape", "", "")
+    dims = len(shape) - 2
+    before, after = split_pads(attributes.get("pads"), dims)
+    graph = builder.graph
+    if before != after:
+        x = graph.call_function(pad_sides, (x, before, after))
+        before = [0] * dims
+    geometry = {
+        "stride": attributes.get("strides") or [1] * dims,
+        "padding": before,
+        "dilation": attributes.get("dilations") or [1] * dims,
+        "groups": attributes.get("group", 1),
+    }
+    if node.name in builder.lambdas:
+        weight = graph.call_function(
+            precondition_grad, (weight, x), {"lambda_": builder.lambdas[str(node.name)], **geometry}
+        )
+    function = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    return graph.call_function(function, (x, weight, *(bias or [None])), geometry)
+
+
+def _matmul(
+    builder: _Builder, node: ir.Node, arguments: list[Any], attributes: dict[str, Any]
+) -> fx.Node:
+    x, weight = arguments
+    given = node.inputs[1]
+    is_weight = given is not None and given.is_initializer() and len(given.shape or ()) == 2
+    if node.name not in builder.lambdas and not is_weight:
+        return builder.graph.call_function(_product, (x, weight))
+    return _linear(builder, node, x, builder.graph.call_function(torch.t, (weight,)), None)
+
+
+def _product(one: Any, other: Any) -> Any:
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return np.matmul(one, other)
+    return torch.matmul(one, other)
+
+
+def _linear(builder: _Builder, node: ir.Node, x: Any, weight: Any, bias: Any) -> fx.Node:
+    if node.name in builder.lambdas:
+        weight = builder.graph.call_function(
+            precondition_grad, (weight, x), {"lambda_": builder.lambdas[str(node.name)]}
+        )
+    return builder.graph.call_function(F.linear, (x, weight, bias))
+
+
+def _gemm(
+    builder: _Builder, node: ir.Node, arguments: list[Any], attributes: dict[str, Any]
+) -> fx.Node:
+    x, weight, *rest = arguments
+    graph, added = builder.graph, rest[0] if rest else None
+    alpha, beta = attributes.get("alpha", 1.0), attributes.get("beta", 1.0)
+    x = graph.call_function(torch.t, (x,)) if attributes.get("transA") else x
+    if not attributes.get("transB"):
+        weight = graph.call_function(torch.t, (weight,))
+    added = None if beta == 0 else added
+    given = node.inputs[2] if added is not None else None
+    if alpha == beta == 1 and (given is None or len(given.shape or (1, 1)) == 1):
+        sizes = None if given is None else static_shape(given)
+        if sizes is None or sizes != (1,):
+            return _linear(builder, node, x, weight, added)
+    result = _linear(builder, node, x, weight, None)
+    if alpha != 1:
+        result = graph.call_function(torch.mul, (result, alpha))
+    if added is None:
+        return result
+    scaled = graph.call_function(torch.mul, (added, beta)) if beta != 1 else added
+    return graph.call_function(torch.add, (result, scaled))
+
+
+def _batch_normalization(
+    builder: _Builder, node: ir.Node, arguments: list[Any], attributes: dict[str, Any]
+) -> fx.Node:
+    options = {k: v for k, v in attributes.items() if k in ("momentum", "epsilon")}
+    return builder.graph.call_function(batch_norm, (*arguments, builder._mode(node)), options)
+
+
+_SPECIAL = {
+    ("", "Conv"): _convolution,
+    ("", "MatMul"): _matmul,
+    ("", "Gemm"): _gemm,
+    ("", "BatchNormalization"): _batch_normalization,
+}

@@ -1,0 +1,78 @@
+"""Sizes and other small numbers that operators take as values: numpy arrays of Python's numbers.
+
+They may be symbolic sizes, so that what a model computes of shapes stays open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Host", "Value", "as_host", "as_list", "as_tensor", "is_host"]
+
+Host: TypeAlias = "np.ndarray[Any, Any]"
+Value: TypeAlias = "Tensor | Host"
+
+
+def is_host(value: object) -> bool:
+    """Tell numbers from tensors.
+
+    Args:
+        value: Either.
+
+    Returns:
+        Whether they are numbers.
+    """
+    return isinstance(value, np.ndarray)
+
+
+def as_host(numbers: Any, dtype: str) -> Host:
+    """Make an array of numbers.
+
+    Args:
+        numbers: Nested lists of them.
+        dtype: Numpy's name of their dtype; integers may become symbolic sizes.
+
+    Returns:
+        The array.
+    """
+    kind = np.dtype(dtype).kind
+    return np.array(numbers, dtype=object if kind in "iu" else dtype)
+
+
+def as_list(value: Value | None) -> list[Any] | None:
+    """Give numbers as a flat list.
+
+    Args:
+        value: Numbers; a tensor of them is read where it is known.
+
+    Returns:
+        The list, None for nothing.
+    """
+    if value is None:
+        return None
+    flat = value.reshape(-1).tolist()
+    return [flat] if not isinstance(flat, list) else flat
+
+
+def as_tensor(value: Value) -> Tensor:
+    """Give numbers as a tensor.
+
+    Args:
+        value: A tensor, which stays itself, or numbers: integers become int64, floats float32.
+
+    Returns:
+        The tensor.
+    """
+    if isinstance(value, Tensor):
+        return value
+    flat = list(value.reshape(-1))
+    if all(type(n) in (int, np.int64) for n in flat) or value.dtype.kind in "bf":
+        kind = {"b": torch.bool, "f": torch.float32}.get(value.dtype.kind, torch.int64)
+        return torch.tensor(value.tolist(), dtype=kind)
+    scalars: Sequence[Tensor] = [torch.scalar_tensor(n, dtype=torch.int64) for n in flat]
+    return torch.stack(list(scalars)).reshape(value.shape)

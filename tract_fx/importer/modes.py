@@ -1,0 +1,170 @@
+"""A training-mode graph's form for evaluation, and what in a graph is random."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import onnx_ir as ir
+
+from tract_fx.errors import ExportError
+from tract_fx.passes.onnx_graph.calls import is_standard
+from tract_fx.passes.onnx_graph.node_names import described
+
+__all__ = ["evaluation_mode", "random_free", "random_operators", "train_batch_norm"]
+
+RANDOM = (
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+    "Bernoulli",
+    "Multinomial",
+)
+
+
+def evaluation_mode(model: ir.Model) -> int:
+    """Turn a forward graph in training mode into its form for evaluation.
+
+    BatchNormalization uses its running statistics and has one output; Dropout nodes go.
+
+    Args:
+        model: The model, edited in place.
+
+    Returns:
+        The number of nodes changed.
+
+    Raises:
+        ExportError: If a dropout's mask or a batch's statistics are read by other nodes.
+    """  # noqa: DOC502 - raised by _drop_outputs
+    changed = random_free(model)
+    for node in model.graph:
+        if not is_standard(node, "BatchNormalization"):
+            continue
+        if not node.attributes.get_int("training_mode", 0) and len(node.outputs) == 1:
+            continue
+        _drop_outputs(node)
+        node.attributes.add(ir.AttrInt64("training_mode", 0))
+        changed += 1
+    return changed
+
+
+def random_free(model: ir.Model) -> int:
+    """Take out all Dropout nodes, so that two runs of a graph can be compared.
+
+    Args:
+        model: The model, edited in place.
+
+    Returns:
+        The number of nodes taken out.
+
+    Raises:
+        ExportError: If a mask is read by another node.
+    """  # noqa: DOC502 - raised by _drop_outputs
+    changed = 0
+    for node in list(model.graph):
+        if not is_standard(node, "Dropout"):
+            continue
+        _drop_outputs(node)
+        _bypass(model.graph, node)
+        changed += 1
+    return changed
+
+
+def random_operators(model: ir.Model) -> list[str]:
+    """Name the nodes whose result differs from run to run.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Their names, or those of their first outputs: random number generators, and each Dropout
+        but those known to be off.
+    """
+    return [
+        node.name or node.outputs[0].name or node.op_type
+        for node in model.graph.all_nodes()
+        if is_standard(node, *RANDOM) or (is_standard(node, "Dropout") and not _is_off(node))
+    ]
+
+
+def _is_off(node: ir.Node) -> bool:
+    """Tell whether a Dropout is known to let its input through."""
+    ratio = node.inputs[1] if len(node.inputs) > 1 else None
+    training = node.inputs[2] if len(node.inputs) > 2 else None
+    if training is None:
+        return True
+    switch, rate = (ir.convenience.get_const_tensor(v) if v else None for v in (training, ratio))
+    return (switch is not None and not switch.numpy().item()) or (
+        rate is not None and rate.numpy().item() == 0
+    )
+
+
+def _drop_outputs(node: ir.Node) -> None:
+    """Leave a node its first output alone; those of a graph that are its others go too.
+
+    Args:
+        node: The node.
+
+    Raises:
+        ExportError: If another node reads one.
+    """
+    graph = node.graph
+    assert graph is not None
+    for output in node.outputs[1:]:
+        if output.uses():
+            raise ExportError(
+                f"{described(node)} has its output {output.name!r} read by other nodes",
+                "in evaluation there is no such value",
+                "Export the model in eval mode as well",
+            )
+        while output in graph.outputs:
+            graph.outputs.remove(output)
+    node.resize_outputs(1)
+
+
+def _bypass(graph: ir.Graph, node: ir.Node) -> None:
+    """Let the users of a node's output read its input; a graph's output stays under its name."""
+    source, result = node.inputs[0], node.outputs[0]
+    assert source is not None
+    if not result.is_graph_output():
+        result.replace_all_uses_with(source)
+        graph.remove(node, safe=True)
+        return
+    # The graph's output keeps its name, also where its source has one to keep or feeds others.
+    identity = ir.node("Identity", [source], name=node.name)
+    graph.insert_before(node, identity)
+    copy = identity.outputs[0]
+    copy.type, copy.shape, name = result.type, result.shape, result.name
+    result.replace_all_uses_with(copy, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    copy.name = name
+
+
+def train_batch_norm(model: ir.Model, names: Collection[str] | None = None) -> int:
+    """Put BatchNormalization nodes of an inference graph in training mode.
+
+    They get the outputs that the operator has then: the result and both running statistics.
+
+    Args:
+        model: The model, edited in place.
+        names: Names of the nodes; None for all.
+
+    Returns:
+        The number of nodes changed.
+    """
+    changed = 0
+    for node in model.graph:
+        if not is_standard(node, "BatchNormalization"):
+            continue
+        if names is not None and node.name not in names:
+            continue
+        complete = len(node.outputs) == 3 and all(output.name for output in node.outputs)
+        if node.attributes.get_int("training_mode", 0) != 0 and complete:
+            continue
+        node.attributes.add(ir.AttrInt64("training_mode", 1))
+        node.resize_outputs(3)
+        for output, suffix in zip(node.outputs[1:], ("mean", "var"), strict=True):
+            if not output.name:
+                output.name = f"{node.outputs[0].name}_running_{suffix}"
+        changed += 1
+    return changed

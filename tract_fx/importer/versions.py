@@ -1,0 +1,62 @@
+"""The opset and IR versions that ONNX Runtime Training 1.19.2 reads."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from tract_fx.importer.conversion import convert_opset
+from tract_fx.importer.inferred_shapes import inferred_shapes
+from tract_fx.importer.normalizations import normalizations_as_primitives
+
+__all__ = ["supported_versions"]
+
+OLDEST_OPSET = 18  # since it, all reductions take their axes as an input, as the repairs write them
+NEWEST_OPSET = 20  # 21 changes GroupNormalization, and is the last that the runtime knows
+OLDEST_IR = (
+    4  # before it, each initializer had to be an input too, on which onnx's converter insists
+)
+NEWEST_IR = 10
+
+
+def supported_versions(model: ir.Model) -> int:
+    """Bring a model to an opset and an IR version that the gradient builder takes.
+
+    Args:
+        model: The model, edited in place.
+
+    Returns:
+        The number of versions changed: 0, 1 or 2.
+
+    Raises:
+        ExportError: If the opset can't be converted.
+    """  # noqa: DOC502 - raised by _convert
+    ir_version = min(max(model.ir_version, OLDEST_IR), NEWEST_IR)
+    changed = int(model.ir_version != ir_version)
+    model.ir_version = ir_version  # first, since the converter asks for it
+    for domain in ("", "ai.onnx"):
+        opset = model.opset_imports.get(domain)
+        if opset is not None and not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+            target = OLDEST_OPSET if opset < OLDEST_OPSET else NEWEST_OPSET
+            _convert(model, opset, target)
+            changed += 1
+    return changed
+
+
+def _convert(model: ir.Model, opset: int, target: int) -> None:
+    """Convert a model's graph to another opset.
+
+    Args:
+        model: The model, edited in place.
+        opset: The version that it has.
+        target: The version to have.
+
+    Raises:
+        ExportError: If onnx's converter can't.
+    """  # noqa: DOC502 - raised by convert_opset
+    if opset > target:  # onnx can't bring GroupNormalization back to its older form
+        inferred_shapes(model)
+        normalizations_as_primitives(model)
+    new = convert_opset(model, opset, target)
+    model.graph = new.graph
+    model.functions.clear()
+    model.functions.update(new.functions)
