@@ -179,7 +179,7 @@ def test_a_norm_read_wrongly_in_training_is_seen(
 ) -> None:
     real: Any = build.batch_norm  # type: ignore[attr-defined]
 
-    def wrong(x: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
+    def wrong(x: torch.Tensor, *others: Any, **options: Any) -> Any:
         *_, training = others
         return real(x, *others, **options) * (1 + 1e-4 if training else 1)
 

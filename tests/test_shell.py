@@ -183,7 +183,7 @@ def test_export_options(folder: Path) -> None:
     manifest = load_trainer("a").manifest
     assert manifest.optimizer == SGD(momentum=0.9, nesterov=True, weight_decay=0.01, accumulate=2)
     assert manifest.loss == "mse"
-    assert manifest.targets[0].shape == ("N", 6)
+    assert manifest.targets[0].shape == ("batch", 6)
     assert [layer.lambda_ for layer in manifest.layers] == [0.7]
     assert [s.name for s in manifest.parameters if s.trainable] == ["w1", "b1"]
     assert manifest.seed == 5

@@ -121,6 +121,7 @@ def _register() -> None:
             attributes=[
                 *(schema.Attribute(n, schema.AttrType.INTS, "", required=False) for n in lists),
                 schema.Attribute("group", schema.AttrType.INT, "", required=False),
+                schema.Attribute("auto_pad", schema.AttrType.STRING, "", required=False),
             ],
         )
     )
