@@ -10,7 +10,7 @@ BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-versions check lint types bench clean
+.PHONY: help demo test test-stock test-versions check lint types bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -18,8 +18,13 @@ help: ## show this list
 demo: .venv/.demo .venv/.dot ## train with and without TrAct, print the table, save plots and a report (DATA=folder of images, ARGS=options)
 	$(BIN)/python examples/demo.py $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-test: check .venv/.dot .venv/.chromium ## the linters and types, then the tests (ARGS=pytest's options)
+test: check .venv/.dot .venv/.chromium .venv/.stock ## the linters and types, then the tests (ARGS=pytest's options)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 $(ARGS)
+	$(MAKE) test-stock ARGS=--quiet
+
+STOCK_TESTS := $(addprefix tests/test_,$(addsuffix .py,stock_runtime step importer onnx_losses))
+test-stock: .venv/.stock ## those of graphs for any ONNX Runtime, in its last release
+	OMP_NUM_THREADS=1 .venv/stock/bin/python -m pytest -n 2 -p no:cacheprovider $(STOCK_TESTS) $(ARGS)
 
 # Gigabytes, and an hour on two cores: the oldest and the newest torch, and two in between.
 test-versions: .venv/.dev .venv/.dot ## the tests under other versions of PyTorch and Python (ARGS="--torch 2.11.0": that one alone)
@@ -64,6 +69,14 @@ clean: ## remove the environment and everything built
 		apt-get install -qq -y --no-install-recommends $(SYSTEM_PACKAGES) >/dev/null; }; } || \
 		echo "$* is missing and was not installed: for what needs it, install $(SYSTEM_PACKAGES)" >&2
 	@if command -v $* >/dev/null; then touch $@; fi
+
+# ONNX Runtime and ONNX Runtime Training share an import name: the former, alone, stands before the other packages here.
+.venv/.stock: .venv/.dev
+	$(BIN)/python -m venv .venv/stock
+	.venv/stock/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(shell grep '^onnxruntime==' constraints.txt)
+	.venv/stock/bin/python -c 'import sys, sysconfig as s; open(s.get_path("purelib") + "/others.pth", "w").write( \
+		f"import site; site.addsitedir({sys.argv[1]!r})")' $$($(BIN)/python -c 'import sysconfig as s; print(s.get_path("purelib"))')
+	@touch $@
 
 # torch has brought setuptools along, so the build needs no environment of its own.
 .venv/.demo .venv/.dev: .venv/.%: .venv/.torch pyproject.toml

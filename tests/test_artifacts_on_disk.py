@@ -203,7 +203,7 @@ def test_checkpoint_of_another_model(artifacts: Path, made: Path) -> None:
     [
         ({"inputs": (TensorSpec("z", "float32", ("batch", 8)),)}, "takes x, labels"),
         ({"outputs": ("other",)}, "the manifest says a loss and other"),
-        ({"target": "onnxruntime"}, "artifacts for 'onnxruntime'"),
+        ({"target": "tensorrt"}, "artifacts for 'tensorrt'"),
         (
             {"parameters": (ParameterSpec("first.weight", (16, 9), "float32", True),)},
             "'first.bias' is float32",

@@ -301,6 +301,7 @@ def test_refused(name: str, tmp_path: Path) -> None:
             loss=loss,
             example_targets=_values(4),
             plain=True,
+            target="onnxruntime",
         )
     assert not list(tmp_path.iterdir())
 
@@ -314,6 +315,7 @@ def test_wrong_examples_are_refused(tmp_path: Path) -> None:
             loss="cross_entropy",
             example_targets=torch.zeros(3, dtype=torch.int64),
             plain=True,
+            target="onnxruntime",
         )
 
 

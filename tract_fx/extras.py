@@ -15,6 +15,7 @@ PACKAGES = {
     "onnx_ir": "onnx",
     "onnxscript": "onnx",
     "numpy": "onnx",
+    "safetensors": "onnx",
     "google": "onnx",
     "graphviz": "inspect",
     "jinja2": "inspect",

@@ -19,6 +19,7 @@ from tract_fx.errors import MissingRuntimeError
 
 __all__ = [
     "TESTED_VERSION",
+    "any_runtime",
     "artifacts",
     "gradient_graph_builder",
     "inference_session",
@@ -76,15 +77,29 @@ def _torch_left_alone() -> Iterator[None]:
         torch.utils.checkpoint.checkpoint = checkpoint
 
 
+def any_runtime() -> ModuleType:
+    """Import ONNX Runtime, in whatever build is installed.
+
+    Returns:
+        The module `onnxruntime`.
+
+    Raises:
+        MissingRuntimeError: If none is installed.
+    """
+    with _torch_left_alone():
+        try:
+            return importlib.import_module("onnxruntime")
+        except ImportError as error:
+            raise MissingRuntimeError(
+                f"onnxruntime can't be imported ({error})",
+                "graphs are run by ONNX Runtime",
+                'Install an extra: pip install "tract_fx[onnxruntime]" for any release, or '
+                f"{_to_install()} for ONNX Runtime Training",
+            ) from error
+
+
 def _import_runtime() -> ModuleType:
-    try:
-        found = importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise MissingRuntimeError(
-            f"onnxruntime can't be imported ({error})",
-            "the artifacts are trained by ONNX Runtime Training",
-            f"Install the extra: {_to_install()}",
-        ) from error
+    found = any_runtime()
     try:
         importlib.import_module("onnxruntime.training.api")
         importlib.import_module("onnxruntime.training.artifacts")
@@ -193,7 +208,7 @@ def require_device(device: object) -> tuple[str, int]:
         MissingRuntimeError: If the device is of no known kind, or does not start.
     """
     kind, index = parse_device(device)
-    ort = runtime()
+    ort = any_runtime()
     if kind == "cpu":
         return kind, index
     available = ort.get_available_providers()
@@ -229,7 +244,7 @@ def session_options() -> Any:
     Returns:
         An `onnxruntime.SessionOptions`.
     """
-    options = runtime().SessionOptions()
+    options = any_runtime().SessionOptions()
     options.log_severity_level = 4  # fatal
     return options
 
@@ -248,7 +263,7 @@ def inference_session(model: bytes, kind: str, index: int) -> Any:
     providers: list[Any] = ["CPUExecutionProvider"]
     if kind == "cuda":
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": index}))
-    return runtime().InferenceSession(model, session_options(), providers=providers)
+    return any_runtime().InferenceSession(model, session_options(), providers=providers)
 
 
 def ort_value(array: np.ndarray[Any, Any], kind: str, index: int) -> Any:
@@ -262,7 +277,7 @@ def ort_value(array: np.ndarray[Any, Any], kind: str, index: int) -> Any:
     Returns:
         An `onnxruntime.OrtValue`; on the CPU it may share the array's memory.
     """
-    return runtime().OrtValue.ortvalue_from_numpy(array, kind, index)
+    return any_runtime().OrtValue.ortvalue_from_numpy(array, kind, index)
 
 
 def parameter_value(parameter: Any) -> Any:

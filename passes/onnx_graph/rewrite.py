@@ -89,7 +89,8 @@ def insert(
     # The builder leaves some types out; a gradient has that of its value.
     term.type = term.type or gradient.call.weight.type
     gradient.output_gradient.type = gradient.output_gradient.type or gradient.call.output.type
-    record = json.dumps({"call": name, "term": term.name})
+    output_gradient = gradient.output_gradient.name
+    record = json.dumps({"call": name, "term": term.name, "output_gradient": output_gradient})
     write = NodeWriter(graph, f"{PREFIX}{name}/", {PROVENANCE: record})
     value = write.constant(lambda_, "lambda")
     users, is_output = list(term.uses()), [i for i, v in enumerate(graph.outputs) if v is term]

@@ -14,15 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from tract_fx import ort_training
 from tract_fx.errors import NoInputLayerError, UnsupportedTrainingError
-from tract_fx.export.directory import OPTIMIZER_MODEL, write_directory
+from tract_fx.export.directory import write_directory
 from tract_fx.export.forward import OnnxSource, onnx_source
 from tract_fx.export.losses import Loss
 from tract_fx.export.lost_in_graphs import refuse_other_parameters
 from tract_fx.export.manifest import Manifest
-from tract_fx.export.optimizer_graph import build_optimizer
 from tract_fx.export.optimizers import OptimizerConfig, optimizer_from
-from tract_fx.export.torch_graphs import build_graphs, describe_graphs, write_graphs
+from tract_fx.export.torch_graphs import (
+    STOCK,
+    Target,
+    build_graphs,
+    describe_graphs,
+    write_graphs,
+)
 from tract_fx.export.torch_loss import choose_loss
 from tract_fx.export.torch_model import read_torch
 from tract_fx.export.verify_onnx import verify_import
@@ -62,7 +68,7 @@ def export_training(
     *,
     loss: Loss | None = "cross_entropy",
     optimizer: str | OptimizerConfig | torch.optim.Optimizer = "adamw",
-    target: Literal["ort-training"] = "ort-training",
+    target: Literal["ort-training", "onnxruntime"] = "ort-training",
     example_targets: Tensor | Sequence[Tensor] | None = None,
     output: str | None = None,
     plain: bool = False,
@@ -92,7 +98,9 @@ def export_training(
             its loss.
         optimizer: `"adamw"`, `"sgd"`, an `AdamW` or `SGD` record, or a torch optimizer of one of
             these kinds, whose settings are read.
-        target: The runtime.
+        target: The runtime: `"ort-training"`, ONNX Runtime Training with its own optimizers and
+            checkpoints, or `"onnxruntime"`, any ONNX Runtime from 1.19 on, with the update in the
+            graph and tensors as safetensors.
         example_targets: Targets that fit the example inputs, for a callable loss or class
             probabilities.
         output: Name of the output that the loss reads, where the model has several.
@@ -119,6 +127,8 @@ def export_training(
     """  # noqa: DOC502 (most are raised by what it calls)
     _check_target(target)
     config = optimizer_from(optimizer)
+    if target != STOCK:
+        ort_training.runtime()  # its own error, where it is not there, before all the work
     targets = [example_targets] if isinstance(example_targets, Tensor) else example_targets
     source: OnnxSource | None = None
     if isinstance(model, (nn.Module, ExportedProgram)):
@@ -140,7 +150,7 @@ def export_training(
         )
         subject, output = source.model, source.output
     chosen = choose_loss(subject, loss, output, targets)
-    graphs = build_graphs(subject, chosen)
+    graphs = build_graphs(subject, chosen, Target(target, config))
     if not graphs.layers and not plain:
         raise NoInputLayerError(
             "a model in which no layer has TrAct",
@@ -149,20 +159,21 @@ def export_training(
         )
     with write_directory(directory, overwrite=overwrite) as new:
         write_graphs(graphs, subject, new.path)
-        ir.save(build_optimizer(config, len(graphs.tensors.trained)), new.path / OPTIMIZER_MODEL)
         if verify:
             verify_torch(subject, chosen, graphs)
             if source is not None:
                 verify_import(source, chosen, graphs)
-        new.manifest = describe_graphs(graphs, subject, chosen, config, seed)
+        new.manifest = describe_graphs(graphs, subject, chosen, seed)
     warn_of_frozen(graphs.trace.idle)
     return TrainingArtifacts(Path(directory), new.manifest)
 
 
 def _check_target(target: object) -> None:
-    if target != "ort-training":
+    if target not in ("ort-training", STOCK):
         raise UnsupportedTrainingError(
-            f"{target=}", "there is no such target", "Use target='ort-training'"
+            f"{target=}",
+            "there is no such target",
+            "Use target='ort-training', or target='onnxruntime'",
         )
 
 

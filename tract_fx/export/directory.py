@@ -22,7 +22,9 @@ __all__ = [
     "CHECKPOINT",
     "CONSTANTS",
     "EVAL_MODEL",
+    "MODEL_TENSORS",
     "OPTIMIZER_MODEL",
+    "OPTIMIZER_TENSORS",
     "TRAINING_MODEL",
     "NewDirectory",
     "read_directory",
@@ -33,6 +35,8 @@ TRAINING_MODEL = "training_model.onnx"
 EVAL_MODEL = "eval_model.onnx"
 OPTIMIZER_MODEL = "optimizer_model.onnx"
 CHECKPOINT = "checkpoint"
+MODEL_TENSORS = "model.safetensors"
+OPTIMIZER_TENSORS = "optimizer.safetensors"
 CONSTANTS = "constants.pt"
 """Tensors of the state_dict that training leaves alone: constant buffers, unused parameters. Absent
 where there are none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,25 +17,43 @@ from torch import Tensor, nn
 
 from tract_fx import ort_training
 from tract_fx.errors import ExportError
-from tract_fx.export.directory import CHECKPOINT, CONSTANTS, EVAL_MODEL, TRAINING_MODEL
+from tract_fx.export.directory import (
+    CHECKPOINT,
+    CONSTANTS,
+    EVAL_MODEL,
+    MODEL_TENSORS,
+    OPTIMIZER_MODEL,
+    OPTIMIZER_TENSORS,
+    TRAINING_MODEL,
+)
 from tract_fx.export.file_outputs import append_outputs
 from tract_fx.export.graph_runs import run_graph
 from tract_fx.export.left_out import warn_of_left_out
 from tract_fx.export.manifest import Manifest, ParameterSpec, TensorSpec, TractLayer
+from tract_fx.export.optimizer_graph import build_optimizer
 from tract_fx.export.optimizers import OptimizerConfig
+from tract_fx.export.tensor_files import write_tensors
 from tract_fx.export.torch_loss import TorchLoss
 from tract_fx.export.torch_model import TorchModel
+from tract_fx.export.updates import update_of
 from tract_fx.export.versions import versions
 from tract_fx.importer.metadata import strip_exporter_metadata
 from tract_fx.passes.onnx_graph.find import locate
 from tract_fx.passes.onnx_graph.parameters import RESET
+from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.records import InputLayer
-from tract_fx.step.dialects import ORT_TRAINING
+from tract_fx.step.dialects import ORT_TRAINING, STANDARD, Dialect
 from tract_fx.step.ort_training import CheckpointTensors, to_evaluation_graph, to_training_graph
+from tract_fx.step.stock import to_step_graph
 from tract_fx.step.trace import StepTrace, trace_step
 from tract_fx.step.write import write_step
 
+STOCK = "onnxruntime"
+"""The target that is any ONNX Runtime."""
+
 __all__ = [
+    "STOCK",
+    "Target",
     "TorchGraphs",
     "arrays",
     "build_graphs",
@@ -50,6 +69,7 @@ class TorchGraphs:
     """A model's graphs, and what is beside them.
 
     Attributes:
+        target: What they are for.
         training: The training graph.
         evaluation: The evaluation graph.
         trace: What the training graph was made of.
@@ -60,6 +80,7 @@ class TorchGraphs:
         aliases: Further state_dict keys of a tensor, with the key under which it is kept.
     """
 
+    target: Target
     training: ir.Model
     evaluation: ir.Model
     trace: StepTrace
@@ -70,8 +91,31 @@ class TorchGraphs:
     aliases: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Target:
+    """The runtime that graphs are for.
+
+    Attributes:
+        name: Its name in manifests.
+        optimizer: The optimizer.
+    """
+
+    name: str
+    optimizer: OptimizerConfig
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether it is any ONNX Runtime, and the update a part of the graph."""
+        return self.name == STOCK
+
+    @property
+    def dialect(self) -> Dialect:
+        """What graphs for it are written in."""
+        return STANDARD if self.is_stock else ORT_TRAINING
+
+
 def training_graph(
-    model: TorchModel, loss: TorchLoss, training: nn.Module
+    model: TorchModel, loss: TorchLoss, training: nn.Module, target: Target
 ) -> tuple[ir.Model, StepTrace, CheckpointTensors]:
     """Write a model's step as ONNX Runtime Training reads it.
 
@@ -79,6 +123,7 @@ def training_graph(
         model: The model.
         loss: The loss.
         training: Its module in training mode.
+        target: The runtime.
 
     Returns:
         The graph, what it was made of, and the checkpoint's tensors.
@@ -91,29 +136,34 @@ def training_graph(
         tuple(loss.targets.values()),
         names=(*model.inputs, *loss.targets),
         open_axes=model.open_axes,
-        dialect=ORT_TRAINING,
+        update=functools.partial(update_of, target.optimizer) if target.is_stock else None,
+        dialect=target.dialect,
     )
     _refuse_names(trace)
     graph = write_step(trace, None)
     parameters, buffers = dict(training.named_parameters()), dict(training.named_buffers())
-    return graph, trace, to_training_graph(graph, trace, parameters, buffers)
+    arrange = to_step_graph if target.is_stock else to_training_graph
+    return graph, trace, arrange(graph, trace, parameters, buffers)
 
 
 def _refuse_names(trace: StepTrace) -> None:
-    if RESET in trace.inputs:
+    own = {RESET, *trace.update_inputs}
+    given = trace.inputs[: len(trace.inputs) - len(trace.update_inputs)]
+    for name in own.intersection(given):
         raise ExportError(
-            f"the name {RESET!r} in the model",
-            "ONNX Runtime Training gives it to an input of its own",
+            f"the name {name!r} in the model",
+            "the training graph gives it to an input of its own",
             "Rename it",
         )
 
 
-def build_graphs(model: TorchModel, loss: TorchLoss) -> TorchGraphs:
+def build_graphs(model: TorchModel, loss: TorchLoss, target: Target) -> TorchGraphs:
     """Make a model's graphs.
 
     Args:
         model: The model.
         loss: The loss.
+        target: The runtime.
 
     Returns:
         The graphs.
@@ -121,12 +171,12 @@ def build_graphs(model: TorchModel, loss: TorchLoss) -> TorchGraphs:
     Raises:
         ExportError: The model can't be brought to ONNX with its meaning kept.
     """  # noqa: DOC502 (raised by what it calls)
-    training, trace, tensors = training_graph(model, loss, model.training)
+    training, trace, tensors = training_graph(model, loss, model.training, target)
     state = {**dict(model.training.named_parameters()), **dict(model.training.named_buffers())}
     held = (*tensors.trained, *tensors.kept)
     _refuse_tensors(model.training, {name: state[name] for name in held})
     initial = {name: state[name].detach().cpu().numpy().copy() for name in held}
-    evaluation, evaluated = evaluation_graph(model, loss, model.evaluation, tensors)
+    evaluation, evaluated = evaluation_graph(model, loss, model.evaluation, tensors, target)
     feeds = {**initial, **arrays({**model.inputs, **loss.targets})}
     if model.file is not None:
         made = {str(value.name) for value in evaluation.graph.outputs}
@@ -146,6 +196,7 @@ def build_graphs(model: TorchModel, loss: TorchLoss) -> TorchGraphs:
     evaluation.graph.outputs[:] = outputs
     passes.RemoveUnusedNodesPass()(evaluation)
     return TorchGraphs(
+        target,
         training,
         evaluation,
         trace,
@@ -158,7 +209,11 @@ def build_graphs(model: TorchModel, loss: TorchLoss) -> TorchGraphs:
 
 
 def evaluation_graph(
-    model: TorchModel, loss: TorchLoss, evaluation: nn.Module, tensors: CheckpointTensors
+    model: TorchModel,
+    loss: TorchLoss,
+    evaluation: nn.Module,
+    tensors: CheckpointTensors,
+    target: Target,
 ) -> tuple[ir.Model, StepTrace]:
     """Write a model in evaluation mode as ONNX Runtime Training reads it.
 
@@ -167,6 +222,7 @@ def evaluation_graph(
         loss: The loss.
         evaluation: Its module in evaluation mode.
         tensors: The checkpoint's tensors.
+        target: The runtime.
 
     Returns:
         The graph, and what it was made of.
@@ -180,7 +236,7 @@ def evaluation_graph(
         names=(*model.inputs, *loss.targets),
         gradients=False,
         open_axes=model.open_axes,
-        dialect=ORT_TRAINING,
+        dialect=target.dialect,
     )
     graph = write_step(trace, None)
     state = {**dict(evaluation.named_parameters()), **dict(evaluation.named_buffers())}
@@ -278,25 +334,34 @@ def write_graphs(graphs: TorchGraphs, model: TorchModel, directory: Path) -> Non
     constants = {n: v.detach().cpu().clone() for n, v in state.items() if n not in known}
     if constants:
         torch.save(constants, directory / CONSTANTS)
+    ir.save(graphs.training, directory / TRAINING_MODEL)
+    ir.save(graphs.evaluation, directory / EVAL_MODEL)
+    if graphs.target.is_stock:
+        whole = {name: value.detach().cpu().numpy() for name, value in state.items()}
+        write_tensors(whole, directory / MODEL_TENSORS)
+        zeros = {
+            name: np.zeros(static_shape(value) or (), np.float32)
+            for value in graphs.training.graph.inputs
+            if (name := str(value.name)) in graphs.trace.updates and name not in graphs.initial
+        }
+        write_tensors(zeros, directory / OPTIMIZER_TENSORS)
+        return
     trained, kept = (
         [ir.to_proto(ir.tensor(graphs.initial[name], name=name)) for name in names]
         for names in (graphs.tensors.trained, graphs.tensors.kept)
     )
     ort_training.save_checkpoint(trained, kept, directory / CHECKPOINT)
-    ir.save(graphs.training, directory / TRAINING_MODEL)
-    ir.save(graphs.evaluation, directory / EVAL_MODEL)
+    count = len(graphs.tensors.trained)
+    ir.save(build_optimizer(graphs.target.optimizer, count), directory / OPTIMIZER_MODEL)
 
 
-def describe_graphs(
-    graphs: TorchGraphs, model: TorchModel, loss: TorchLoss, optimizer: OptimizerConfig, seed: int
-) -> Manifest:
+def describe_graphs(graphs: TorchGraphs, model: TorchModel, loss: TorchLoss, seed: int) -> Manifest:
     """Write the manifest of a new directory.
 
     Args:
         graphs: The graphs.
         model: The model.
         loss: The loss.
-        optimizer: The optimizer.
         seed: What dropout's random numbers are derived from.
 
     Returns:
@@ -305,11 +370,11 @@ def describe_graphs(
     values = {str(value.name): value for value in graphs.training.graph.inputs}
     state = model.training.state_dict()
     return Manifest(
-        target="ort-training",
+        target=graphs.target.name,
         versions=versions(),
         layers=tuple(_layer(record) for record in graphs.layers),
         loss=loss.description,
-        optimizer=optimizer,
+        optimizer=graphs.target.optimizer,
         inputs=tuple(_spec(values[name], {}) for name in model.inputs),
         targets=tuple(_spec(values[name], loss.classes) for name in loss.targets),
         outputs=graphs.predictions,

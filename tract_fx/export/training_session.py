@@ -1,4 +1,4 @@
-"""A whole training graph in a session as a trainer runs it."""
+"""Whole training graphs in a session as a trainer runs them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import onnx_ir as ir
 
 from tract_fx import ort_training
 from tract_fx.errors import ExportError
+from tract_fx.export.step_inputs import IS_UPDATE, LEARNING_RATE, STEP
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
+from tract_fx.passes.onnx_graph.values import static_shape
 
-__all__ = ["TrainingSession"]
+__all__ = ["open_session"]
 
 
 class TrainingSession:
@@ -88,6 +90,93 @@ class TrainingSession:
         states = {n: np.array(shared[n].numpy()) for n in self._inputs if n in parameters}
         read = {name: values[name] for name in self._also if name in values}
         return float(values[self._loss]), gradients, {**states, **read}
+
+
+class StockSession:
+    """A step's graph on the CPU, its update and all.
+
+    Args:
+        training: A step's graph with an update. Not changed.
+        also: Names of values inside it that are read as well.
+
+    Raises:
+        ExportError: ONNX Runtime can't run the graph.
+    """
+
+    def __init__(self, training: ir.Model, also: Sequence[str] = ()) -> None:
+        model = training.clone()
+        made = {str(value.name): value for node in model.graph for value in node.outputs}
+        present = {str(value.name) for value in model.graph.outputs}
+        self._shapes = {
+            str(value.name): shape
+            for value in model.graph.inputs
+            if (shape := static_shape(value)) is not None
+        }
+        self._gradients = {name: f"{name}_grad" for name in self._shapes if f"{name}_grad" in made}
+        for name in dict.fromkeys((*self._gradients.values(), *also)):
+            if name in made and name not in present:
+                made[name].type = made[name].type or ir.TensorType(ir.DataType.FLOAT)
+                model.graph.outputs.append(made[name])
+        self._also = tuple(name for name in also if name in made)
+        self._outputs = [str(value.name) for value in model.graph.outputs]
+        try:
+            proto = ir.to_proto(model).SerializeToString()
+            self._session = ort_training.inference_session(proto, "cpu", 0)
+        except Exception as error:  # ONNX Runtime's own classes are not public
+            raise _can_not_run(error) from error
+
+    def run(
+        self, feeds: Mapping[str, np.ndarray], parameters: Mapping[str, np.ndarray]
+    ) -> tuple[float, dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Run a step that changes nothing.
+
+        Args:
+            feeds: The model's inputs and targets.
+            parameters: All tensors of the checkpoint. Not changed.
+
+        Returns:
+            The loss, the gradients by parameter, and the values that are read as well: those that
+            `also` names, and running statistics after the step.
+
+        Raises:
+            ExportError: ONNX Runtime can't run the graph.
+        """  # noqa: DOC501, DOC502 (made by _can_not_run)
+        scalars: dict[str, np.ndarray] = {
+            LEARNING_RATE: np.array(0, np.float32),
+            STEP: np.array(0, np.int64),
+            IS_UPDATE: np.array(True),
+        }
+        known = {**scalars, **parameters, **feeds}
+        given = {}
+        for value in self._session.get_inputs():
+            name = value.name
+            given[name] = known[name] if name in known else np.zeros(self._shapes[name], np.float32)
+        try:
+            found = dict(zip(self._outputs, self._session.run(None, given), strict=True))
+        except Exception as error:
+            raise _can_not_run(error) from error
+        gradients = {name: found[value] for name, value in self._gradients.items()}
+        states = {name: found.get(f"{name}_new", value) for name, value in parameters.items()}
+        states = {name: value for name, value in states.items() if name not in gradients}
+        return (
+            float(found[self._outputs[0]]),
+            gradients,
+            {**states, **{name: found[name] for name in self._also}},
+        )
+
+
+def open_session(training: ir.Model, also: Sequence[str] = ()) -> TrainingSession | StockSession:
+    """Start a session of a training graph as a trainer runs it.
+
+    Args:
+        training: A training graph, of whichever target. Not changed.
+        also: Names of values inside it that are read as well.
+
+    Returns:
+        The session.
+    """
+    names = {value.name for value in training.graph.inputs}
+    return TrainingSession(training, also) if RESET in names else StockSession(training, also)
 
 
 def _can_not_run(error: Exception) -> ExportError:

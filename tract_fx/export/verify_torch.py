@@ -26,7 +26,7 @@ from tract_fx.export.no_dropout import no_dropout
 from tract_fx.export.torch_graphs import TorchGraphs, arrays, evaluation_graph, training_graph
 from tract_fx.export.torch_loss import TorchLoss
 from tract_fx.export.torch_model import TorchModel
-from tract_fx.export.training_session import TrainingSession
+from tract_fx.export.training_session import open_session
 from tract_fx.export.verify_tract import verify_tract
 from tract_fx.step.names import output_names
 
@@ -77,11 +77,13 @@ def verify_torch(model: TorchModel, loss: TorchLoss, graphs: TorchGraphs) -> Non
     training, evaluation = graphs.training, graphs.evaluation
     if _draws(training):
         with no_dropout(model.training) as deterministic:
-            training, *_ = training_graph(model, loss, deterministic)
+            training, *_ = training_graph(model, loss, deterministic, graphs.target)
     if _draws(evaluation):  # a dropout that the model leaves on in evaluation
         with no_dropout(model.evaluation) as deterministic:
-            evaluation, _ = evaluation_graph(model, loss, deterministic, graphs.tensors)
-    session = TrainingSession(training)
+            evaluation, _ = evaluation_graph(
+                model, loss, deterministic, graphs.tensors, graphs.target
+            )
+    session = open_session(training)
     treated = {weight for record in graphs.layers for weight in record.weight}
     for size in _sizes(model):
         resize = functools.partial(_resized, batch=model.batch, size=size)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from tract_fx.errors import ExportError
-from tract_fx.export.training_session import TrainingSession
+from tract_fx.export.training_session import open_session
 from tract_fx.inspection.onnx_calls import (
     observe_call,
     to_weight_layout,
@@ -56,7 +56,7 @@ def verify_tract(
     if not treated:
         return
     names = [name for call in treated for name in call.read]
-    _, _, read = TrainingSession(training, names).run(feeds, parameters)
+    _, _, read = open_session(training, names).run(feeds, parameters)
     values = {**feeds, **parameters, **read}
     for call in treated:
         observed = observe_call(call, values)

@@ -26,5 +26,5 @@ def versions() -> dict[str, str]:
         "tract_fx": own,
         "torch": str(torch.__version__),
         "onnx": onnx.__version__,
-        "onnxruntime": ort_training.runtime().__version__,
+        "onnxruntime": ort_training.any_runtime().__version__,
     }

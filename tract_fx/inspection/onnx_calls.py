@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tract_fx import ort_training
-from tract_fx.errors import UnsupportedModelError
+from tract_fx.errors import UnsupportedLayerError, UnsupportedModelError
 from tract_fx.inspection.observed import ObservedCall
 from tract_fx.passes.onnx_graph.calls import Layout, OnnxCall, match_call
 from tract_fx.passes.onnx_graph.rewrite import (
@@ -105,28 +105,37 @@ def treated_calls(
 
     Raises:
         UnsupportedLayerError: A call's own gradient can't be told apart in the plain graph.
-    """  # noqa: DOC502 (raised by what it calls)
-    made: dict[tuple[str, str], list[ir.Node]] = {}
+    """
+    made: dict[tuple[str, str, str], list[ir.Node]] = {}
     for node in model.graph:
         if PROVENANCE in node.metadata_props:
             provenance = json.loads(node.metadata_props[PROVENANCE])
-            made.setdefault((provenance["call"], provenance["term"]), []).append(node)
+            known = provenance.get("output_gradient", "")  # not written before 0.2
+            made.setdefault((provenance["call"], provenance["term"], known), []).append(node)
     layers = {record.node: record for record in records}
     nodes, plain_nodes = (_by_name(graph) for graph in (model.graph, plain.graph))
     values = {v.name: v for node in model.graph for v in node.outputs}
     treated, problems = [], []
-    for (name, term), own in made.items():
+    for (name, term, known), own in made.items():
         call = match_call(nodes[name]) if name in layers else None
         if call is None:
             problems.append(f"TrAct was put on {name!r}, and the graph has no such layer")
             continue
         plain_call = match_call(plain_nodes[name])
         assert plain_call is not None
-        gradient = find_weight_gradient(plain.graph, plain_call)
-        if gradient is None or gradient.term.name != term:
-            found = None if gradient is None else gradient.term.name
-            problems.append(f"TrAct of {name!r} is on {term!r}; the call's own term is {found!r}")
-            continue
+        try:
+            gradient = find_weight_gradient(plain.graph, plain_call)
+        except UnsupportedLayerError:  # in standard operators a gradient has many forms
+            if known not in values or term not in values:
+                raise
+        else:
+            if gradient is None or gradient.term.name != term:
+                found = None if gradient is None else gradient.term.name
+                problems.append(
+                    f"TrAct of {name!r} is on {term!r}; the call's own term is {found!r}"
+                )
+                continue
+            known = str(gradient.output_gradient.name)
         treated.append(
             TreatedCall(
                 record=layers[name],
@@ -135,7 +144,7 @@ def treated_calls(
                 term=term,
                 plain=values[f"{PREFIX}{name}/plain_gradient"],
                 result=values[term],
-                output_gradient=values[gradient.output_gradient.name],
+                output_gradient=values[known],
             )
         )
     return tuple(treated), tuple(problems)

@@ -76,6 +76,12 @@ def export(
         str | None,
         typer.Option("--output", metavar="NAME", help="The output that the loss reads."),
     ] = None,
+    target: Annotated[
+        Literal["ort-training", "onnxruntime"],
+        typer.Option(
+            help="ONNX Runtime Training, or any ONNX Runtime with the update in the graph."
+        ),
+    ] = "ort-training",
     input_shape: InputShapes = None,
     fixed_batch: Annotated[
         bool,
@@ -94,7 +100,7 @@ def export(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Export a model to artifacts that ONNX Runtime Training trains, with TrAct in the graph.
+    """Export a model to artifacts that ONNX Runtime trains, with TrAct in the graph.
 
     A factory's model is traced by torch.fx; where that fails, TrAct goes on the model itself. One
     that has TrAct already keeps its λ unless --lambda or --layer is given.
@@ -123,6 +129,7 @@ def export(
     options: dict[str, Any] = {
         "loss": None if loss == "none" else loss,
         "optimizer": config,
+        "target": target,
         "output": output_name,
         "plain": plain,
         "trainable": trainable or None,
@@ -132,16 +139,16 @@ def export(
         "dynamic_batch": not fixed_batch,
     }
     with status(f"Exporting {model}"):
-        target = read_target(model, inputs, seed)
-        if isinstance(target.model, Path):
+        subject = read_target(model, inputs, seed)
+        if isinstance(subject.model, Path):
             artifacts = _export(
-                target.model, target, directory, lambda_=lambda_, layers=chosen, **options
+                subject.model, subject, directory, lambda_=lambda_, layers=chosen, **options
             )
         else:
-            _require_inputs(target, model)
-            rewritten = target.model if plain else put_tract(target, lambda_, chosen)
-            artifacts = _export(rewritten, target, directory, **options)
-        findings = _findings(target, trainable)
+            _require_inputs(subject, model)
+            rewritten = subject.model if plain else put_tract(subject, lambda_, chosen)
+            artifacts = _export(rewritten, subject, directory, **options)
+        findings = _findings(subject, trainable)
     output().print(export_table(artifacts, findings))
 
 
@@ -158,11 +165,11 @@ def _optimizer(name: str, settings: dict[str, Any]) -> OptimizerConfig:
 
 
 def _export(
-    model: nn.Module | ExportedProgram | Path, target: Target, directory: Path, **options: Any
+    model: nn.Module | ExportedProgram | Path, subject: Target, directory: Path, **options: Any
 ) -> TrainingArtifacts:
     from tract_fx import export_training
 
-    return export_training(model, target.inputs, directory, **options)
+    return export_training(model, subject.inputs, directory, **options)
 
 
 def _require_inputs(target: Target, name: str) -> None:

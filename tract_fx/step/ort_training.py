@@ -19,7 +19,7 @@ from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
 from tract_fx.step.trace import StepTrace
 
-__all__ = ["CheckpointTensors", "to_evaluation_graph", "to_training_graph"]
+__all__ = ["CheckpointTensors", "hold_constants", "to_evaluation_graph", "to_training_graph"]
 
 _MICROSOFT = "com.microsoft"
 
@@ -88,7 +88,7 @@ def to_training_graph(
     passes.RemoveUnusedNodesPass()(model)
     frozen = [name for name in parameters if name in given and name not in trace.gradients]
     kept = [*frozen, *statistics]
-    _hold(graph, {name: value for name, value in buffers.items() if name not in kept})
+    hold_constants(graph, {name: value for name, value in buffers.items() if name not in kept})
     batch = [given[name] for name in trace.batch]
     tensors = [given[name] for name in (*trace.gradients, *kept)]
     graph.inputs[:] = [*batch, *tensors, *accumulators, reset]
@@ -116,12 +116,17 @@ def to_evaluation_graph(
     for name in held:
         if name not in given:
             given[name] = _value(name, ir.DataType.FLOAT, state[name].shape)
-    _hold(graph, {name: value for name, value in state.items() if name not in held})
+    hold_constants(graph, {name: value for name, value in state.items() if name not in held})
     graph.inputs[:] = [given[name] for name in (*trace.batch, *held)]
 
 
-def _hold(graph: ir.Graph, tensors: Mapping[str, Tensor]) -> None:
-    """Turn those of a graph's inputs that are these tensors into constants."""
+def hold_constants(graph: ir.Graph, tensors: Mapping[str, Tensor]) -> None:
+    """Turn those of a graph's inputs that are these tensors into constants, in place.
+
+    Args:
+        graph: A graph.
+        tensors: The tensors by name.
+    """
     for value in graph.inputs:
         name = str(value.name)
         if name in tensors and value.uses():

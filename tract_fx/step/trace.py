@@ -24,11 +24,25 @@ from tract_fx.step.names import batch_names, free_name, output_names
 from tract_fx.step.operators import refuse_untested, untested
 from tract_fx.step.output_gradient import ancestors, attach_output_gradients
 
-__all__ = ["StepTrace", "trace_step"]
+__all__ = ["StepTrace", "Update", "trace_step"]
 
 aten = torch.ops.aten
 
 Loss = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an optimizer makes of gradients.
+
+    Attributes:
+        inputs: Examples of what it takes beside parameters and gradients, by name.
+        compute: Of parameters and gradients by the parameters' names, and of the inputs; gives new
+            parameters, and new values of inputs that are states, by their names.
+    """
+
+    inputs: dict[str, Tensor]
+    compute: Callable[[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -38,11 +52,13 @@ class StepTrace:
     Attributes:
         graph: Takes the tensors that `inputs` names, in this order, and gives those of `outputs`.
         inputs: The state_dict's keys, of buffers that are not in it too, then the batch's names.
-        outputs: Names of the loss, the gradients and the new buffers; or, of a step without
-            gradients, of the loss and of what the model returns beside it.
+        outputs: Names of the loss, the gradients, the new buffers and what an update makes new; or,
+            of a step without gradients, of the loss and of what the model returns beside it.
         loss: The loss's name.
         gradients: Names of the gradients by the parameters that have one.
         buffers: Names of the new values by the buffers that the step changes.
+        update_inputs: Names of the update's inputs, which are the last of `inputs`.
+        updates: Names of new values by the parameter, or the update's input, that they are of.
         growth: What the step adds to those buffers that are counters, which nothing else reads.
         batch: Names of the model's inputs, then of the targets.
         lambdas: λ by the name of each call with TrAct.
@@ -58,6 +74,8 @@ class StepTrace:
     loss: str
     gradients: dict[str, str]
     buffers: dict[str, str]
+    update_inputs: tuple[str, ...]
+    updates: dict[str, str]
     growth: dict[str, int]
     batch: tuple[str, ...]
     lambdas: dict[str, float]
@@ -78,6 +96,7 @@ def trace_step(
     dynamic_batch: bool = True,
     open_axes: Sequence[Sequence[int]] | None = None,
     names: Sequence[str] = (),
+    update: Callable[[dict[str, Tensor]], Update] | None = None,
     dialect: Dialect = STANDARD,
 ) -> StepTrace:
     """Record a step.
@@ -93,6 +112,7 @@ def trace_step(
         dynamic_batch: Whether the batch's size is left open.
         open_axes: For each input the axes whose sizes are left open, where it is not the batch's.
         names: The names of the inputs and the targets; None for those of the forward method.
+        update: Makes an update of the parameters that have gradients; None leaves them.
         dialect: What it is to be written in.
 
     Returns:
@@ -136,20 +156,29 @@ def trace_step(
     table = exporter.decompositions()
     table = {key: formula for key, formula in table.items() if key not in dialect.translations}
     table |= dialect.formulas
-    graph = _record(functionalize(graph, remove="mutations"), arguments, table)
+    differentiated = functionalize(graph, remove="mutations")
+    made = _Updated.of(update, state, found[-1])
+    mode: Any = arguments[1][0].fake_mode  # type: ignore[attr-defined]
+    extra = [mode.from_tensor(tensor, static_shapes=True) for tensor in made.tensors]
+    graph = _record(made.behind(differentiated), (*arguments, extra), table)
     _refuse_held(graph, model)
     if any(map(len, opened)):
         exporter.refuse_bounded_batch(arguments[1])
-    inputs = (*state.tensors, *names)
-    results, left_out = _kept(graph, inputs, found[0], dialect)
+    inputs = (*state.tensors, *names, *made.inputs)
+    results, left_out = _kept(graph, inputs, found[0], made.names, dialect)
     refuse_untested(graph, dialect.translations)
     return StepTrace(
         graph,
         inputs,
-        (results.loss, *results.outputs, *results.gradients.values(), *results.buffers.values()),
+        (
+            *(results.loss, *results.outputs, *results.gradients.values()),
+            *(*results.buffers.values(), *made.names.values()),
+        ),
         results.loss,
         results.gradients,
         results.buffers,
+        tuple(made.inputs),
+        made.names,
         _growth(graph, inputs, results),
         names,
         lambdas,
@@ -222,6 +251,46 @@ class _Results:
         """The gradients among a graph's results, by parameter."""
         results: Any = graph.graph.output_node().args[0]
         return dict(zip(self.gradients, results[1:], strict=False))
+
+
+class _Updated:
+    """An update behind a differentiated step, and the names of what it makes new."""
+
+    def __init__(self, update: Update, state: _State, results: _Results) -> None:
+        self.update, self.state, self.results = update, state, results
+        self.inputs = tuple(update.inputs)
+        self.tensors = list(update.inputs.values())
+        self.names: dict[str, str] = {}
+
+    @classmethod
+    def of(
+        cls,
+        make: Callable[[dict[str, Tensor]], Update] | None,
+        state: _State,
+        results: _Results,
+    ) -> _Updated:
+        trained = {name: state.tensors[name] for name in results.gradients}
+        update = Update({}, lambda *_: {}) if make is None else make(trained)
+        return cls(update, state, results)
+
+    def behind(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The step, then the update."""
+
+        def whole(
+            tensors: Sequence[Tensor], given: Sequence[Tensor], extra: Sequence[Tensor]
+        ) -> list[Tensor]:
+            found = list(step(tensors, given))
+            own = dict(zip(self.state.tensors, tensors, strict=True))
+            first = 1 + len(self.results.outputs)
+            gradients = dict(zip(self.results.gradients, found[first:], strict=False))
+            parameters = {name: own[name] for name in gradients}
+            new = self.update.compute(
+                parameters, gradients, dict(zip(self.inputs, extra, strict=True))
+            )
+            self.names = {name: f"{name}_new" for name in new}
+            return found + list(new.values())
+
+        return whole
 
 
 @dataclass(frozen=True)
@@ -345,7 +414,11 @@ def _smallest_batch(graph: fx.GraphModule) -> int:
 
 
 def _kept(
-    graph: fx.GraphModule, inputs: Sequence[str], results: _Results, dialect: Dialect
+    graph: fx.GraphModule,
+    inputs: Sequence[str],
+    results: _Results,
+    updates: Mapping[str, str],
+    dialect: Dialect,
 ) -> tuple[_Results, dict[str, str]]:
     """Leave out buffers that come out as they went in, and outputs that can't be written.
 
@@ -353,7 +426,7 @@ def _kept(
     """  # noqa: DOC201
     nodes: Any = graph.graph.output_node().args[0]
     placeholders = dict(zip(inputs, graph.graph.find_nodes(op="placeholder"), strict=True))
-    names = ["", *results.outputs, *results.gradients, *results.buffers]
+    names = ["", *results.outputs, *results.gradients, *results.buffers, *updates]
     buffers, outputs, kept = {}, [], []
     left_out: dict[str, str] = {}
     for name, node in zip(names, nodes, strict=True):
@@ -379,7 +452,8 @@ def _growth(graph: fx.GraphModule, inputs: Sequence[str], results: _Results) -> 
     """What is added to integer buffers that are added to, and not read otherwise."""
     nodes: Any = graph.graph.output_node().args[0]
     placeholders = dict(zip(inputs, graph.graph.find_nodes(op="placeholder"), strict=True))
-    changed = dict(zip(reversed(results.buffers), reversed(nodes), strict=False))
+    first = 1 + len(results.outputs) + len(results.gradients)
+    changed = dict(zip(results.buffers, nodes[first:], strict=False))
     found = {}
     for name, node in changed.items():
         total, start = 0, _read_once(node)

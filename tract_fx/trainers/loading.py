@@ -8,10 +8,10 @@ import warnings
 
 from tract_fx.errors import TractWarning, UnsupportedTrainingError
 from tract_fx.export.directory import TRAINING_MODEL
-from tract_fx.ort_training import TESTED_VERSION, require_device, runtime
+from tract_fx.ort_training import TESTED_VERSION, any_runtime, require_device, runtime
 from tract_fx.trainers.ort_trainer import OrtTrainer
 from tract_fx.trainers.randomness import OWN_GENERATOR, operators, seed_of, seeded
-from tract_fx.trainers.run_state import open_run, read_checked
+from tract_fx.trainers.run_state import TARGET, open_run, read_checked
 
 __all__ = ["load_trainer"]
 
@@ -48,8 +48,8 @@ def load_trainer(
         )
     kind, index = require_device(device)
     manifest, graphs = read_checked(directory)
-    version = runtime().__version__
-    if version != TESTED_VERSION:
+    version = any_runtime().__version__
+    if manifest.target == TARGET and runtime().__version__ != TESTED_VERSION:
         warnings.warn(
             TractWarning(f"ONNX Runtime {version}: tract_fx was tested with {TESTED_VERSION}"),
             stacklevel=2,
@@ -66,5 +66,5 @@ def load_trainer(
             stacklevel=2,
         )
     with seeded(seed_of(manifest.seed, manifest.batches) if own else None):
-        run = open_run(directory, manifest, kind, index)
+        run = open_run(directory, manifest, graphs, kind, index)
     return OrtTrainer(run, manifest, graphs, (kind, index))

@@ -20,7 +20,6 @@ from tract_fx.errors import (
     UnsupportedTrainingError,
 )
 from tract_fx.export.directory import (
-    CHECKPOINT,
     CONSTANTS,
     EVAL_MODEL,
     TRAINING_MODEL,
@@ -30,10 +29,12 @@ from tract_fx.export.manifest import Manifest, TensorSpec
 from tract_fx.ort_training import message_of
 from tract_fx.trainers.batches import Array, BatchValue, check_batch
 from tract_fx.trainers.class_indices import class_ranges, with_range
+from tract_fx.trainers.progress import Progress
 from tract_fx.trainers.randomness import SHARED_GENERATOR, operators, seed_of, seeded
-from tract_fx.trainers.run_state import GRAPHS, RunState, open_run, read_checked
+from tract_fx.trainers.run_state import FILES, RunState, open_run, read_checked
 from tract_fx.trainers.sessions import GradientSession, Predictor
 from tract_fx.trainers.state_dict import read_kept, read_state, without_kept, write_state
+from tract_fx.trainers.stock_run import StockRun
 
 __all__ = ["OrtTrainer"]
 
@@ -53,7 +54,7 @@ class OrtTrainer:
 
     def __init__(
         self,
-        run: RunState,
+        run: RunState | StockRun,
         manifest: Manifest,
         graphs: Mapping[str, bytes],
         device: tuple[str, int],
@@ -67,7 +68,7 @@ class OrtTrainer:
         self._gradient_session: GradientSession | None = None
         self._start(run, manifest)
 
-    def _start(self, run: RunState, manifest: Manifest) -> None:
+    def _start(self, run: RunState | StockRun, manifest: Manifest) -> None:
         """Take up a run where its manifest says that it is."""
         self._run = run
         self._manifest = manifest
@@ -118,7 +119,7 @@ class OrtTrainer:
                 "a learning rate is a finite number, zero or above, within float32",
                 "Pass such a number",
             )
-        self._run.optimizer.set_learning_rate(rate)
+        self._run.set_learning_rate(rate)
         self._rate = rate
 
     def train_step(self, *batch: BatchValue, **named: BatchValue) -> float:
@@ -141,16 +142,16 @@ class OrtTrainer:
         """  # noqa: DOC502 (raised by what it calls)
         arrays = check_batch(self._training_specs, batch, named, "train_step")
         self._require_variance(arrays, "train_step")
-        pending = self._pending
-        module = self._run.module.train()
-        if not pending:
-            module.lazy_reset_grad()
+        pending, specs = self._pending, self._training_specs
+        last = pending + 1 == self._manifest.optimizer.accumulate
+        progress = Progress(not pending, last, self._updates, self.learning_rate)
         try:
             with seeded(self._seed):
-                loss = _first(module(*arrays))
+                loss = self._run.train(_by_name(specs, arrays), progress)
         except Exception as error:  # ONNX Runtime's exceptions have no common root of their own
             self._batches -= pending
             self._has_gradients = False
+            self._run.forget_gradients()
             raise FailedRunError(
                 f"train_step after {self._updates} updates: {message_of(error)}",
                 "ONNX Runtime failed within the step: parameters are as before, gradients since "
@@ -163,7 +164,7 @@ class OrtTrainer:
         self._counters = {key: n + steps.get(key, 1) for key, n in self._counters.items()}
         if not self._pending:
             with _failures("the optimizer's update", "Go back to a saved state with load"):
-                self._run.optimizer.step()
+                self._run.update()
             self._updates += 1
         return loss
 
@@ -183,7 +184,7 @@ class OrtTrainer:
         """  # noqa: DOC502 (raised by what it calls)
         arrays = check_batch(self._training_specs, batch, named, "evaluate")
         with _failures("evaluate"):
-            return _first(self._run.module.eval()(*arrays))
+            return self._run.evaluate(_by_name(self._training_specs, arrays))
 
     def predict(self, *inputs: BatchValue, **named: BatchValue) -> Array | tuple[Array, ...]:
         """Compute the model's outputs in evaluation mode. Nothing is changed.
@@ -233,6 +234,9 @@ class OrtTrainer:
         specs = self._training_specs
         arrays = check_batch(specs, batch, named, "compute_gradients")
         self._require_variance(arrays, "compute_gradients")
+        if isinstance(self._run, StockRun):
+            with _failures("compute_gradients"):
+                return self._run.compute_gradients(_by_name(specs, arrays), self._seed)
         if self._gradient_session is None:
             self._gradient_session = GradientSession(
                 self._graphs[TRAINING_MODEL], self._manifest, *self._device
@@ -305,8 +309,13 @@ class OrtTrainer:
             for name, graph in self._graphs.items():
                 (new.path / name).write_bytes(graph)
             with _failures("save"):
-                self._run.save(new.path / CHECKPOINT)
+                self._run.save(new.path, self._others())
             new.manifest = self.manifest
+
+    def _others(self) -> dict[str, Array]:
+        """What of the state_dict the run does not hold."""
+        own = {spec.name for spec in self._manifest.parameters}
+        return {n: t.numpy() for n, t in self.state_dict().items() if n not in own}
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Go back, or forward, to a saved state of the same model.
@@ -318,15 +327,15 @@ class OrtTrainer:
             DamagedArtifactsError: If the directory is damaged or its graphs are not this trainer's.
                 Nothing is changed then.
         """
-        manifest, _ = read_checked(directory)
-        for name in (*GRAPHS, CONSTANTS):
+        manifest, graphs = read_checked(directory)
+        for name in (*FILES[self._manifest.target][0], CONSTANTS):
             if manifest.files.get(name) != self._manifest.files.get(name):
                 raise DamagedArtifactsError(
                     f"{Path(directory) / name}",
                     "it is not the graph that this trainer runs, the directory is of another model",
                     "Pass a directory that this trainer's save wrote, or call load_trainer",
                 )
-        self._start(open_run(directory, manifest, *self._device), manifest)
+        self._start(open_run(directory, manifest, graphs, *self._device), manifest)
 
     def __repr__(self) -> str:
         layers = ", ".join(f"{layer.name}: λ={layer.lambda_:g}" for layer in self._manifest.layers)
@@ -381,11 +390,6 @@ def _failures(call: str, remedy: str = "Check the batch's values") -> Iterator[N
         raise FailedRunError(
             f"{call}: {message_of(error)}", "ONNX Runtime failed while it ran the graph", remedy
         ) from error
-
-
-def _first(outputs: Any) -> float:
-    """Take the loss from what a module returns: an array, or a tuple that begins with it."""
-    return float(outputs[0] if isinstance(outputs, tuple) else outputs)
 
 
 def _by_name(specs: Any, arrays: list[Array]) -> dict[str, Array]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import onnx
 
-from tract_fx.ort_training import runtime
+from tract_fx.ort_training import any_runtime
 
 __all__ = ["OWN_GENERATOR", "SHARED_GENERATOR", "operators", "seed_of", "seeded"]
 
@@ -68,7 +68,7 @@ def seeded(seed: int | None) -> Iterator[None]:
         yield
         return
     with _ONE_AT_A_TIME:
-        runtime().set_seed(seed)
+        any_runtime().set_seed(seed)
         yield
 
 

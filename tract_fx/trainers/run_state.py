@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,26 @@ from tract_fx.export.directory import (
     CHECKPOINT,
     CONSTANTS,
     EVAL_MODEL,
+    MODEL_TENSORS,
     OPTIMIZER_MODEL,
+    OPTIMIZER_TENSORS,
     TRAINING_MODEL,
     read_directory,
 )
 from tract_fx.export.manifest import Manifest, ParameterSpec
 from tract_fx.ort_training import message_of, parameter_value, session_options, training_api
 from tract_fx.trainers.batches import Array
+from tract_fx.trainers.progress import Progress
+from tract_fx.trainers.stock_run import StockRun
 
-__all__ = ["GRAPHS", "RunState", "open_run", "read_checked"]
+__all__ = ["FILES", "STOCK", "TARGET", "RunState", "open_run", "read_checked"]
 
-GRAPHS = (TRAINING_MODEL, EVAL_MODEL, OPTIMIZER_MODEL)
-TARGET = "ort-training"
+TARGET, STOCK = "ort-training", "onnxruntime"
+FILES = {
+    TARGET: ((TRAINING_MODEL, EVAL_MODEL, OPTIMIZER_MODEL), (CHECKPOINT,)),
+    STOCK: ((TRAINING_MODEL, EVAL_MODEL), (MODEL_TENSORS, OPTIMIZER_TENSORS)),
+}
+"""The graphs and the tensors of each target's directory."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,47 @@ class RunState:
     checkpoint: Any
     module: Any
     optimizer: Any
+
+    def train(self, batch: Mapping[str, Array], progress: Progress) -> float:
+        """Add a batch's gradients to those of the update.
+
+        Args:
+            batch: The batch by name, in order.
+            progress: Where in the run the batch stands.
+
+        Returns:
+            The loss.
+        """
+        module = self.module.train()
+        if progress.first:
+            module.lazy_reset_grad()
+        return _first(module(*batch.values()))
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set what the next updates go by.
+
+        Args:
+            rate: The learning rate.
+        """
+        self.optimizer.set_learning_rate(rate)
+
+    def update(self) -> None:
+        """Make the optimizer's update."""
+        self.optimizer.step()
+
+    def forget_gradients(self) -> None:
+        """Do nothing: the next update's first micro-batch starts anew."""
+
+    def evaluate(self, batch: Mapping[str, Array]) -> float:
+        """Compute the loss in evaluation mode.
+
+        Args:
+            batch: The batch by name, in order.
+
+        Returns:
+            The loss.
+        """
+        return _first(self.module.eval()(*batch.values()))
 
     def value(self, name: str) -> Array:
         """Copy a parameter to the host.
@@ -86,15 +135,21 @@ class RunState:
         """
         self.checkpoint.parameters[name].data = np.array(value, order="C")
 
-    def save(self, file: Path) -> None:
+    def save(self, folder: Path, others: Mapping[str, Array]) -> None:
         """Write a checkpoint with the optimizer's state.
 
         Args:
-            file: Where to.
+            folder: Where to.
+            others: Tensors of the state_dict that the checkpoint does not hold; not written.
         """
         training_api().CheckpointState.save_checkpoint(
-            self.checkpoint, os.fspath(file), include_optimizer_state=True
+            self.checkpoint, os.fspath(folder / CHECKPOINT), include_optimizer_state=True
         )
+
+
+def _first(outputs: Any) -> float:
+    """Take the loss from what a module returns: an array, or a tuple that begins with it."""
+    return float(outputs[0] if isinstance(outputs, tuple) else outputs)
 
 
 def read_checked(directory: str | os.PathLike[str]) -> tuple[Manifest, dict[str, bytes]]:
@@ -111,22 +166,23 @@ def read_checked(directory: str | os.PathLike[str]) -> tuple[Manifest, dict[str,
             Runtime Training.
     """
     manifest = read_directory(directory)
-    if manifest.target != TARGET:
+    if manifest.target not in FILES:
         raise DamagedArtifactsError(
             f"{directory}: artifacts for {manifest.target!r}",
-            "this trainer runs on ONNX Runtime Training",
-            f"Export the model with target={TARGET!r}",
+            "the trainers run on ONNX Runtime Training and on ONNX Runtime",
+            f"Export the model with target={TARGET!r} or target={STOCK!r}",
         )
-    missing = [name for name in (*GRAPHS, CHECKPOINT) if name not in manifest.files]
+    graphs_of, tensors_of = FILES[manifest.target]
+    missing = [name for name in (*graphs_of, *tensors_of) if name not in manifest.files]
     if missing:
         raise DamagedArtifactsError(
             f"{directory}: the manifest names no {missing[0]}",
             "training needs it",
             "Export the model again",
         )
-    present = [name for name in (*GRAPHS, CONSTANTS) if name in manifest.files]
+    present = [name for name in (*graphs_of, CONSTANTS) if name in manifest.files]
     graphs = {name: (Path(directory) / name).read_bytes() for name in present}
-    for name in GRAPHS:
+    for name in graphs_of:
         try:
             onnx.ModelProto.FromString(graphs[name])
         except Exception as error:  # protobuf's own, which has no types
@@ -137,13 +193,18 @@ def read_checked(directory: str | os.PathLike[str]) -> tuple[Manifest, dict[str,
 
 
 def open_run(
-    directory: str | os.PathLike[str], manifest: Manifest, kind: str, index: int
-) -> RunState:
+    directory: str | os.PathLike[str],
+    manifest: Manifest,
+    graphs: Mapping[str, bytes],
+    kind: str,
+    index: int,
+) -> RunState | StockRun:
     """Start a run from a directory.
 
     Args:
         directory: The directory, checked.
         manifest: Its manifest.
+        graphs: Its serialised graphs by file name.
         kind: `"cpu"` or `"cuda"`.
         index: The device's index.
 
@@ -155,6 +216,8 @@ def open_run(
             does not take them.
         MissingRuntimeError: If the parameters are not on the device.
     """  # noqa: DOC502 (raised by what it calls)
+    if manifest.target == STOCK:
+        return StockRun(directory, manifest, graphs, kind, index)
     api, folder = training_api(), Path(directory)
     options = session_options()
     try:

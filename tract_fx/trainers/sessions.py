@@ -16,6 +16,7 @@ from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
 from tract_fx.trainers.batches import Array
 from tract_fx.trainers.randomness import seeded
 from tract_fx.trainers.run_state import RunState
+from tract_fx.trainers.stock_run import StockRun
 
 __all__ = ["GradientSession", "Predictor"]
 
@@ -59,7 +60,7 @@ class Predictor:
         self._device = (kind, index)
         self._session = inference_session(graph, kind, index)
 
-    def run(self, run: RunState, inputs: Mapping[str, Array]) -> list[Array]:
+    def run(self, run: RunState | StockRun, inputs: Mapping[str, Array]) -> list[Array]:
         """Predict.
 
         Args:
@@ -90,7 +91,9 @@ class GradientSession:
         taken = {value.name for value in self._session.get_inputs()}
         self._parameters = [spec for spec in manifest.parameters if spec.name in taken]
 
-    def run(self, run: RunState, inputs: Mapping[str, Array], seed: int | None) -> dict[str, Array]:
+    def run(
+        self, run: RunState | StockRun, inputs: Mapping[str, Array], seed: int | None
+    ) -> dict[str, Array]:
         """Compute gradients.
 
         Args:

@@ -13,6 +13,7 @@ from tract_fx.errors import StateMismatchError
 from tract_fx.export.manifest import Manifest
 from tract_fx.trainers.batches import Array
 from tract_fx.trainers.run_state import RunState
+from tract_fx.trainers.stock_run import StockRun
 
 __all__ = ["read_kept", "read_state", "without_kept", "write_state"]
 
@@ -55,7 +56,7 @@ def without_kept(kept: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> 
 
 
 def read_state(
-    run: RunState, manifest: Manifest, counters: Mapping[str, int]
+    run: RunState | StockRun, manifest: Manifest, counters: Mapping[str, int]
 ) -> dict[str, torch.Tensor]:
     """Copy a run's tensors.
 
@@ -72,7 +73,9 @@ def read_state(
     return state | {key: torch.tensor(value) for key, value in counters.items()}
 
 
-def write_state(run: RunState, manifest: Manifest, state: Mapping[str, Any]) -> dict[str, int]:
+def write_state(
+    run: RunState | StockRun, manifest: Manifest, state: Mapping[str, Any]
+) -> dict[str, int]:
     """Replace a run's tensors, all of them or none.
 
     Args:

@@ -1,0 +1,33 @@
+"""Tensors in files of safetensors, under the names that PyTorch has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+__all__ = ["read_tensors", "write_tensors"]
+
+
+def write_tensors(tensors: Mapping[str, np.ndarray], file: Path) -> None:
+    """Write tensors.
+
+    Args:
+        tensors: The tensors by name.
+        file: Where to.
+    """
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, file)
+
+
+def read_tensors(file: Path) -> dict[str, np.ndarray]:
+    """Read tensors.
+
+    Args:
+        file: The file.
+
+    Returns:
+        The tensors by name.
+    """
+    return dict(load_file(file))

@@ -1,0 +1,130 @@
+"""An optimizer's update as a function of tensors, to be traced behind a step.
+
+Formulas are those of `torch.optim.SGD` and `torch.optim.AdamW`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tract_fx.export.optimizers import SGD, AdamW, OptimizerConfig
+from tract_fx.export.step_inputs import GRADIENT_SUM, IS_UPDATE, LEARNING_RATE, STEP
+from tract_fx.step.trace import Update
+
+__all__ = ["update_of"]
+
+Tensors = Mapping[str, Tensor]
+
+
+def update_of(config: OptimizerConfig, parameters: Tensors) -> Update:
+    """Make an optimizer's update of some parameters.
+
+    Args:
+        config: The optimizer.
+        parameters: The parameters by name.
+
+    Returns:
+        The update. Its states are `NAME.KIND`, and zero at first.
+    """
+    kinds: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    if isinstance(config, SGD):
+        kinds = ("momentum_buffer",) if config.momentum else ()
+    if config.accumulate > 1:
+        kinds += (GRADIENT_SUM,)
+    inputs = {
+        f"{name}.{kind}": torch.zeros_like(parameter)
+        for name, parameter in parameters.items()
+        for kind in kinds
+    }
+    inputs |= {LEARNING_RATE: torch.tensor(config.lr), STEP: torch.tensor(0)}
+    if config.accumulate > 1:
+        inputs[IS_UPDATE] = torch.tensor(True)
+    return Update(inputs, functools.partial(_updated, config))
+
+
+def _updated(
+    config: OptimizerConfig, parameters: Tensors, gradients: Tensors, inputs: Tensors
+) -> dict[str, Tensor]:
+    """New parameters and states by name."""
+    sums: dict[str, Tensor] = {}
+    if config.accumulate > 1:
+        sums = {n: inputs[f"{n}.{GRADIENT_SUM}"] + g for n, g in gradients.items()}
+        gradients = {name: total / config.accumulate for name, total in sums.items()}
+    if config.max_grad_norm is not None:
+        gradients = _clipped(gradients, config.max_grad_norm)
+    rule = _adamw if isinstance(config, AdamW) else _sgd
+    new: dict[str, Tensor] = {}
+    for name, gradient in gradients.items():
+        states = {
+            key.removeprefix(f"{name}."): value
+            for key, value in inputs.items()
+            if key.rpartition(".")[0] == name
+        }
+        parameter, *changed = rule(
+            config,  # type: ignore[arg-type]
+            parameters[name],
+            gradient,
+            states,
+            inputs[LEARNING_RATE],
+            inputs[STEP],
+        )
+        new[name] = parameter
+        kinds = [kind for kind in states if kind != GRADIENT_SUM]
+        new |= {f"{name}.{kind}": value for kind, value in zip(kinds, changed, strict=True)}
+    if not sums:
+        return new
+    now, before = inputs[IS_UPDATE], {**parameters, **inputs}
+    kept = {name: torch.where(now, value, before[name]) for name, value in new.items()}
+    ends = {f"{n}.{GRADIENT_SUM}": torch.where(now, 0.0, total) for n, total in sums.items()}
+    return {**kept, **ends}
+
+
+def _clipped(gradients: Tensors, most: float) -> dict[str, Tensor]:
+    """As `torch.nn.utils.clip_grad_norm_` does."""
+    norms = torch.stack([(gradient * gradient).sum() for gradient in gradients.values()])
+    share = (most / (norms.sum().sqrt() + 1e-6)).clamp(max=1.0)
+    return {name: gradient * share for name, gradient in gradients.items()}
+
+
+def _sgd(
+    config: SGD,
+    parameter: Tensor,
+    gradient: Tensor,
+    states: Tensors,
+    rate: Tensor,
+    step: Tensor,
+) -> tuple[Tensor, ...]:
+    if config.weight_decay:
+        gradient = gradient + config.weight_decay * parameter
+    if not config.momentum:
+        return (parameter - rate * gradient,)
+    buffer = config.momentum * states["momentum_buffer"] + (1 - config.dampening) * gradient
+    if config.dampening:
+        buffer = torch.where(step == 0, gradient, buffer)
+    along = gradient + config.momentum * buffer if config.nesterov else buffer
+    return parameter - rate * along, buffer
+
+
+def _adamw(
+    config: AdamW,
+    parameter: Tensor,
+    gradient: Tensor,
+    states: Tensors,
+    rate: Tensor,
+    step: Tensor,
+) -> tuple[Tensor, ...]:
+    """Bias corrections are float64, as 1 − βᵗ cancels."""
+    first, second = config.betas
+    count = (step + 1).double()
+    correction, root = (
+        (1 - first**count).to(rate.dtype),
+        (1 - second**count).sqrt().to(rate.dtype),
+    )
+    mean = first * states["exp_avg"] + (1 - first) * gradient
+    square = second * states["exp_avg_sq"] + (1 - second) * gradient * gradient
+    decayed = parameter * (1 - rate * config.weight_decay) if config.weight_decay else parameter
+    return decayed - rate / correction * mean / (square.sqrt() / root + config.eps), mean, square

@@ -1,0 +1,250 @@
+"""A training run in any ONNX Runtime: tensors in two sets of buffers, read and written in turn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from tract_fx import ort_training
+from tract_fx.errors import DamagedArtifactsError, TrainerStateError
+from tract_fx.export.directory import EVAL_MODEL, MODEL_TENSORS, OPTIMIZER_TENSORS, TRAINING_MODEL
+from tract_fx.export.graph_runs import cut
+from tract_fx.export.manifest import Manifest
+from tract_fx.export.step_inputs import GRADIENT_SUM, IS_UPDATE, LEARNING_RATE, STEP
+from tract_fx.export.tensor_files import read_tensors, write_tensors
+from tract_fx.ort_training import message_of
+from tract_fx.trainers.batches import Array
+from tract_fx.trainers.progress import Progress
+from tract_fx.trainers.randomness import seeded
+
+__all__ = ["StockRun", "gradient_model"]
+
+_NEW = "_new"
+
+
+class StockRun:
+    """The tensors of one run, and its sessions.
+
+    Args:
+        directory: The directory, checked.
+        manifest: Its manifest.
+        graphs: The serialised graphs by file name.
+        kind: `"cpu"` or `"cuda"`.
+        index: The device's index.
+
+    Raises:
+        DamagedArtifactsError: Tensors and graphs do not go together.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        manifest: Manifest,
+        graphs: Mapping[str, bytes],
+        kind: str,
+        index: int,
+    ) -> None:
+        self._manifest, self._device = manifest, (kind, index)
+        folder = Path(directory)
+        try:
+            self._session = ort_training.inference_session(graphs[TRAINING_MODEL], kind, index)
+            self._evaluation = ort_training.inference_session(graphs[EVAL_MODEL], kind, index)
+        except Exception as error:  # ONNX Runtime's exceptions have no common root of their own
+            raise DamagedArtifactsError(
+                f"{folder}: ONNX Runtime does not load it ({message_of(error)})",
+                "the graphs and the installed ONNX Runtime do not go together",
+                "Export the model again with the installed versions",
+            ) from error
+        arrays = {
+            **read_tensors(folder / MODEL_TENSORS),
+            **read_tensors(folder / OPTIMIZER_TENSORS),
+        }
+        self._outputs = [value.name for value in self._session.get_outputs()]
+        changed = {name.removesuffix(_NEW) for name in self._outputs[1:]}
+        shapes = {value.name: tuple(value.shape) for value in self._session.get_inputs()}
+        specs = {spec.name for spec in manifest.parameters}
+        names = [name for name in shapes if name in specs or name in changed]
+        missing = [n for n in names if n not in arrays or arrays[n].shape != shapes[n]]
+        if missing:
+            raise DamagedArtifactsError(
+                f"{folder}: no tensor {missing[0]!r} of shape {shapes[missing[0]]}",
+                "the graph takes it: tensors and graph are of different models",
+                "Take the directory again from where it was written, or export the model again",
+            )
+        self._values = {name: self._on_device(arrays[name]) for name in {*names, *specs}}
+        self._spare = {name: self._on_device(np.empty_like(arrays[name])) for name in changed}
+        self._training = graphs[TRAINING_MODEL]
+        self._gradients: Any = None
+
+    def _on_device(self, array: Array) -> Any:
+        return ort_training.ort_value(np.array(array, order="C"), *self._device)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the optimizer's states."""
+        parameters = {spec.name for spec in self._manifest.parameters}
+        return tuple(name for name in self._spare if name not in parameters)
+
+    def train(self, batch: Mapping[str, Array], progress: Progress) -> float:
+        """Take a step. Where it fails, the tensors are as before.
+
+        Args:
+            batch: The batch by name.
+            progress: Where in the run the batch stands.
+
+        Returns:
+            The loss.
+        """
+        given = {
+            **batch,
+            LEARNING_RATE: np.asarray(progress.learning_rate, np.float32),
+            STEP: np.asarray(progress.updates, np.int64),
+            IS_UPDATE: np.asarray(progress.last),
+        }
+        taken = {value.name for value in self._session.get_inputs()}
+        binding = self._session.io_binding()
+        feeds = {name: self._on_device(array) for name, array in given.items() if name in taken}
+        feeds |= {name: value for name, value in self._values.items() if name in taken}
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        loss, *others = self._outputs
+        binding.bind_output(loss, "cpu")
+        for name in others:
+            binding.bind_ortvalue_output(name, self._spare[name.removesuffix(_NEW)])
+        self._session.run_with_iobinding(binding)
+        for name, value in self._spare.items():
+            self._spare[name], self._values[name] = self._values[name], value
+        return float(binding.get_outputs()[0].numpy())
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Do nothing: every step is told.
+
+        Args:
+            rate: The learning rate.
+        """
+
+    def update(self) -> None:
+        """Do nothing: the step itself has made the update."""
+
+    def forget_gradients(self) -> None:
+        """Let the next micro-batch be an update's first."""
+        for name, value in self._values.items():
+            if name.endswith(f".{GRADIENT_SUM}"):
+                self._values[name] = self._on_device(np.zeros_like(value.numpy()))
+
+    def gradient(self, name: str) -> Array:
+        """Refuse: a step leaves none.
+
+        Args:
+            name: The parameter's name.
+
+        Raises:
+            TrainerStateError: Always.
+        """
+        raise TrainerStateError(
+            f"the gradient of {name} after a step",
+            "the step's graph has used it up in its update",
+            "Call compute_gradients before the step",
+        )
+
+    def compute_gradients(self, batch: Mapping[str, Array], seed: int | None) -> dict[str, Array]:
+        """Compute gradients. Nothing is changed.
+
+        Args:
+            batch: The batch by name.
+            seed: For the random numbers, None where the graph draws none.
+
+        Returns:
+            The gradients by parameter.
+        """
+        names = [spec.name for spec in self._manifest.parameters if spec.trainable]
+        if self._gradients is None:
+            model = gradient_model(self._training, names)
+            self._gradients = ort_training.inference_session(model, *self._device)
+        taken = [value.name for value in self._gradients.get_inputs()]
+        feeds = {name: self._on_device(array) for name, array in batch.items() if name in taken}
+        feeds |= {name: self._values[name] for name in taken if name in self._values}
+        with seeded(seed):
+            found = self._gradients.run_with_ort_values(None, feeds)
+        return {n: np.array(value.numpy()) for n, value in zip(names, found, strict=True)}
+
+    def evaluate(self, batch: Mapping[str, Array]) -> float:
+        """Compute the loss in evaluation mode.
+
+        Args:
+            batch: The batch by name.
+
+        Returns:
+            The loss.
+        """
+        feeds = {name: self._on_device(array) for name, array in batch.items()}
+        for value in self._evaluation.get_inputs():
+            if value.name in self._values:
+                feeds[value.name] = self._values[value.name]
+        name = self._evaluation.get_outputs()[0].name
+        return float(self._evaluation.run_with_ort_values([name], feeds)[0].numpy())
+
+    def value(self, name: str) -> Array:
+        """Copy a tensor to the host.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            A new array.
+        """
+        return np.array(self._values[name].numpy(), order="C")
+
+    def live_value(self, name: str) -> Any:
+        """Take a tensor where it lies; it is the run's until the next step.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            An `onnxruntime.OrtValue`.
+        """
+        return self._values[name]
+
+    def set_value(self, name: str, value: Array) -> None:
+        """Replace a tensor's value.
+
+        Args:
+            name: Its name.
+            value: The value, of its shape and dtype.
+        """
+        self._values[name] = self._on_device(value)
+
+    def save(self, folder: Path, others: Mapping[str, Array]) -> None:
+        """Write the tensors.
+
+        Args:
+            folder: Where to.
+            others: Tensors of the state_dict that this run does not hold.
+        """
+        parameters = [spec.name for spec in self._manifest.parameters]
+        write_tensors({**others, **{n: self.value(n) for n in parameters}}, folder / MODEL_TENSORS)
+        write_tensors({n: self.value(n) for n in self.states}, folder / OPTIMIZER_TENSORS)
+
+
+def gradient_model(training: bytes, names: Sequence[str]) -> bytes:
+    """Cut a step's graph back to its gradients.
+
+    Args:
+        training: The serialised graph.
+        names: Names of the parameters.
+
+    Returns:
+        The serialised graph that gives them, in order.
+    """
+    model = ir.from_proto(onnx.ModelProto.FromString(training))
+    made = {value.name: value for node in model.graph for value in node.outputs}
+    cut(model.graph, [made[f"{name}_grad"] for name in names])
+    graph: bytes = ir.to_proto(model).SerializeToString()
+    return graph
