@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from onnx_models import by_hand
 from onnx_session import graph, run
-from tract_fx.export.onnx_model import read_model
+from oracle import Spec, tract_gradient
+from tract_fx import import_onnx, tract_module, tract_pass, with_weights
+from tract_fx.errors import StateMismatchError, UnsupportedTrainingError
 from tract_fx.export.reference_model import ReferenceModel
 from tract_fx.importer.build import import_graph
+from tract_fx.importer.forward_model import read_model
+from tract_fx.passes import is_tract
 from tract_fx.step.trace import trace_step
 from tract_fx.step.write import write_step
 
@@ -264,3 +272,116 @@ def relative_error(value: np.ndarray, expected: np.ndarray) -> float:
     """Give the norm of the difference, by the expected value's norm."""
     scale = np.linalg.norm(expected)
     return float(np.linalg.norm(np.float64(value) - expected) / (scale or 1.0))
+
+
+def onnx_s_own(kind: str) -> list[Path]:
+    return sorted((Path(onnx.__file__).parent / "backend" / "test" / "data" / kind).iterdir())
+
+
+def _arrays(folder: Path, what: str) -> list[np.ndarray]:
+    files = sorted(folder.glob(f"{what}_*.pb"), key=lambda file: int(file.stem.split("_")[-1]))
+    return [np.array(onnx.numpy_helper.to_array(onnx.load_tensor(file))) for file in files]
+
+
+@pytest.mark.parametrize(("kind", "count"), [("pytorch-converted", 82), ("pytorch-operator", 35)])
+def test_onnx_s_own_models(kind: str, count: int) -> None:
+    """Those that old exporters of PyTorch wrote: all of them, to the outputs beside them."""
+    for folder in onnx_s_own(kind):
+        model = read_model(folder / "model.onnx")
+        outputs = [str(value.name) for value in model.graph.outputs]
+        trained = [n for n, v in model.graph.initializers.items() if v.dtype == ir.DataType.FLOAT]
+        module = import_graph(model, trained=trained, needed=outputs).module.eval()
+        data = folder / "test_data_set_0"
+        with torch.no_grad():
+            found = module(*map(torch.tensor, _arrays(data, "input")[: len(model.graph.inputs)]))
+        for name, wanted in zip(outputs, _arrays(data, "output"), strict=True):
+            bound = 1e-4 * float(np.abs(np.nan_to_num(wanted)).max(initial=0.0))
+            np.testing.assert_allclose(found[name].numpy(), wanted, 0, bound, err_msg=folder.name)
+        count -= 1
+    assert count == 0
+
+
+def conv_model() -> onnx.ModelProto:
+    return by_hand(
+        "c = Conv <pads=[1, 1, 1, 1]> (x, w, b) "
+        "n = BatchNormalization (c, scale, shift, mean, var) r = Relu (n) "
+        "g = GlobalAveragePool (r) f = Flatten (g) y = Gemm <transB=1> (f, u, v)",
+        {
+            **{"w": (6, 3, 3, 3), "b": (6,), "scale": np.ones(6, np.float32), "shift": (6,)},
+            **{"mean": (6,), "var": np.full(6, 0.5, np.float32), "u": (4, 6), "v": (4,)},
+        },
+        "float[N,3,9,9] x",
+        "float[N,4] y",
+    )
+
+
+@pytest.mark.parametrize("way", ["pass", "module"])
+def test_tract_on_an_imported_model(way: str) -> None:
+    """As on any other: the pass finds the layer, its gradient is TrAct's, and it goes back."""
+    proto = conv_model()
+    module = import_onnx(proto)
+    x, y = torch.randn(8, 3, 9, 9), torch.arange(8) % 4
+    treated = tract_pass(module) if way == "pass" else tract_module(module, x)
+    assert not is_tract(module)
+    wide = copy.deepcopy(treated).double()
+    F.cross_entropy(wide(x.double()), y).backward()
+    plain: Any = copy.deepcopy(module).double()
+    z = F.conv2d(x.double(), plain.w, plain.b, padding=1)
+    z.retain_grad()
+    n = F.batch_norm(z, None, None, plain.scale, plain.shift, True)
+    F.cross_entropy(F.linear(F.relu(n).mean((2, 3)), plain.u, plain.v), y).backward()
+    assert z.grad is not None
+    spec = Spec("conv", (3, 3), (1, 1), 1, "zeros", (1, 1), 1)
+    wanted = tract_gradient(spec, x.double(), z.grad, 0.1)
+    found = wide.get_parameter("w").grad
+    assert found is not None
+    assert relative_error(found.numpy(), wanted) < 1e-9
+    optimizer = torch.optim.SGD(treated.parameters(), 0.1)
+    F.cross_entropy(treated(x), y).backward()
+    optimizer.step()
+    back = with_weights(proto, treated.state_dict())
+    (output,) = run(ir.from_proto(back), {"x": x.numpy()}, ("y",)).values()
+    with torch.no_grad():
+        assert relative_error(output, treated.eval()(x).numpy()) < 1e-5
+
+
+def test_weights_of_another_model_are_refused() -> None:
+    state = import_onnx(conv_model()).state_dict()
+    with pytest.raises(StateMismatchError, match="'u'"):
+        with_weights(conv_model(), {**state, "u": state["u"][:2]})
+    with pytest.raises(StateMismatchError, match="'other'"):
+        with_weights(conv_model(), {**state, "other": state["u"]})
+
+
+@pytest.mark.parametrize("name", ["a.b", "W:0", "/layer/w", "forward", "a", "model.w"])
+def test_names_of_initializers(name: str) -> None:
+    """Dots make modules; whatever else is in a name stays, but for what is a module's own."""
+    weights = {name: np.eye(4, dtype=np.float32), "a.b.c": np.ones(4, np.float32)}
+    proto = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            [
+                onnx.helper.make_node("MatMul", ["x", name], ["h"]),
+                onnx.helper.make_node("Add", ["h", "a.b.c"], ["y"]),
+            ],
+            "named",
+            [onnx.helper.make_tensor_value_info("x", 1, ["N", 4])],
+            [onnx.helper.make_tensor_value_info("y", 1, ["N", 4])],
+            [onnx.numpy_helper.from_array(array, key) for key, array in weights.items()],
+        ),
+        ir_version=9,
+        opset_imports=[onnx.helper.make_opsetid("", 18)],
+    )
+    module = import_onnx(proto)
+    x = torch.randn(2, 4)
+    assert torch.equal(module(x), x + 1)
+    state = {key: value + 1 for key, value in module.state_dict().items()}
+    back = with_weights(proto, state)
+    found = {t.name: onnx.numpy_helper.to_array(t) for t in back.graph.initializer}
+    for key, array in weights.items():
+        np.testing.assert_array_equal(found[key], array + 1)
+
+
+def test_what_can_t_be_imported_is_named() -> None:
+    text = "agraph (float[N, 4] x) => (float y) { h = MatMul (x, w) y = Det (h) }"
+    with pytest.raises(UnsupportedTrainingError, match="Det 'Det_y'"):
+        import_onnx(ir.to_proto(graph(text, {"w": np.eye(4, dtype=np.float32)})))

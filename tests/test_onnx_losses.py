@@ -22,7 +22,8 @@ from onnx_session import run
 from tract_fx import export_training
 from tract_fx.errors import ExportError, TractError, UnsupportedTrainingError
 from tract_fx.export.losses import describe_loss, loss_function, loss_targets
-from tract_fx.export.model_outputs import default_output, logits_of, without_dictionaries
+from tract_fx.export.model_outputs import default_output, logits_of
+from tract_fx.importer.ml_operators import without_dictionaries
 from tract_fx.step.trace import trace_step
 from tract_fx.step.write import write_step
 

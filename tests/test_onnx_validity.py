@@ -10,7 +10,7 @@ from onnx import helper
 
 from onnx_models import by_hand
 from tract_fx.errors import ExportError, TractError, UnsupportedModelError
-from tract_fx.export.onnx_model import read_model
+from tract_fx.importer.forward_model import read_model
 from tract_fx.ort_training import message_of
 
 WEIGHT = {"w": (8, 8)}

@@ -48,6 +48,7 @@ from tract_fx.preconditioner import PatchGeometry, precondition_grad
 
 if TYPE_CHECKING:
     from tract_fx.export import SGD, AdamW, TrainingArtifacts, export_training
+    from tract_fx.importer import import_onnx, with_weights
     from tract_fx.trainers import load_trainer
 
 # What needs an extra is imported on first use: ONNX is not needed to train in PyTorch.
@@ -56,7 +57,9 @@ _EXTRAS = {
     "SGD": "tract_fx.export",
     "TrainingArtifacts": "tract_fx.export",
     "export_training": "tract_fx.export",
+    "import_onnx": "tract_fx.importer",
     "load_trainer": "tract_fx.trainers",
+    "with_weights": "tract_fx.importer",
 }
 
 try:
@@ -99,6 +102,7 @@ __all__ = [
     "__version__",
     "export_training",
     "find_input_layers",
+    "import_onnx",
     "inspect_graph",
     "is_tract",
     "load_trainer",
@@ -106,6 +110,7 @@ __all__ = [
     "remove_tract",
     "tract_module",
     "tract_pass",
+    "with_weights",
 ]
 
 # A star import takes what is there; who asks for the rest by name is told of the extra.

@@ -18,12 +18,12 @@ from tract_fx.errors import InvalidBatchError, TractWarning, UnsupportedTraining
 from tract_fx.export.batch_dimension import fixed_batch, name_batch, open_batch
 from tract_fx.export.losses import Loss
 from tract_fx.export.made_up import are_pixels, made_up_numbers
-from tract_fx.export.ml_operators import read_with_scores
 from tract_fx.export.model_outputs import default_output, logits_of
-from tract_fx.export.onnx_model import ForwardModel, read_forward, read_model
 from tract_fx.export.torch_model import TorchModel
 from tract_fx.importer.build import import_graph
 from tract_fx.importer.detached import detached_names
+from tract_fx.importer.forward_model import ForwardModel, read_forward, read_model
+from tract_fx.importer.ml_operators import read_with_scores
 from tract_fx.importer.modes import evaluation_mode
 from tract_fx.modules import copy_tree
 from tract_fx.passes.choose import LayerChoice

@@ -7,7 +7,6 @@ Classifiers from other frameworks often end after a softmax or a sigmoid, which 
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from torch import nn
 from torch.nn import functional as F
@@ -16,7 +15,7 @@ from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.export.losses import Loss, describe_loss
 from tract_fx.passes.onnx_graph.calls import is_standard
 
-__all__ = ["default_output", "logits_of", "without_dictionaries"]
+__all__ = ["default_output", "logits_of"]
 
 _CROSS_ENTROPY = {"cross_entropy", F.cross_entropy, nn.CrossEntropyLoss}
 _BINARY = {
@@ -31,36 +30,6 @@ _NO_GRADIENT = (
     *("ArgMax", "ArgMin", "Shape", "Size", "NonZero", "Round", "Floor", "Ceil", "Sign", "Unique"),
     *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor"),
 )
-
-
-def without_dictionaries(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Give the scores of a scikit-learn classifier as a tensor, not as a list of dictionaries.
-
-    onnx-ir can't read the type of a ZipMap's output, so that this is done before.
-
-    Args:
-        model: A model; left as it is.
-
-    Returns:
-        A copy with an Identity in place of each ZipMap, or the model if it has none.
-    """
-    maps = {i: n for i, n in enumerate(model.graph.node) if n.op_type == "ZipMap"}
-    if not maps:
-        return model
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    for number, node in maps.items():
-        copy.graph.node[number].CopyFrom(
-            onnx.helper.make_node("Identity", node.input, node.output, name=node.name)
-        )
-        for output in copy.graph.output:
-            if output.name == node.output[0]:
-                output.CopyFrom(
-                    onnx.helper.make_tensor_value_info(
-                        output.name, onnx.TensorProto.FLOAT, [None, None]
-                    )
-                )
-    return copy
 
 
 def default_output(model: ir.Model, loss: Loss) -> str:

@@ -1,1 +1,5 @@
 """ONNX models as PyTorch modules."""
+
+from tract_fx.importer.api import import_onnx, with_weights
+
+__all__ = ["import_onnx", "with_weights"]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from tract_fx.importer.conversion import convert_opset
 from tract_fx.importer.inferred_shapes import inferred_shapes
 from tract_fx.importer.normalizations import normalizations_as_primitives
+from tract_fx.passes.onnx_graph.calls import is_standard
 
 __all__ = ["supported_versions"]
 
+_SLOPES_BROADCAST = 7
 OLDEST_OPSET = 18  # since it, all reductions take their axes as an input, as the repairs write them
 NEWEST_OPSET = 20  # 21 changes GroupNormalization, and is the last that the runtime knows
 OLDEST_IR = (
@@ -36,10 +39,27 @@ def supported_versions(model: ir.Model) -> int:
     for domain in ("", "ai.onnx"):
         opset = model.opset_imports.get(domain)
         if opset is not None and not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+            if opset < _SLOPES_BROADCAST:
+                _slopes_per_channel(model)
             target = OLDEST_OPSET if opset < OLDEST_OPSET else NEWEST_OPSET
             _convert(model, opset, target)
             changed += 1
     return changed
+
+
+def _slopes_per_channel(model: ir.Model) -> None:
+    """Shape PRelu's slopes as later versions read them, which onnx's converter does not do."""
+    inferred_shapes(model)
+    for node in model.graph:
+        slope, x = (node.inputs[1], node.inputs[0]) if is_standard(node, "PRelu") else (None, None)
+        tensor = None if slope is None else slope.const_value
+        if slope is None or x is None or x.shape is None or tensor is None or tensor.size == 1:
+            continue
+        array = tensor.numpy()
+        if array.ndim == 1 and len(x.shape) > 2:
+            shaped = array.reshape(-1, *[1] * (len(x.shape) - 2))
+            slope.const_value = ir.tensor(np.array(shaped), name=slope.name)
+            slope.shape = ir.Shape(shaped.shape)
 
 
 def _convert(model: ir.Model, opset: int, target: int) -> None:

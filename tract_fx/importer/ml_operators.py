@@ -8,11 +8,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from tract_fx.export.model_outputs import without_dictionaries
 from tract_fx.importer.replacement import Replacement
 from tract_fx.passes.onnx_graph.models import as_ir_model
 
-__all__ = ["read_with_scores", "standardised_preprocessing"]
+__all__ = ["read_with_scores", "standardised_preprocessing", "without_dictionaries"]
 
 _DOMAIN = "ai.onnx.ml"
 # One float32 for each number that they read; onnx infers no shape for them.
@@ -75,3 +74,33 @@ def _write_out(node: ir.Node, x: ir.Value) -> None:
     result = new.op("Mul", new.op("Sub", x, offset, like=offset), scale, like=offset)
     result.shape = x.shape
     new.finish(result)
+
+
+def without_dictionaries(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Give the scores of a scikit-learn classifier as a tensor, not as a list of dictionaries.
+
+    onnx-ir can't read the type of a ZipMap's output, so that this is done before.
+
+    Args:
+        model: A model; left as it is.
+
+    Returns:
+        A copy with an Identity in place of each ZipMap, or the model if it has none.
+    """
+    maps = {i: n for i, n in enumerate(model.graph.node) if n.op_type == "ZipMap"}
+    if not maps:
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for number, node in maps.items():
+        copy.graph.node[number].CopyFrom(
+            onnx.helper.make_node("Identity", node.input, node.output, name=node.name)
+        )
+        for output in copy.graph.output:
+            if output.name == node.output[0]:
+                output.CopyFrom(
+                    onnx.helper.make_tensor_value_info(
+                        output.name, onnx.TensorProto.FLOAT, [None, None]
+                    )
+                )
+    return copy

@@ -11,8 +11,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveInitializersFromInputsPass, ShapeInferencePass
 
 from tract_fx.errors import ExportError, UnsupportedModelError, UnsupportedTrainingError
-from tract_fx.export.ml_operators import read_with_scores, standardised_preprocessing
 from tract_fx.importer.auto_pad import explicit_pads
+from tract_fx.importer.ml_operators import read_with_scores, standardised_preprocessing
 from tract_fx.importer.operands import unread_operands
 from tract_fx.importer.permutations import identity_permutations
 from tract_fx.importer.versions import supported_versions

@@ -1,0 +1,110 @@
+"""ONNX models in PyTorch, and trained tensors back in ONNX models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from tract_fx.errors import StateMismatchError
+from tract_fx.importer.build import Imported, import_graph
+from tract_fx.importer.detached import detached_names
+from tract_fx.importer.forward_model import read_forward, read_model
+from tract_fx.passes.onnx_graph.models import as_ir_model
+
+__all__ = ["import_onnx", "with_weights"]
+
+Model = onnx.ModelProto | ir.Model | str | Path
+
+
+def import_onnx(model: Model, *, trainable: Iterable[str] | None = None) -> fx.GraphModule:
+    """Read an ONNX forward model as a PyTorch module that trains.
+
+    Its graph is one of `torch.fx`, in which a convolution is `torch.nn.functional.conv2d` and a
+    product with a weight `linear`, so that `tract_pass` and `tract_module` find the input layer.
+    Parameters and buffers have the initializers' names. `train()` and `eval()` switch the dropout,
+    and the BatchNormalization nodes whose scale or bias is trained; running variances are ONNX's,
+    of the whole batch.
+
+    Args:
+        model: The model, or its file. Not changed.
+        trainable: Names of the initializers that are parameters, where the usual ones are not meant
+            (see `tract_fx.passes.find_onnx_input_layers`).
+
+    Returns:
+        The module, in training mode. It takes the model's inputs in order, and gives its output, or
+        a dictionary of its outputs by name.
+
+    Raises:
+        UnsupportedModelError: `model` is no ONNX forward model.
+        UnsupportedTrainingError: An operator has no counterpart in PyTorch, or what is trained
+            can't be told.
+    """  # noqa: DOC502 (raised by what it calls)
+    module = _imported(model, trainable).module
+    outputs: Any = module.graph.output_node().args[0]
+    if len(outputs) == 1:
+        module.graph.output_node().args = (*outputs.values(),)
+        module.recompile()
+    return module
+
+
+def _imported(model: Model, trainable: Iterable[str] | None) -> Imported:
+    forward = read_forward(
+        read_model(model), lambda_=0.1, layers=None, trainable=trainable, plain=True
+    )
+    outputs = [str(value.name) for value in forward.graph.graph.outputs]
+    return import_graph(
+        forward.graph,
+        trained=(*forward.trained, *forward.frozen),
+        trains=forward.trains,
+        detached=detached_names(forward.graph),
+        needed=outputs,
+    )
+
+
+def with_weights(model: Model, state: Mapping[str, Any]) -> onnx.ModelProto:
+    """Put trained tensors into the ONNX model that they came from.
+
+    Args:
+        model: The model that was imported or exported, or its file. Not changed.
+        state: A state_dict: of a trainer, or of what `import_onnx` gave.
+
+    Returns:
+        The model with the tensors as its initializers, everything else as it was.
+
+    Raises:
+        StateMismatchError: A tensor that the model's initializers have no place for.
+    """
+    result = as_ir_model(model)
+    ir.external_data.load_to_model(result)
+    keys = {key: name for name, key in _keys(model).items()}
+    for key, value in state.items():
+        name = keys.get(key, key)
+        old = result.graph.initializers.get(name)
+        tensor = None if old is None else old.const_value
+        array = torch.as_tensor(value).detach().cpu().numpy()
+        if old is None or tensor is None or tuple(tensor.shape) != array.shape:
+            raise StateMismatchError(
+                f"a state_dict with {key!r} of shape {array.shape}",
+                "the model has no initializer of that name and shape",
+                "Pass the state_dict of the model that was made of this one",
+            )
+        old.const_value = ir.tensor(np.array(array, dtype=tensor.dtype.numpy()), name=name)
+    return ir.to_proto(result)
+
+
+def _keys(model: Model) -> Mapping[str, str]:
+    """The state_dict's keys of the initializers whose names are no keys."""
+    whole = read_model(model)
+    names = list(whole.graph.initializers)
+    outputs = list(whole.graph.outputs)
+    try:
+        return import_graph(whole, trained=names, needed=()).keys if outputs else {}
+    except Exception:  # a model that was trained by its own nodes alone
+        return {}
