@@ -197,6 +197,7 @@ class Manifest:
             raise DamagedArtifactsError(
                 MANIFEST_FILE, "it was altered since it was written: its checksum differs", _REMEDY
             )
+        entries.setdefault("counter_steps", {})  # what 0.1 did not write
         try:
             return decode(cls, entries, "manifest")
         except ValueError as error:  # an optimizer's settings refused by their class, too

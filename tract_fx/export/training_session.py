@@ -13,7 +13,7 @@ from tract_fx.export.step_inputs import IS_UPDATE, LEARNING_RATE, STEP
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
 from tract_fx.passes.onnx_graph.values import static_shape
 
-__all__ = ["open_session"]
+__all__ = ["StockSession", "TrainingSession", "open_session"]
 
 
 class TrainingSession:

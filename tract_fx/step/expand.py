@@ -11,7 +11,7 @@ from tract_fx.passes.onnx_graph.rewrite import insert
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient
 from tract_fx.step.names import free_name
-from tract_fx.step.translations import MARKER, MARKER_DOMAIN, WEIGHT_MARKER
+from tract_fx.step.schemas import MARKER, MARKER_DOMAIN, WEIGHT_MARKER
 
 __all__ = ["expand_markers"]
 

@@ -156,11 +156,11 @@ def trace_step(
     table = exporter.decompositions()
     table = {key: formula for key, formula in table.items() if key not in dialect.translations}
     table |= dialect.formulas
-    differentiated = functionalize(graph, remove="mutations")
+    functional = functionalize(graph, remove="mutations")
     made = _Updated.of(update, state, found[-1])
     mode: Any = arguments[1][0].fake_mode  # type: ignore[attr-defined]
     extra = [mode.from_tensor(tensor, static_shapes=True) for tensor in made.tensors]
-    graph = _record(made.behind(differentiated), (*arguments, extra), table)
+    graph = _record(made.behind(functional), (*arguments, extra), table)
     _refuse_held(graph, model)
     if any(map(len, opened)):
         exporter.refuse_bounded_batch(arguments[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,14 +15,13 @@ from tract_fx.preconditioner import PRECONDITION_GRAD_OPERATOR
 from tract_fx.step.formulas import each
 from tract_fx.step.output_gradient import PRECONDITION_STEP, TREATED_WEIGHT
 from tract_fx.step.random_masks import KEEP_MASK
+from tract_fx.step.schemas import MARKER, MARKER_DOMAIN, WEIGHT_MARKER
 
-__all__ = ["MARKER", "MARKER_DOMAIN", "TRANSLATIONS", "WEIGHT_MARKER", "register_markers"]
+__all__ = ["TRANSLATIONS"]
 
 aten = torch.ops.aten
 
 op: Any = opset18
-
-MARKER_DOMAIN, MARKER, WEIGHT_MARKER = "tract_fx.step", "Precondition", "TreatedWeight"
 
 
 def _max_pool(dims: int) -> Callable[..., Any]:
@@ -126,48 +124,3 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     aten.squeeze.dims: lambda x, dim: op.Squeeze(x, op.Constant(value_ints=list(dim))),
     aten.sym_numel.default: lambda x: op.Size(x),
 }
-
-
-@functools.cache
-def register_markers() -> None:
-    """Make the markers known to onnx; without a schema the translation does not write them."""
-    formal, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
-    kinds = onnx.defs.OpSchema.AttrType
-    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
-    constraint = ("T", ["tensor(float)", "tensor(double)"], "Any float.")
-    onnx.defs.register_schema(
-        onnx.defs.OpSchema(
-            WEIGHT_MARKER,
-            MARKER_DOMAIN,
-            1,
-            doc="The weight of a call.",
-            inputs=[formal("weight", "T")],
-            outputs=[formal("output", "T")],
-            type_constraints=[constraint],
-            attributes=[attribute("call", kinds.STRING, "The call's name.")],
-        )
-    )
-    onnx.defs.register_schema(
-        onnx.defs.OpSchema(
-            MARKER,
-            MARKER_DOMAIN,
-            1,
-            doc="A call's weight gradient gW times (XᵀX/R + λI)⁻¹.",
-            inputs=[
-                formal("gradient", "T"),
-                formal("input", "T"),
-                formal("output_gradient", "T", param_option=optional),
-            ],
-            outputs=[formal("output", "T")],
-            type_constraints=[constraint],
-            attributes=[
-                attribute("lambda_", kinds.FLOAT, "λ > 0."),
-                attribute("group", kinds.INT, "Groups."),
-                attribute("call", kinds.STRING, "The call's name."),
-                *(
-                    attribute(name, kinds.INTS, "As a Conv's.", required=False)
-                    for name in ("strides", "pads", "dilations")
-                ),
-            ],
-        )
-    )

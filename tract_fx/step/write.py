@@ -11,8 +11,8 @@ from tract_fx.importer.metadata import strip_exporter_metadata
 from tract_fx.step import exporter
 from tract_fx.step.expand import expand_markers
 from tract_fx.step.names import BATCH, free_name
+from tract_fx.step.schemas import MICROSOFT, known_operators
 from tract_fx.step.trace import StepTrace
-from tract_fx.step.translations import register_markers
 
 __all__ = ["write_step"]
 
@@ -32,8 +32,8 @@ def write_step(trace: StepTrace, seed: int | None = 0) -> ir.Model:
     Raises:
         ExportError: PyTorch has no translation of an operator, or TrAct can't be exact.
     """  # noqa: DOC502 (raised by what it calls)
-    register_markers()
-    model, results = exporter.translate_graph(trace.graph, trace.dialect.translations)
+    with known_operators():
+        model, results = exporter.translate_graph(trace.graph, trace.dialect.translations)
     graph = model.graph
     for value, name in zip(graph.inputs, trace.inputs, strict=True):
         value.name = name
@@ -56,6 +56,8 @@ def write_step(trace: StepTrace, seed: int | None = 0) -> ir.Model:
         node.attributes.pop("seed", None)
         if seed is not None:
             node.attributes["seed"] = ir.AttrInt64("seed", seed + index)
+    if any(node.domain == MICROSOFT for node in graph):
+        model.opset_imports.setdefault(MICROSOFT, 1)
     graph.inputs[:] = [v for v in graph.inputs if v.uses() or v.name in trace.batch]
     return model
 
@@ -112,7 +114,7 @@ def _name(graph: ir.Graph, trace: StepTrace) -> None:
     outputs = dict(zip(graph.outputs, trace.outputs, strict=True))
     for node in graph:
         for value in node.outputs:
-            if node.domain == "com.microsoft" and not (value.uses() or value.is_graph_output()):
+            if node.op_type == "ConvGrad" and not (value.uses() or value.is_graph_output()):
                 value.name = ""  # ConvGrad computes what has a name
                 continue
             name = value.name or node.op_type.lower()
