@@ -286,9 +286,12 @@ def _not_runnable(evaluation: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict
             return {name: why for each in names for name, why in reasons([each]).items()}
         return {}
 
-    left_out = reasons(others) if others else {}
-    run_graph(evaluation, feeds, [loss])  # whose own fault is no output's
-    return left_out
+    try:
+        run_graph(evaluation, feeds, [loss, *others])
+    except ExportError:
+        run_graph(evaluation, feeds, [loss])  # whose own fault is no output's
+        return reasons(others) if others else {}
+    return {}
 
 
 def _layers(

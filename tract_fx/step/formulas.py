@@ -334,6 +334,30 @@ def _logaddexp(one: Tensor, other: Tensor) -> Tensor:
     return torch.maximum(one, other) + torch.log1p(torch.exp(-(one - other).abs()))
 
 
+def _padded(dz: Tensor, dim: int, before: Any, after: Any) -> Tensor:
+    sides = [0, 0] * (dz.dim() - 1 - dim) + [before, after]
+    return aten.constant_pad_nd(dz, sides)  # type: ignore[no-any-return]
+
+
+@_for(aten.select_backward.default)
+def _select_backward(dz: Tensor, sizes: Sequence[int], dim: int, index: int) -> Tensor:
+    """Zeros around it: scattering takes several times as long."""
+    dim %= len(sizes)
+    index = index + sizes[dim] if index < 0 else index
+    return _padded(dz.unsqueeze(dim), dim, index, sizes[dim] - 1 - index)
+
+
+@_for(aten.slice_backward.default)
+def _slice_backward(
+    dz: Tensor, sizes: Sequence[int], dim: int, start: int, end: int, step: int
+) -> Tensor:
+    dim, whole = dim % len(sizes), sizes[dim]
+    if step != 1 or not isinstance(whole, int):
+        return torch.slice_scatter(dz.new_zeros(sizes), dz, dim, start, end, step)
+    first = min(start + whole if start < 0 else start, whole)
+    return _padded(dz, dim, first, whole - first - dz.shape[dim])
+
+
 @_for(aten.celu.default)
 def _celu(x: Tensor, alpha: float = 1.0) -> Tensor:
     return torch.where(x > 0, x, alpha * (torch.exp(x / alpha) - 1))

@@ -184,16 +184,6 @@ def _softmax_backward(name: str) -> Callable[..., Any]:
     return translate
 
 
-def _gelu(x: Any, approximate: str = "none") -> Any:
-    return _microsoft().FastGelu(x) if approximate == "tanh" else _microsoft().Gelu(x)
-
-
-def _gelu_backward(dz: Any, x: Any, approximate: str = "none") -> Any:
-    if approximate == "tanh":
-        return _microsoft().FastGeluGrad(dz, x)
-    return _microsoft().GeluGrad(dz, x)
-
-
 KERNEL_FORMULAS: dict[Any, Callable[..., Any]] = {
     aten.convolution_backward.default: _transposed_backward,
     aten._native_batch_norm_legit_functional.default: _batch_norm,
@@ -212,7 +202,5 @@ KERNELS: dict[Any, Callable[..., Any]] = {
     aten.native_layer_norm_backward.default: _layer_norm_backward_kernel,
     aten._softmax_backward_data.default: _softmax_backward("SoftmaxGrad_13"),
     aten._log_softmax_backward_data.default: _softmax_backward("LogSoftmaxGrad_13"),
-    aten.gelu.default: _gelu,
-    aten.gelu_backward.default: _gelu_backward,
 }
 """ONNX operators of those that are left."""

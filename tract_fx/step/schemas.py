@@ -46,10 +46,6 @@ _KERNELS: tuple[_Operator, ...] = (
     ),
     ("SoftmaxGrad_13", "dY Y", "dX", {"axis": "INT"}),
     ("LogSoftmaxGrad_13", "dY Y", "dX", {"axis": "INT"}),
-    ("Gelu", "X", "Y", {}),
-    ("GeluGrad", "dY X", "dX", {}),
-    ("FastGelu", "X bias?", "Y", {}),
-    ("FastGeluGrad", "dY X bias?", "dX", {}),
 )
 """Name, inputs, outputs and attributes; optional ones with a question mark."""
 
