@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from ort_reference import (
 )
 from tract_fx import tract_module, tract_pass
 from tract_fx.errors import ExportError, NoInputLayerError, TractError
+from tract_fx.export.torch_graphs import arrays
+from tract_fx.export.training_session import open_session
+from tract_fx.passes import remove_tract_onnx, tract_onnx_pass
 
 CLASSES = 5
 FEATURES = 9
@@ -381,6 +385,32 @@ def test_a_plain_export_of_a_rewritten_model_is_plain(tmp_path: Path) -> None:
     assert relative(taken_out.gradients(*batch)["0.weight"], found["0.weight"]) > 0.1
     with pytest.raises(NoInputLayerError):
         export(seeded(small), rows(4), tmp_path / "c")
+
+
+@pytest.mark.parametrize("first", ["linear", "conv"])
+def test_a_plain_export_can_be_rewritten(first: str, tmp_path: Path) -> None:
+    """As a training graph of whoever's, and back."""
+
+    def build() -> nn.Module:
+        layer = nn.Linear(FEATURES, 7) if first == "linear" else nn.Conv1d(1, 4, 3)
+        last = nn.Linear(7 if first == "linear" else 4 * (FEATURES - 2), CLASSES)
+        return nn.Sequential(layer, nn.Tanh(), nn.Flatten(), last)
+
+    x, y = rows(6), labels(6, CLASSES)
+    x = x if first == "linear" else x[:, None]
+    net = seeded(build)
+    plain = export(net, x[:4], tmp_path / "a", plain=True)
+    rewritten = tract_onnx_pass(tmp_path / "a" / "training_model.onnx", lambda_=0.3)
+    treated_ = export(tract_module(seeded(build), x, lambda_=0.3), x[:4], tmp_path / "b")
+    feeds = arrays({"input": x, "target": y})
+    state = {name: value.numpy() for name, value in plain.trainer().state_dict().items()}
+    for graph, exported in (
+        (rewritten, treated_),
+        (remove_tract_onnx(rewritten), plain),
+        (remove_tract_onnx(tmp_path / "b" / "training_model.onnx"), plain),
+    ):
+        _, found, _ = open_session(ir.from_proto(graph)).run(feeds, state)
+        assert_gradients(found, exported.gradients(x, y))
 
 
 class Named(nn.Module):

@@ -6,10 +6,11 @@ import numpy as np
 import onnx_ir as ir
 
 from tract_fx.errors import ExportError
-from tract_fx.passes.onnx_graph.calls import OnnxCall, is_standard, match_call
+from tract_fx.passes.onnx_graph.calls import OnnxCall, match_call
 from tract_fx.passes.onnx_graph.rewrite import insert
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient
+from tract_fx.step.gradient_names import own_output_gradient, read_transposed
 from tract_fx.step.names import free_name
 from tract_fx.step.schemas import MARKER, MARKER_DOMAIN, WEIGHT_MARKER
 
@@ -89,29 +90,9 @@ def _readers(weight: ir.Node) -> list[ir.Node]:
     One that reads it transposed becomes a Gemm that does so itself.
     """  # noqa: DOC201
     value = weight.outputs[0]
-    turned = [n.outputs[0] for n in value.consumers() if is_standard(n, "Transpose")]
-    for transpose in turned:
-        for product in list(transpose.consumers()):
-            if is_standard(product, "Gemm", "MatMul") and product.inputs[1] is transpose:
-                _as_gemm(product, value)
+    read_transposed(value)
     products = {n for n in value.consumers() if match_call(n) and n.inputs[1] is value}
     return [node for node in _graph_of(weight) if node in products]
-
-
-def _as_gemm(product: ir.Node, weight: ir.Value) -> None:
-    """Let a product with a weight's transpose read the weight itself."""
-    inputs = [product.inputs[0], weight, *product.inputs[2:]]
-    alpha, beta = (product.attributes.get_float(name, 1.0) for name in ("alpha", "beta"))
-    attributes = {"alpha": alpha, "beta": beta, "transB": 1}
-    new = ir.node("Gemm", inputs, attributes, name=product.name)
-    result = new.outputs[0]
-    old = product.outputs[0]
-    result.shape, result.type = old.shape, old.type
-    old.replace_all_uses_with(result, replace_graph_outputs=True)
-    graph = _graph_of(product)
-    graph.insert_after(product, new)
-    graph.remove(product, safe=True)
-    result.name, old.name = old.name, None
 
 
 def _expand(graph: ir.Graph, marker: ir.Node, call: OnnxCall) -> None:
@@ -131,22 +112,6 @@ def _expand(graph: ir.Graph, marker: ir.Node, call: OnnxCall) -> None:
     if f"{call.output.name}_grad" in taken:
         call.output.name = free_name(f"{name}/output", taken)
     lambda_ = np.asarray(marker.attributes["lambda_"].as_float(), np.float32)
-    own = _own(graph, gradient, dz, f"{call.output.name}_grad")
+    own = own_output_gradient(graph, gradient, dz, f"{call.output.name}_grad")
     found = WeightGradient(call, gradient, own)
     insert(graph, name, found, shape, lambda_)
-
-
-def _own(graph: ir.Graph, term: ir.Value, value: ir.Value, name: str) -> ir.Value:
-    """Give a call's output's gradient a value of its own: other layers may have the same one."""
-    copy = ir.node("Identity", [value], name=name)
-    result = copy.outputs[0]
-    result.name, result.shape, result.type = name, value.shape, value.type
-    graph.append(copy)
-    pending = [term.producer()]
-    for node in pending:  # which grows on the way
-        for index, given in enumerate(() if node is None else node.inputs):
-            if given is value and node is not None:
-                node.replace_input_with(index, result)
-            elif given is not None and (maker := given.producer()) is not None:
-                pending += [maker] * is_standard(maker, "Transpose", "Reshape", "MatMul", "Gemm")
-    return result

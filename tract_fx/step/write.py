@@ -10,6 +10,7 @@ from onnx_ir.passes import common as passes
 from tract_fx.importer.metadata import strip_exporter_metadata
 from tract_fx.step import exporter
 from tract_fx.step.expand import expand_markers
+from tract_fx.step.gradient_names import name_gradients
 from tract_fx.step.names import BATCH, free_name
 from tract_fx.step.schemas import MICROSOFT, known_operators
 from tract_fx.step.trace import StepTrace
@@ -52,6 +53,8 @@ def write_step(trace: StepTrace, seed: int | None = 0) -> ir.Model:
     _name(graph, trace)
     _name_batch(graph)
     expand_markers(model)
+    name_gradients(graph, trace.gradients)
+    graph.sort()
     for index, node in enumerate(n for n in graph if n.op_type == "Dropout"):
         node.attributes.pop("seed", None)
         if seed is not None:
