@@ -18,8 +18,9 @@ from onnx_models import by_hand
 from oracle import Spec, precondition, relative_error
 from photographs import photograph_range_255
 from tract_fx import ExportError, TractWarning, export_training, load_trainer, tract_pass
-from tract_fx.export import api
+from tract_fx.export import api, verify_onnx
 from tract_fx.export.made_up import are_pixels, made_up_numbers
+from tract_fx.export.reference_model import NoReferenceError
 from tract_fx.export.torch_graphs import TorchGraphs
 from tract_fx.export.verify_torch import verify_torch
 from tract_fx.importer import build, table
@@ -172,6 +173,30 @@ def test_a_model_read_wrongly_is_seen(
     with pytest.raises(ExportError, match=r"onnx\.reference"):
         export_training(foreign(), None, tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+def test_where_the_reference_can_not_compute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's own run of the file is compared with, and the manifest says so."""
+    export_training(foreign(), None, tmp_path / "a")
+    by_reference = load_trainer(tmp_path / "a").manifest.checks
+    assert by_reference == ("PyTorch, float64", "onnx.reference on the file, float64")
+
+    def none(*_: Any) -> Any:
+        raise NoReferenceError("no such operator")
+
+    monkeypatch.setattr(verify_onnx, "ReferenceModel", none)
+    with pytest.warns(TractWarning, match="no such operator"):
+        export_training(foreign(), None, tmp_path / "b")
+    checks = load_trainer(tmp_path / "b").manifest.checks
+    assert checks == ("PyTorch, float64", "ONNX Runtime on the file, float32")
+    name, function = MISREAD["another activation"]
+    monkeypatch.setitem(table.OPERATORS, ("", name), function)
+    with pytest.warns(TractWarning), pytest.raises(ExportError, match="ONNX Runtime computes"):
+        export_training(foreign(), None, tmp_path / "c")
+    export_training(foreign(), None, tmp_path / "d", verify=False)
+    assert load_trainer(tmp_path / "d").manifest.checks == ()
 
 
 def test_a_norm_read_wrongly_in_training_is_seen(

@@ -159,11 +159,13 @@ def export_training(
         )
     with write_directory(directory, overwrite=overwrite) as new:
         write_graphs(graphs, subject, new.path)
+        checks = []
         if verify:
             verify_torch(subject, chosen, graphs)
+            checks.append("PyTorch, float64")
             if source is not None:
-                verify_import(source, chosen, graphs)
-        new.manifest = describe_graphs(graphs, subject, chosen, seed)
+                checks.append(verify_import(source, chosen, graphs))
+        new.manifest = describe_graphs(graphs, subject, chosen, seed, checks)
     warn_of_frozen(graphs.trace.idle)
     return TrainingArtifacts(Path(directory), new.manifest)
 

@@ -125,6 +125,7 @@ class Manifest:
         counter_steps: What a counter grows by where that is not one: by two in a BatchNorm that is
             called twice.
         aliases: Further state_dict keys of a parameter, with its name.
+        checks: What the export was compared with; nothing where it was not verified.
         updates: Optimizer updates done.
         batches: Training batches seen.
         seed: What dropout's random numbers are derived from.
@@ -146,6 +147,7 @@ class Manifest:
     counters: dict[str, int] = field(default_factory=dict)
     counter_steps: dict[str, int] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    checks: tuple[str, ...] = ()
     updates: int = 0
     batches: int = 0
     seed: int = 0
@@ -197,7 +199,8 @@ class Manifest:
             raise DamagedArtifactsError(
                 MANIFEST_FILE, "it was altered since it was written: its checksum differs", _REMEDY
             )
-        entries.setdefault("counter_steps", {})  # what 0.1 did not write
+        for entry, value in (("counter_steps", {}), ("checks", [])):  # 0.1 wrote neither
+            entries.setdefault(entry, value)
         try:
             return decode(cls, entries, "manifest")
         except ValueError as error:  # an optimizer's settings refused by their class, too

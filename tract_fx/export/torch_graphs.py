@@ -358,7 +358,9 @@ def write_graphs(graphs: TorchGraphs, model: TorchModel, directory: Path) -> Non
     ir.save(build_optimizer(graphs.target.optimizer, count), directory / OPTIMIZER_MODEL)
 
 
-def describe_graphs(graphs: TorchGraphs, model: TorchModel, loss: TorchLoss, seed: int) -> Manifest:
+def describe_graphs(
+    graphs: TorchGraphs, model: TorchModel, loss: TorchLoss, seed: int, checks: Sequence[str]
+) -> Manifest:
     """Write the manifest of a new directory.
 
     Args:
@@ -366,6 +368,7 @@ def describe_graphs(graphs: TorchGraphs, model: TorchModel, loss: TorchLoss, see
         model: The model.
         loss: The loss.
         seed: What dropout's random numbers are derived from.
+        checks: What the graphs were compared with.
 
     Returns:
         The manifest, without the files' checksums.
@@ -389,6 +392,7 @@ def describe_graphs(graphs: TorchGraphs, model: TorchModel, loss: TorchLoss, see
         counters={name: int(state[name]) for name in graphs.tensors.counters},
         counter_steps={n: k for n, k in graphs.tensors.counters.items() if k != 1},
         aliases=dict(graphs.aliases),
+        checks=tuple(checks),
         seed=seed,
     )
 
