@@ -1,0 +1,101 @@
+"""The page that trains in a browser: in a real one, beside PyTorch in float64."""
+
+from __future__ import annotations
+
+import functools
+import json
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from _demo_data import read_digits
+from _demo_training import initial_model, with_tract
+from browser_training import SETTINGS, Handler, prepare
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+EPOCHS, SECONDS = 1, 240
+
+
+def test_it_trains_as_pytorch_does(tmp_path: Path) -> None:
+    if CHROMIUM is None or shutil.which("npm") is None:
+        pytest.skip("needs Chromium and npm")
+    prepare(tmp_path)
+    posted: queue.Queue[tuple[str, bytes]] = queue.Queue()
+
+    class Listening(Handler):
+        def do_POST(self) -> None:  # noqa: N802 (http.server's name)
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(204)
+            self.end_headers()
+            posted.put((self.path, body))
+
+    handler = functools.partial(Listening, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/?report&epochs={EPOCHS}"
+        options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/u")
+        browser = subprocess.Popen(
+            [CHROMIUM, *options, "--remote-debugging-port=0", address],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            path, body = posted.get(timeout=SECONDS)
+            weights = load(body) if path == "/weights" else {}
+            result = json.loads(body if path == "/result" else posted.get(timeout=SECONDS)[1])
+        finally:
+            browser.kill()
+            browser.wait()
+            server.shutdown()
+    assert "error" not in result, result
+    _assert_pytorch_s(result, weights)
+
+
+def _assert_pytorch_s(result: Any, weights: dict[str, torch.Tensor]) -> None:
+    digits = read_digits()
+    model = with_tract(initial_model(digits, seed=0), SETTINGS).double().train()
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        SETTINGS.learning_rate,
+        SETTINGS.momentum,
+        weight_decay=SETTINGS.weight_decay,
+    )
+    order = _shuffled(len(digits.train.labels), 1)
+    for step, found in enumerate(result["losses"][:12]):
+        chosen = order[step * 64 : (step + 1) * 64]
+        optimizer.zero_grad()
+        output = model(digits.train.images[chosen].double())
+        loss = F.cross_entropy(output, digits.train.labels[chosen])
+        loss.backward()
+        optimizer.step()
+        assert found == pytest.approx(loss.item(), rel=2e-4), step
+    assert result["losses"] != result["plain"]
+    assert result["accuracies"][-1] > result["accuracies"][0] + 20
+    trained = initial_model(digits, seed=0)
+    trained.load_state_dict(weights)
+    with torch.no_grad():
+        right = trained.eval()(digits.test.images).argmax(1) == digits.test.labels
+    assert 100 * right.double().mean().item() == pytest.approx(result["accuracies"][-1], abs=0.5)
+    assert int(weights["norm1.num_batches_tracked"]) == len(result["losses"])
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    """The page's own order."""
+    order = list(range(count))
+    for i in range(count - 1, 0, -1):
+        seed = (seed * 1664525 + 1013904223) % 2**32
+        j = seed % (i + 1)
+        order[i], order[j] = order[j], order[i]
+    return order
