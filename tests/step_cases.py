@@ -185,7 +185,7 @@ COMPARED = (
     lambda z: torch.where(z > z.flip(1), z, z.mean()) + torch.where(z <= z.flip(1), z, 0.0),
     lambda z: torch.where((z == z.flip(1)) | ~(z > 0), z, 1.0),
     lambda z: z.clamp_max(0.5) + z.clamp_min(-0.2) + z.clamp(-1, 1),
-    lambda z: z.amin(1) + z.amax(1) + z.aminmax(dim=1)[0] + z.max() - z.min(),
+    lambda z: z.amin(1) + z.amax(1) + z.detach().aminmax(dim=1)[0] + z.max() - z.min(),
     lambda z: z * (z.argmax(1, keepdim=True) == 1),
     lambda z: z.flatten(1).topk(5)[0] + z.flatten(1).sort(1)[0][:, :5],
     lambda z: z.masked_fill(z > 0, float("-inf")).softmax(1).nan_to_num(0.0),
