@@ -611,7 +611,7 @@ def test_importing_the_runtime_leaves_torch_alone() -> None:
     """Its own import replaces torch's `checkpoint`, by one that torch.compile refuses."""
     script = (
         "import torch, torch.utils.checkpoint as c; before = c.checkpoint\n"
-        "from tract_fx.ort_training import artifacts, training_api; artifacts(); training_api()\n"
+        "from tract_fx.ort_training import runtime, training_api; runtime(); training_api()\n"
         "assert c.checkpoint is before"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=300)

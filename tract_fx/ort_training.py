@@ -20,8 +20,6 @@ from tract_fx.errors import MissingRuntimeError
 __all__ = [
     "TESTED_VERSION",
     "any_runtime",
-    "artifacts",
-    "gradient_graph_builder",
     "inference_session",
     "message_of",
     "ort_value",
@@ -136,16 +134,6 @@ def training_api() -> ModuleType:
     return importlib.import_module("onnxruntime.training.api")
 
 
-def artifacts() -> ModuleType:
-    """Import `onnxruntime.training.artifacts`: generate_artifacts.
-
-    Returns:
-        The module.
-    """
-    runtime()
-    return importlib.import_module("onnxruntime.training.artifacts")
-
-
 def save_checkpoint(trained: Sequence[Any], kept: Sequence[Any], file: Path) -> None:
     """Write a checkpoint.
 
@@ -157,16 +145,6 @@ def save_checkpoint(trained: Sequence[Any], kept: Sequence[Any], file: Path) -> 
     training_api()
     utilities = importlib.import_module("onnxruntime.training.onnxblock.checkpoint_utils")
     utilities.save_checkpoint((list(trained), list(kept)), str(file))
-
-
-def gradient_graph_builder() -> Any:
-    """Import ONNX Runtime's gradient builder by any value, which no public module has.
-
-    Returns:
-        The class.
-    """
-    runtime()
-    return importlib.import_module("onnxruntime.capi._pybind_state").GradientGraphBuilder
 
 
 def parse_device(device: object) -> tuple[str, int]:

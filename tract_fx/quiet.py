@@ -1,4 +1,4 @@
-"""Keep the chatter of exporters and of ONNX Runtime's gradient builder to itself."""
+"""Keep the chatter of exporters and of ONNX Runtime to itself."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ __all__ = ["quiet"]
 def quiet() -> Iterator[None]:
     """Silence warnings, log records below errors, and what native code writes to standard error.
 
-    PyTorch's exporter warns of packages that are not installed and of its own deprecations; the
-    gradient builder writes dozens of informational lines to the process's standard error, whatever
-    its logger's severity, so that the file descriptor is what has to be turned away. Exceptions
-    come through.
+    PyTorch's exporter warns of packages that are not installed and of its own deprecations. What
+    native code writes has no logger that could be told, so that the file descriptor is turned away.
+    Exceptions come through.
     """
     sys.stderr.flush()
     disabled = logging.root.manager.disable

@@ -16,7 +16,6 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import _WrappedHook
@@ -29,7 +28,6 @@ __all__ = [
     "copy_graph",
     "full_precision",
     "functions_are_seen",
-    "guards",
     "has_autocast",
     "inside_dual_level",
     "inside_functorch",
@@ -66,18 +64,6 @@ _TRANSLATIONS: dict[tuple[Any, ...], Any] = {}
 _lock = Lock()
 _inside = {"cuda": 0, "mkldnn": 0}
 _before = {"cuda": "none", "mkldnn": "none"}
-
-
-def guards(program: ExportedProgram) -> list[str]:
-    """Tell what an exported program takes for granted of its inputs, beyond ranges of sizes.
-
-    Args:
-        program: The program.
-
-    Returns:
-        Conditions, as Python expressions.
-    """
-    return list(program._guards_code)
 
 
 def inside_functorch() -> bool:

@@ -1,4 +1,4 @@
-"""The pass on ONNX graphs: locate → choose → rewrite, and the repairs that training needs."""
+"""The pass on ONNX graphs: locate → choose → rewrite."""
 
 from tract_fx.passes.onnx_graph.api import remove_tract_onnx, tract_onnx_pass
 from tract_fx.passes.onnx_graph.find import find_onnx_input_layers

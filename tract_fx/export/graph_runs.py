@@ -28,8 +28,7 @@ def accumulated_gradients(training: ir.Model) -> dict[str, str]:
         training: A training graph.
 
     Returns:
-        The value's name by parameter; mostly `{parameter}_grad`, another one where a repair reads
-        the parameter through a copy.
+        The value's name by parameter; mostly `{parameter}_grad`.
     """
     return {
         str(node.inputs[0].name).removesuffix(BUFFER): str(node.inputs[1].name)

@@ -9,19 +9,7 @@ import onnx_ir as ir
 
 from tract_fx.errors import TractWarning
 
-__all__ = ["only_output", "remove_unused", "warn_of_left_out"]
-
-
-def only_output(model: ir.Model, name: str) -> None:
-    """Leave one output, and drop the nodes that nothing needs then, in place.
-
-    Args:
-        model: A graph.
-        name: Name of the output to keep.
-    """
-    kept = next(value for value in model.graph.outputs if value.name == name)
-    model.graph.outputs[:] = [kept]
-    remove_unused(model)
+__all__ = ["remove_unused", "warn_of_left_out"]
 
 
 def remove_unused(model: ir.Model) -> None:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import nn
-from torch.export import ExportedProgram
-from torch.utils._sympy.numbers import int_oo
 
 from tract_fx.errors import ExportError, UnsupportedTrainingError
-from tract_fx.torch_private import guards
 
 __all__ = [
-    "refuse_bounded_batch",
-    "refuse_embedding_options",
     "refuse_gradient_hooks",
     "refuse_other_parameters",
     "refuse_shared_memory",
 ]
 
-# Two inputs of one batch: a trainer checks that.
-_SAME_SIZE = re.compile(r"\S+\.size\(\)\[\d+\] [=<>]= \S+\.size\(\)\[\d+\]")
 _MODULE_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
@@ -80,50 +71,6 @@ def refuse_other_parameters(optimizer: object, model: nn.Module) -> None:
             "its settings are meant for another model",
             "Make the optimizer from the parameters of the model that is exported",
         )
-
-
-def refuse_bounded_batch(program: ExportedProgram) -> None:
-    """Refuse a program that holds for some batch sizes alone.
-
-    Args:
-        program: A model, or a loss, captured with an open batch.
-
-    Raises:
-        ExportError: It branched on the batch's size.
-    """
-    bounded = [
-        f"{bounds.lower} <= size <= {bounds.upper}"
-        for bounds in program.range_constraints.values()
-        if bounds.lower > 2 or bounds.upper != int_oo
-    ]
-    conditions = [c for c in guards(program) if not _SAME_SIZE.fullmatch(c)] + bounded
-    if conditions:
-        raise ExportError(
-            f"a forward pass that holds for inputs with {conditions[0]} alone",
-            "the graph would compute the example batch's branch for batches of every size",
-            "Leave such branches out, or export for one batch size with dynamic_batch=False",
-        )
-
-
-def refuse_embedding_options(program: ExportedProgram) -> None:
-    """Refuse embeddings whose gradient is not the look-up's own.
-
-    Args:
-        program: A model.
-
-    Raises:
-        ExportError: One has a padding index, or scales by frequency.
-    """
-    for node in program.graph.nodes:
-        if node.target is torch.ops.aten.embedding.default:
-            padding, *scaled = [*node.args[2:], -1, False][:2]
-            if padding != -1 or any(scaled):
-                raise ExportError(
-                    f"an embedding with padding_idx or scale_grad_by_freq (node {node.name!r})",
-                    "ONNX has the look-up alone, whose gradient would train the padding row, or "
-                    "not be scaled",
-                    "Leave the option out",
-                )
 
 
 def refuse_shared_memory(model: nn.Module) -> None:

@@ -117,7 +117,7 @@ class Target:
 def training_graph(
     model: TorchModel, loss: TorchLoss, training: nn.Module, target: Target
 ) -> tuple[ir.Model, StepTrace, CheckpointTensors]:
-    """Write a model's step as ONNX Runtime Training reads it.
+    """Write a model's step as the target's runtime reads it.
 
     Args:
         model: The model.
@@ -215,7 +215,7 @@ def evaluation_graph(
     tensors: CheckpointTensors,
     target: Target,
 ) -> tuple[ir.Model, StepTrace]:
-    """Write a model in evaluation mode as ONNX Runtime Training reads it.
+    """Write a model in evaluation mode as the target's runtime reads it.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""Conv with auto_pad, which ONNX Runtime's ConvGrad takes for a Conv without padding."""
+"""Conv with auto_pad, whose padding depends on the image's size."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ __all__ = ["explicit_pads"]
 def explicit_pads(model: ir.Model) -> int:
     """Write the padding of each Conv as `pads` in place of `auto_pad`.
 
-    ConvGrad does not know SAME_UPPER and SAME_LOWER: the gradients by the weight and by the input
-    would be those of another convolution.
+    Neither PyTorch's convolution nor ONNX Runtime's ConvGrad knows SAME_UPPER and SAME_LOWER.
 
     Args:
         model: The model, edited in place. Shapes are inferred.

@@ -26,7 +26,7 @@ __all__ = ["ForwardModel", "read_forward", "read_model"]
 
 
 def read_model(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
-    """Read a forward model and bring it to what ONNX Runtime Training knows.
+    """Read a forward model and bring it to what the importer knows.
 
     Args:
         model: A forward model, or its file. Not changed.

@@ -27,7 +27,7 @@ def inferred_shapes(model: ir.Model) -> int:
     if result.model is not model:
         raise ExportError(
             "onnx's shape inference gave another model back",
-            "the repairs work in place",
+            "a model is read in place",
             "Use the version of onnx-ir that this package was tested with",
         )
     return before - _unknown(model)

@@ -1,4 +1,4 @@
-"""InstanceNormalization and GroupNormalization, which ONNX Runtime has no gradient for."""
+"""InstanceNormalization and GroupNormalization, which onnx can't bring to an older opset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operands: read twice by one node, where ONNX Runtime counts one reading, or not read at all."""
+"""Operands that their node does not read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["unread_operands"]
 def unread_operands(model: ir.Model) -> int:
     """Leave out the C of each Gemm with beta = 0, which nobody reads.
 
-    The builder has no gradient for such a Gemm, and its C would be taken for a bias to train.
+    It would be taken for a bias to train.
 
     Args:
         model: The model, edited in place.

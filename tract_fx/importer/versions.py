@@ -1,4 +1,4 @@
-"""The opset and IR versions that ONNX Runtime Training 1.19.2 reads."""
+"""The opset and IR versions that the importer reads."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tract_fx.passes.onnx_graph.calls import is_standard
 __all__ = ["supported_versions"]
 
 _SLOPES_BROADCAST = 7
-OLDEST_OPSET = 18  # since it, all reductions take their axes as an input, as the repairs write them
-NEWEST_OPSET = 20  # 21 changes GroupNormalization, and is the last that the runtime knows
+OLDEST_OPSET = 18  # since it, all reductions but ReduceSum take their axes as an input too
+NEWEST_OPSET = 20  # 21 changes GroupNormalization
 OLDEST_IR = (
     4  # before it, each initializer had to be an input too, on which onnx's converter insists
 )
@@ -22,7 +22,7 @@ NEWEST_IR = 10
 
 
 def supported_versions(model: ir.Model) -> int:
-    """Bring a model to an opset and an IR version that the gradient builder takes.
+    """Bring a model to an opset and an IR version that the importer takes.
 
     Args:
         model: The model, edited in place.

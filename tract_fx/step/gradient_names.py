@@ -132,11 +132,8 @@ def _as_gemm(product: ir.Node, weight: ir.Value) -> None:
     turned = product.attributes.get_int("transA", 0)
     attributes = {"alpha": alpha, "beta": beta, "transA": turned, "transB": 1}
     new = ir.node("Gemm", inputs, attributes, name=product.name)
-    result, old = new.outputs[0], product.outputs[0]
-    result.shape, result.type = old.shape, old.type
-    old.replace_all_uses_with(result, replace_graph_outputs=True)
     graph = product.graph
     assert isinstance(graph, ir.Graph)
-    graph.insert_after(product, new)
-    graph.remove(product, safe=True)
-    result.name, old.name = old.name, None
+    ir.convenience.replace_nodes_and_values(
+        graph, product, [product], [new], product.outputs, new.outputs
+    )

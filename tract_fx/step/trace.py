@@ -403,9 +403,7 @@ _BATCH_NORMS = ("aten.native_batch_norm.", "aten._native_batch_norm_legit.")
 def _smallest_batch(graph: fx.GraphModule) -> int:
     """What a trained BatchNorm has a variance from."""
     for node in graph.graph.nodes:
-        if str(node.target).startswith(
-            ("aten.native_batch_norm.", "aten._native_batch_norm_legit.")
-        ):
+        if str(node.target).startswith(_BATCH_NORMS):
             x, *_ = node.args
             trains = node.args[5] is True or len(node.args) < 8
             if trains and all(size == 1 for size in x.meta["val"].shape[2:]):

@@ -71,11 +71,9 @@ def _casts(graph: ir.Graph) -> None:
         x, like = node.inputs
         if like is not None and like.dtype is not None:
             cast = ir.node("Cast", [x], {"to": ir.AttrInt64("to", int(like.dtype))})
-            result, old = cast.outputs[0], node.outputs[0]
-            result.shape, result.type, result.name = old.shape, old.type, old.name
-            old.replace_all_uses_with(result, replace_graph_outputs=True)
-            graph.insert_before(node, cast)
-            graph.remove(node, safe=True)
+            ir.convenience.replace_nodes_and_values(
+                graph, node, [node], [cast], node.outputs, cast.outputs
+            )
 
 
 def _keep_padding_out_of_pools(graph: ir.Graph) -> None:
