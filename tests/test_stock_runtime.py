@@ -226,21 +226,21 @@ def test_the_saved_model_is_pytorch_s(tmp_path: Path) -> None:
 
 
 class Mixed(nn.Module):
-    """Tied weights, a frozen parameter, a constant, a layer that the loss does not reach."""
+    """Tied weights, a single number, a frozen parameter, a constant, a layer without gradients."""
 
     mean: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.mid = nn.Linear(12, 12), nn.Linear(12, 12)
-        self.mid.weight = self.first.weight
+        self.mid.weight, self.factor = self.first.weight, nn.Parameter(torch.tensor(1.5))
         self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 12), requires_grad=False)
         self.register_buffer("mean", torch.linspace(-1, 1, 12))
         self.unused, self.head = nn.Linear(2, 2), nn.Linear(12, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.tanh(self.first(x - self.mean)) * self.scale
-        return self.head(torch.tanh(self.mid(hidden)))  # type: ignore[no-any-return]
+        return self.head(torch.tanh(self.mid(hidden)) * self.factor)  # type: ignore[no-any-return]
 
 
 def test_what_is_tied_frozen_and_unused(tmp_path: Path) -> None:
@@ -254,6 +254,20 @@ def test_what_is_tied_frozen_and_unused(tmp_path: Path) -> None:
         y = torch.arange(5)
         assert trainer.train_step(x, y) == pytest.approx(run.step(x, y), rel=1e-5)
     assert_same_state(trainer, run, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["factor_new", "factor_grad", "factor.momentum_buffer_new"])
+def test_names_of_its_own_are_refused(name: str, tmp_path: Path) -> None:
+    proto = by_hand(
+        "h = MatMul (x, w) y = Mul (h, factor)",
+        {"w": (12, CLASSES), "factor": (CLASSES,)},
+        "float[N,12] x",
+        f"float[N,{CLASSES}] y",
+    )
+    proto.graph.input[0].name = proto.graph.node[0].input[0] = name
+    with pytest.raises(ExportError, match=rf"name '{name}'.*Rename"):
+        write(proto, None, tmp_path / "a", optimizer=SGD(lr=0.1, momentum=0.9))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_of_another_framework(tmp_path: Path) -> None:

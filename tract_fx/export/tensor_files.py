@@ -18,7 +18,7 @@ def write_tensors(tensors: Mapping[str, np.ndarray], file: Path) -> None:
         tensors: The tensors by name.
         file: Where to.
     """
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, file)
+    save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, file)
 
 
 def read_tensors(file: Path) -> dict[str, np.ndarray]:

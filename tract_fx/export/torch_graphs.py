@@ -43,6 +43,7 @@ from tract_fx.passes.onnx_graph.parameters import RESET
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.records import InputLayer
 from tract_fx.step.dialects import ORT_TRAINING, STANDARD, Dialect
+from tract_fx.step.names import GRADIENT, NEW
 from tract_fx.step.ort_training import CheckpointTensors, to_evaluation_graph, to_training_graph
 from tract_fx.step.stock import to_step_graph
 from tract_fx.step.trace import StepTrace, trace_step
@@ -148,11 +149,14 @@ def training_graph(
 
 def _refuse_names(trace: StepTrace) -> None:
     own = {RESET, *trace.update_inputs}
+    if trace.updates:  # which has its results by these names
+        changed = (*trace.gradients, *trace.buffers, *trace.update_inputs)
+        own |= {f"{name}{suffix}" for name in changed for suffix in (GRADIENT, NEW)}
     given = trace.inputs[: len(trace.inputs) - len(trace.update_inputs)]
     for name in own.intersection(given):
         raise ExportError(
             f"the name {name!r} in the model",
-            "the training graph gives it to an input of its own",
+            "the training graph gives it to a value of its own",
             "Rename it",
         )
 

@@ -12,6 +12,7 @@ from tract_fx.errors import ExportError
 from tract_fx.export.step_inputs import IS_UPDATE, LEARNING_RATE, STEP
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
 from tract_fx.passes.onnx_graph.values import static_shape
+from tract_fx.step.names import GRADIENT, NEW
 
 __all__ = ["StockSession", "TrainingSession", "open_session"]
 
@@ -112,7 +113,8 @@ class StockSession:
             for value in model.graph.inputs
             if (shape := static_shape(value)) is not None
         }
-        self._gradients = {name: f"{name}_grad" for name in self._shapes if f"{name}_grad" in made}
+        named = {name: f"{name}{GRADIENT}" for name in self._shapes}
+        self._gradients = {name: value for name, value in named.items() if value in made}
         for name in dict.fromkeys((*self._gradients.values(), *also)):
             if name in made and name not in present:
                 made[name].type = made[name].type or ir.TensorType(ir.DataType.FLOAT)
@@ -156,7 +158,7 @@ class StockSession:
         except Exception as error:
             raise _can_not_run(error) from error
         gradients = {name: found[value] for name, value in self._gradients.items()}
-        states = {name: found.get(f"{name}_new", value) for name, value in parameters.items()}
+        states = {name: found.get(f"{name}{NEW}", value) for name, value in parameters.items()}
         states = {name: value for name, value in states.items() if name not in gradients}
         return (
             float(found[self._outputs[0]]),

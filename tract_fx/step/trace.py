@@ -20,7 +20,7 @@ from tract_fx.preconditioner import to_training_graph
 from tract_fx.program import held_at
 from tract_fx.step import exporter
 from tract_fx.step.dialects import STANDARD, Dialect
-from tract_fx.step.names import batch_names, free_name, output_names
+from tract_fx.step.names import GRADIENT, NEW, batch_names, free_name, output_names
 from tract_fx.step.operators import refuse_untested, untested
 from tract_fx.step.output_gradient import ancestors, attach_output_gradients
 
@@ -242,8 +242,8 @@ class _Results:
         name = free_name("loss", taken)
         every = torch.autograd.grad(loss, wanted, allow_unused=True)
         found = {n: g for n, g in zip(state.trained, every, strict=True) if g is not None}
-        gradients = {n: free_name(f"{n}_grad", taken) for n in found}
-        buffers = {n: free_name(f"{n}_new", taken) for n in state.buffers}
+        gradients = {n: free_name(f"{n}{GRADIENT}", taken) for n in found}
+        buffers = {n: free_name(f"{n}{NEW}", taken) for n in state.buffers}
         results = [loss, *found.values(), *(own[n] for n in state.buffers)]
         return cls(results, name, [], gradients, buffers)
 
@@ -287,7 +287,7 @@ class _Updated:
             new = self.update.compute(
                 parameters, gradients, dict(zip(self.inputs, extra, strict=True))
             )
-            self.names = {name: f"{name}_new" for name in new}
+            self.names = {name: f"{name}{NEW}" for name in new}
             return found + list(new.values())
 
         return whole

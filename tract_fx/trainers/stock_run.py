@@ -19,13 +19,12 @@ from tract_fx.export.manifest import Manifest
 from tract_fx.export.step_inputs import GRADIENT_SUM, IS_UPDATE, LEARNING_RATE, STEP
 from tract_fx.export.tensor_files import read_tensors, write_tensors
 from tract_fx.ort_training import message_of
+from tract_fx.step.names import GRADIENT, NEW
 from tract_fx.trainers.batches import Array
 from tract_fx.trainers.progress import Progress
 from tract_fx.trainers.randomness import seeded
 
 __all__ = ["StockRun", "gradient_model"]
-
-_NEW = "_new"
 
 
 class StockRun:
@@ -66,7 +65,7 @@ class StockRun:
             **read_tensors(folder / OPTIMIZER_TENSORS),
         }
         self._outputs = [value.name for value in self._session.get_outputs()]
-        changed = {name.removesuffix(_NEW) for name in self._outputs[1:]}
+        changed = {name.removesuffix(NEW) for name in self._outputs[1:]}
         shapes = {value.name: tuple(value.shape) for value in self._session.get_inputs()}
         specs = {spec.name for spec in manifest.parameters}
         names = [name for name in shapes if name in specs or name in changed]
@@ -116,7 +115,7 @@ class StockRun:
         loss, *others = self._outputs
         binding.bind_output(loss, "cpu")
         for name in others:
-            binding.bind_ortvalue_output(name, self._spare[name.removesuffix(_NEW)])
+            binding.bind_ortvalue_output(name, self._spare[name.removesuffix(NEW)])
         self._session.run_with_iobinding(binding)
         for name, value in self._spare.items():
             self._spare[name], self._values[name] = self._values[name], value
@@ -245,6 +244,6 @@ def gradient_model(training: bytes, names: Sequence[str]) -> bytes:
     """
     model = ir.from_proto(onnx.ModelProto.FromString(training))
     made = {value.name: value for node in model.graph for value in node.outputs}
-    cut(model.graph, [made[f"{name}_grad"] for name in names])
+    cut(model.graph, [made[f"{name}{GRADIENT}"] for name in names])
     graph: bytes = ir.to_proto(model).SerializeToString()
     return graph
