@@ -20,10 +20,9 @@ from tract_fx.export.directory import write_directory
 from tract_fx.export.forward import OnnxSource, onnx_source
 from tract_fx.export.losses import Loss
 from tract_fx.export.lost_in_graphs import refuse_other_parameters
-from tract_fx.export.manifest import Manifest
+from tract_fx.export.manifest import ORT_TRAINING, STOCK, Manifest
 from tract_fx.export.optimizers import OptimizerConfig, optimizer_from
 from tract_fx.export.torch_graphs import (
-    STOCK,
     Target,
     build_graphs,
     describe_graphs,
@@ -171,7 +170,7 @@ def export_training(
 
 
 def _check_target(target: object) -> None:
-    if target not in ("ort-training", STOCK):
+    if target not in (ORT_TRAINING, STOCK):
         raise UnsupportedTrainingError(
             f"{target=}",
             "there is no such target",

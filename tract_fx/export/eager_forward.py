@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from tract_fx.errors import ExportError
 from tract_fx.export.no_dropout import no_dropout
+from tract_fx.modules import named_tensors
 
 __all__ = ["call_on_copies", "observed_output"]
 
@@ -33,7 +34,7 @@ def observed_output(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
     """  # noqa: DOC502 (raised by what it calls)
     tensors = {
         name: value.detach().clone().requires_grad_(value.requires_grad)
-        for name, value in (*module.named_parameters(), *module.named_buffers())
+        for name, value in named_tensors(module).items()
     }
     with no_dropout(module) as plain, _NoGradientHooks(), torch.enable_grad():
         numbers = _numbers(plain)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tract_fx.export.no_dropout import without_attention_dropout
 from tract_fx.modules import copy_tree
 
 __all__ = ["in_evaluation"]
@@ -24,7 +25,6 @@ _TRAINING: dict[Any, int] = {
     aten._native_batch_norm_legit.default: 5,
     aten._native_batch_norm_legit_functional.default: 5,
 }
-_DROPOUT_OF_ATTENTION = 4
 
 
 def in_evaluation(module: fx.GraphModule) -> fx.GraphModule:
@@ -41,10 +41,6 @@ def in_evaluation(module: fx.GraphModule) -> fx.GraphModule:
         place = _TRAINING.get(node.target)
         if place is not None and len(node.args) > place:
             node.update_arg(place, False)
-        if node.target is aten.scaled_dot_product_attention.default:
-            if len(node.args) > _DROPOUT_OF_ATTENTION:
-                node.update_arg(_DROPOUT_OF_ATTENTION, 0.0)
-            if "dropout_p" in node.kwargs:
-                node.update_kwarg("dropout_p", 0.0)
+        without_attention_dropout(node)
     evaluation.recompile()
     return evaluation

@@ -15,9 +15,11 @@ from tract_fx.passes.onnx_graph.values import operands
 
 __all__ = [
     "accumulated_gradients",
+    "can_not_run",
     "cut",
     "run_graph",
     "run_training_graph",
+    "training_feeds",
 ]
 
 
@@ -77,7 +79,7 @@ def run_graph(
 
     Raises:
         ExportError: ONNX Runtime can't run the graph.
-    """
+    """  # noqa: DOC501, DOC502 (made by can_not_run)
     model = ir.from_proto(ir.to_proto(model))
     values = {v.name: v for node in model.graph for v in node.outputs}
     read = [name for name in dict.fromkeys(names) if name in values]
@@ -92,12 +94,51 @@ def run_graph(
         session = ort_training.inference_session(proto.SerializeToString(), "cpu", 0)
         results = dict(zip(read, session.run(read, given), strict=True))
     except Exception as error:  # ONNX Runtime's own classes are not public
-        raise ExportError(
-            f"ONNX Runtime can't run the exported graph ({ort_training.message_of(error)})",
-            "it has an operator, or one in a dtype, that has no kernel there",
-            "Write that part of the model otherwise, without autocast for one",
-        ) from error
+        raise can_not_run(error) from error
     return {name: results[name] if name in results else given[name] for name in names}
+
+
+def can_not_run(error: Exception) -> ExportError:
+    """Make the error for a graph that ONNX Runtime does not take.
+
+    Args:
+        error: What it has raised.
+
+    Returns:
+        The error.
+    """
+    return ExportError(
+        f"ONNX Runtime can't run the exported graph ({ort_training.message_of(error)})",
+        "it has an operator, or one in a dtype, that has no kernel there",
+        "Write that part of the model otherwise, without autocast for one",
+    )
+
+
+def training_feeds(
+    training: ir.Model, feeds: Mapping[str, np.ndarray], parameters: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Give what a training graph takes, gradients' buffers of zeros among it.
+
+    Args:
+        training: A training graph.
+        feeds: Its inputs beside the checkpoint's tensors, the buffers and the flag.
+        parameters: All tensors of the checkpoint. Not changed.
+
+    Returns:
+        An array for each input that is one of these.
+    """
+    given: dict[str, np.ndarray] = {}
+    for value in training.graph.inputs:
+        name = str(value.name)
+        if name in feeds:
+            given[name] = np.asarray(feeds[name], order="C")
+        elif name in parameters:
+            given[name] = parameters[name].copy()  # running statistics are updated in place
+        elif name.endswith(BUFFER):
+            given[name] = np.zeros_like(parameters[name.removesuffix(BUFFER)])
+        elif name == RESET:
+            given[name] = np.array([True])
+    return given
 
 
 def run_training_graph(
@@ -117,15 +158,4 @@ def run_training_graph(
     Returns:
         The values.
     """
-    given: dict[str, np.ndarray] = {}
-    for value in training.graph.inputs:
-        name = str(value.name)
-        if name in feeds:
-            given[name] = feeds[name]
-        elif name in parameters:
-            given[name] = parameters[name].copy()  # running statistics are updated in place
-        elif name == RESET:
-            given[name] = np.array([True])
-        elif name.endswith(BUFFER):
-            given[name] = np.zeros_like(parameters[name.removesuffix(BUFFER)])
-    return run_graph(training, given, names)
+    return run_graph(training, training_feeds(training, feeds, parameters), names)

@@ -15,12 +15,17 @@ from tract_fx.export.record_json import decode, encode
 __all__ = [
     "FORMAT_VERSION",
     "MANIFEST_FILE",
+    "ORT_TRAINING",
+    "STOCK",
     "FileRecord",
     "Manifest",
     "ParameterSpec",
     "TensorSpec",
     "TractLayer",
 ]
+
+ORT_TRAINING, STOCK = "ort-training", "onnxruntime"
+"""The targets: ONNX Runtime Training, and any ONNX Runtime."""
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
@@ -109,7 +114,7 @@ class Manifest:
 
     Attributes:
         format_version: Version of this record.
-        target: The runtime that trains, `"ort-training"`.
+        target: The runtime that trains, `"ort-training"` or `"onnxruntime"`.
         versions: Versions of the packages that wrote the directory, by name.
         layers: The calls under TrAct; none in plain training.
         loss: The loss, in words.

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from tract_fx.modules import copy_tree
 
-__all__ = ["no_dropout"]
+__all__ = ["no_dropout", "without_attention_dropout"]
 
 _aten = torch.ops.aten
 _OPERATORS: frozenset[Any] = frozenset(
@@ -90,9 +90,19 @@ def _without_dropout(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
         elif node.target is _aten.native_dropout.default:
             node.args = (node.args[0], 0.0, node.args[2])
-        elif node.target is _aten.scaled_dot_product_attention.default:
-            if len(node.args) > 4:
-                node.update_arg(4, 0.0)
-            if "dropout_p" in node.kwargs:
-                node.update_kwarg("dropout_p", 0.0)
+        without_attention_dropout(node)
     module.recompile()
+
+
+def without_attention_dropout(node: fx.Node) -> None:
+    """Take the dropout out of a node, if it is attention as torch.export writes it.
+
+    Args:
+        node: The node, edited in place.
+    """
+    if node.target is not _aten.scaled_dot_product_attention.default:
+        return
+    if len(node.args) > 4:
+        node.update_arg(4, 0.0)
+    if "dropout_p" in node.kwargs:
+        node.update_kwarg("dropout_p", 0.0)

@@ -29,7 +29,7 @@ from tract_fx.export.directory import (
 from tract_fx.export.file_outputs import append_outputs
 from tract_fx.export.graph_runs import run_graph
 from tract_fx.export.left_out import warn_of_left_out
-from tract_fx.export.manifest import Manifest, ParameterSpec, TensorSpec, TractLayer
+from tract_fx.export.manifest import STOCK, Manifest, ParameterSpec, TensorSpec, TractLayer
 from tract_fx.export.optimizer_graph import build_optimizer
 from tract_fx.export.optimizers import OptimizerConfig
 from tract_fx.export.tensor_files import write_tensors
@@ -38,6 +38,7 @@ from tract_fx.export.torch_model import TorchModel
 from tract_fx.export.updates import update_of
 from tract_fx.export.versions import versions
 from tract_fx.importer.metadata import strip_exporter_metadata
+from tract_fx.modules import named_tensors
 from tract_fx.passes.onnx_graph.find import locate
 from tract_fx.passes.onnx_graph.parameters import RESET
 from tract_fx.passes.onnx_graph.values import static_shape
@@ -49,11 +50,7 @@ from tract_fx.step.stock import to_step_graph
 from tract_fx.step.trace import StepTrace, trace_step
 from tract_fx.step.write import write_step
 
-STOCK = "onnxruntime"
-"""The target that is any ONNX Runtime."""
-
 __all__ = [
-    "STOCK",
     "Target",
     "TorchGraphs",
     "arrays",
@@ -176,7 +173,7 @@ def build_graphs(model: TorchModel, loss: TorchLoss, target: Target) -> TorchGra
         ExportError: The model can't be brought to ONNX with its meaning kept.
     """  # noqa: DOC502 (raised by what it calls)
     training, trace, tensors = training_graph(model, loss, model.training, target)
-    state = {**dict(model.training.named_parameters()), **dict(model.training.named_buffers())}
+    state = named_tensors(model.training)
     held = (*tensors.trained, *tensors.kept)
     _refuse_tensors(model.training, {name: state[name] for name in held})
     initial = {name: state[name].detach().cpu().numpy().copy() for name in held}
@@ -243,8 +240,7 @@ def evaluation_graph(
         dialect=target.dialect,
     )
     graph = write_step(trace, None)
-    state = {**dict(evaluation.named_parameters()), **dict(evaluation.named_buffers())}
-    to_evaluation_graph(graph, trace, tensors, state)
+    to_evaluation_graph(graph, trace, tensors, named_tensors(evaluation))
     return graph, trace
 
 

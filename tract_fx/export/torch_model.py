@@ -17,7 +17,7 @@ from tract_fx.errors import ExportError, TractWarning
 from tract_fx.export.eager_forward import call_on_copies, observed_output
 from tract_fx.export.evaluation_mode import in_evaluation
 from tract_fx.export.lost_in_graphs import refuse_gradient_hooks, refuse_shared_memory
-from tract_fx.modules import copy_tree
+from tract_fx.modules import copy_tree, named_tensors
 from tract_fx.passes import remove_tract
 from tract_fx.program import arguments
 from tract_fx.step.exporter import open_sizes
@@ -75,7 +75,7 @@ class TorchModel:
     @property
     def taken(self) -> set[str]:
         """Names of parameters, buffers and inputs."""
-        return {*_tensor_names(self.training), *self.inputs}
+        return {*named_tensors(self.training), *self.inputs}
 
 
 def read_torch(
@@ -108,10 +108,10 @@ def read_torch(
     _refuse_cumulative_average(module)
     training, evaluation = _modes(module)
     _refuse_shared_names(training, args, kwargs)
-    taken = {*_tensor_names(training), *_names(training, args, kwargs)}
+    given = batch_names(training, args, kwargs, 0, {*named_tensors(training)})
+    taken = {*named_tensors(training), *given}
     trained = output_names(observed_output(training, args, kwargs), taken)
-    tensors = {**dict(evaluation.named_parameters()), **dict(evaluation.named_buffers())}
-    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    copies = {n: tensor.detach().clone() for n, tensor in named_tensors(evaluation).items()}
     with torch.no_grad():
         output = call_on_copies(evaluation, copies, args, kwargs)
     names = [*trained], [*output_names(output, taken)]
@@ -122,7 +122,6 @@ def read_torch(
             "Make it return the same in both modes",
         )
     opened = tuple(open_sizes(_tensors(args, kwargs), dynamic_batch))
-    given = _names(training, args, kwargs)
     return TorchModel(training, evaluation, args, kwargs, output, opened, given)
 
 
@@ -130,19 +129,10 @@ def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     return [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
 
 
-def _tensor_names(module: nn.Module) -> list[str]:
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    return [name for name, _ in tensors]
-
-
-def _names(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    return batch_names(module, args, kwargs, 0, {*_tensor_names(module)})
-
-
 def _refuse_shared_names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Refuse an input that is called like a parameter or a buffer."""
     for name in batch_names(model, args, kwargs, 0, set()):
-        if name in _tensor_names(model):
+        if name in named_tensors(model):
             raise ExportError(
                 f"an argument {name!r} of forward(), and {name!r} in the state_dict",
                 "a graph has one value of a name, and both names are the model's interface",

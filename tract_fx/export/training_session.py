@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from tract_fx import ort_training
-from tract_fx.errors import ExportError
+from tract_fx.export.graph_runs import can_not_run, training_feeds
 from tract_fx.export.step_inputs import IS_UPDATE, LEARNING_RATE, STEP
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
 from tract_fx.passes.onnx_graph.values import static_shape
@@ -32,22 +33,8 @@ class TrainingSession:
     """
 
     def __init__(self, training: ir.Model, also: Sequence[str] = ()) -> None:
-        model = training.clone()
-        made = {str(value.name): value for node in model.graph for value in node.outputs}
-        present = {str(value.name) for value in model.graph.outputs}
-        for name in dict.fromkeys(also):
-            if name in made and name not in present:
-                made[name].type = made[name].type or ir.TensorType(ir.DataType.FLOAT)
-                model.graph.outputs.append(made[name])
-        self._also = tuple(also)
-        self._loss = str(model.graph.outputs[0].name)
-        self._inputs = [str(value.name) for value in model.graph.inputs]
-        self._outputs = [str(value.name) for value in model.graph.outputs]
-        try:
-            proto = ir.to_proto(model).SerializeToString()
-            self._session = ort_training.inference_session(proto, "cpu", 0)
-        except Exception as error:  # ONNX Runtime's own classes are not public
-            raise _can_not_run(error) from error
+        self._training, self._also = training, tuple(also)
+        self._session, self._outputs = _started(training, also)
 
     def run(
         self, feeds: Mapping[str, np.ndarray], parameters: Mapping[str, np.ndarray]
@@ -64,33 +51,23 @@ class TrainingSession:
 
         Raises:
             ExportError: ONNX Runtime can't run the graph.
-        """  # noqa: DOC501, DOC502 (made by _can_not_run)
-        given: dict[str, np.ndarray] = {}
-        for name in self._inputs:
-            if name in feeds:
-                given[name] = np.ascontiguousarray(feeds[name])
-            elif name in parameters:
-                given[name] = parameters[name].copy()  # running statistics are updated in place
-            elif name.endswith(BUFFER):
-                given[name] = np.zeros_like(parameters[name.removesuffix(BUFFER)])
-            else:
-                assert name == RESET, name
-                given[name] = np.array([True])
+        """  # noqa: DOC501, DOC502 (made by can_not_run)
+        given = training_feeds(self._training, feeds, parameters)
         # On the CPU such a value may share the array's memory: read the gradients off the value.
         shared = {name: ort_training.ort_value(array, "cpu", 0) for name, array in given.items()}
         try:
             outputs = ort_training.run_session(self._session, shared)
         except Exception as error:
-            raise _can_not_run(error) from error
+            raise can_not_run(error) from error
         values = {**given, **dict(zip(self._outputs, outputs, strict=True))}
         gradients = {
             name.removesuffix(BUFFER): np.array(shared[name].numpy())
-            for name in self._inputs
+            for name in given
             if name.endswith(BUFFER)
         }
-        states = {n: np.array(shared[n].numpy()) for n in self._inputs if n in parameters}
+        states = {n: np.array(shared[n].numpy()) for n in given if n in parameters}
         read = {name: values[name] for name in self._also if name in values}
-        return float(values[self._loss]), gradients, {**states, **read}
+        return float(outputs[0]), gradients, {**states, **read}
 
 
 class StockSession:
@@ -105,27 +82,16 @@ class StockSession:
     """
 
     def __init__(self, training: ir.Model, also: Sequence[str] = ()) -> None:
-        model = training.clone()
-        made = {str(value.name): value for node in model.graph for value in node.outputs}
-        present = {str(value.name) for value in model.graph.outputs}
+        made = {str(value.name) for node in training.graph for value in node.outputs}
         self._shapes = {
             str(value.name): shape
-            for value in model.graph.inputs
+            for value in training.graph.inputs
             if (shape := static_shape(value)) is not None
         }
         named = {name: f"{name}{GRADIENT}" for name in self._shapes}
         self._gradients = {name: value for name, value in named.items() if value in made}
-        for name in dict.fromkeys((*self._gradients.values(), *also)):
-            if name in made and name not in present:
-                made[name].type = made[name].type or ir.TensorType(ir.DataType.FLOAT)
-                model.graph.outputs.append(made[name])
         self._also = tuple(name for name in also if name in made)
-        self._outputs = [str(value.name) for value in model.graph.outputs]
-        try:
-            proto = ir.to_proto(model).SerializeToString()
-            self._session = ort_training.inference_session(proto, "cpu", 0)
-        except Exception as error:  # ONNX Runtime's own classes are not public
-            raise _can_not_run(error) from error
+        self._session, self._outputs = _started(training, (*self._gradients.values(), *also))
 
     def run(
         self, feeds: Mapping[str, np.ndarray], parameters: Mapping[str, np.ndarray]
@@ -142,7 +108,7 @@ class StockSession:
 
         Raises:
             ExportError: ONNX Runtime can't run the graph.
-        """  # noqa: DOC501, DOC502 (made by _can_not_run)
+        """  # noqa: DOC501, DOC502 (made by can_not_run)
         scalars: dict[str, np.ndarray] = {
             LEARNING_RATE: np.array(0, np.float32),
             STEP: np.array(0, np.int64),
@@ -156,7 +122,7 @@ class StockSession:
         try:
             found = dict(zip(self._outputs, self._session.run(None, given), strict=True))
         except Exception as error:
-            raise _can_not_run(error) from error
+            raise can_not_run(error) from error
         gradients = {name: found[value] for name, value in self._gradients.items()}
         states = {name: found.get(f"{name}{NEW}", value) for name, value in parameters.items()}
         states = {name: value for name, value in states.items() if name not in gradients}
@@ -181,9 +147,18 @@ def open_session(training: ir.Model, also: Sequence[str] = ()) -> TrainingSessio
     return TrainingSession(training, also) if RESET in names else StockSession(training, also)
 
 
-def _can_not_run(error: Exception) -> ExportError:
-    return ExportError(
-        f"ONNX Runtime can't run the exported graph ({ort_training.message_of(error)})",
-        "it has an operator, or one in a dtype, that has no kernel there",
-        "Write that part of the model otherwise, without autocast for one",
-    )
+def _started(training: ir.Model, also: Sequence[str]) -> tuple[Any, list[str]]:
+    """A session of a graph that gives values inside it too, and the names of what it gives."""
+    model = training.clone()
+    made = {str(value.name): value for node in model.graph for value in node.outputs}
+    present = {str(value.name) for value in model.graph.outputs}
+    for name in dict.fromkeys(also):
+        if name in made and name not in present:
+            made[name].type = made[name].type or ir.TensorType(ir.DataType.FLOAT)
+            model.graph.outputs.append(made[name])
+    try:
+        proto = ir.to_proto(model).SerializeToString()
+        session = ort_training.inference_session(proto, "cpu", 0)
+    except Exception as error:  # ONNX Runtime's own classes are not public
+        raise can_not_run(error) from error
+    return session, [str(value.name) for value in model.graph.outputs]

@@ -29,6 +29,7 @@ from tract_fx.export.torch_loss import TorchLoss
 from tract_fx.export.torch_model import TorchModel
 from tract_fx.export.training_session import StockSession, TrainingSession, open_session
 from tract_fx.export.verify_tract import verify_tract
+from tract_fx.modules import named_tensors
 from tract_fx.step.names import output_names
 
 __all__ = ["training_outputs", "verify_torch"]
@@ -97,11 +98,10 @@ def verify_torch(model: TorchModel, loss: TorchLoss, graphs: TorchGraphs) -> Non
         if size is None or size >= graphs.trace.smallest_batch:
             _verify_training(case, session, feeds, graphs, treated)
         names = (str(evaluation.graph.outputs[0].name), *graphs.predictions)
-        whole = run_graph(evaluation, {**graphs.initial, **feeds}, names)
-        _compare_evaluation(case, whole, names)
-        if size != 1:  # of another session, of the outputs alone
-            predicted = run_graph(evaluation, {**graphs.initial, **feeds}, graphs.predictions)
-            _compare_evaluation(case, predicted, names)
+        found = [run_graph(evaluation, {**graphs.initial, **feeds}, names)]
+        if size != 1:  # in another session, the outputs alone
+            found.append(run_graph(evaluation, {**graphs.initial, **feeds}, graphs.predictions))
+        _compare_evaluation(case, found, names)
 
 
 def _verify_training(
@@ -152,9 +152,7 @@ def training_outputs(model: TorchModel, inputs: Mapping[str, np.ndarray]) -> dic
     """
     turned = _Turn(torch.float64, None)
     module = model.training
-    tensors = {
-        name: turned(value) for name, value in (*module.named_parameters(), *module.named_buffers())
-    }
+    tensors = {name: turned(value) for name, value in named_tensors(module).items()}
     args = tuple(turned(torch.from_numpy(inputs[name])) for name in model.names)
     with no_dropout(module) as plain, _wide(torch.float64), torch.no_grad():
         return arrays(output_names(call_on_copies(plain, tensors, args, {}), model.taken))
@@ -226,10 +224,7 @@ class _Case:
         """Compute the outputs in evaluation mode, and the loss under no name."""
         turned = _Turn(dtype, noise)
         module = self.model.evaluation
-        tensors = {
-            name: turned(value)
-            for name, value in (*module.named_parameters(), *module.named_buffers())
-        }
+        tensors = {name: turned(value) for name, value in named_tensors(module).items()}
         args, kwargs, targets = pytree.tree_map(
             turned, (self.args, dict(self.kwargs), self.targets)
         )
@@ -345,8 +340,10 @@ def _compare_training(
             )
 
 
-def _compare_evaluation(case: _Case, found: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
-    """Compare the outputs in evaluation mode."""
+def _compare_evaluation(
+    case: _Case, found: Sequence[Mapping[str, np.ndarray]], names: Sequence[str]
+) -> None:
+    """Compare the outputs of runs in evaluation mode."""
     exact = case.outputs(torch.float64)
 
     @functools.cache
@@ -354,7 +351,7 @@ def _compare_evaluation(case: _Case, found: Mapping[str, np.ndarray], names: Seq
         dtypes = ((torch.float64, 0), (torch.float64, 1), (torch.float32, None))
         return [case.outputs(dtype, noise) for dtype, noise in dtypes]
 
-    for name, value in found.items():
+    for name, value in (entry for run in found for entry in run.items()):
         if name != names[0] and name not in exact:
             continue  # of an ONNX file: by its own nodes
         key = name if name in exact else _LOSS

@@ -9,12 +9,13 @@ from tract_fx.modules.layer import (
     tract_lambda,
     why_not,
 )
-from tract_fx.modules.tree import copy_tree, still_reaches
+from tract_fx.modules.tree import copy_tree, named_tensors, still_reaches
 
 __all__ = [
     "TractLayer",
     "copy_tree",
     "is_standard",
+    "named_tensors",
     "plain_class",
     "still_reaches",
     "to_plain",

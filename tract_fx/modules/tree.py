@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from tract_fx import torch_private
 from tract_fx.modules.layer import own_forward
 
-__all__ = ["copy_tree", "still_reaches"]
+__all__ = ["copy_tree", "named_tensors", "still_reaches"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -48,6 +48,18 @@ def copy_tree(root: ModuleT) -> ModuleT:
         if isinstance(module, fx.GraphModule):
             memo[id(module)].graph = torch_private.copy_graph(module.graph)
     return memo[id(root)]  # type: ignore[no-any-return]
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Give a module's parameters and buffers, those too that its state_dict leaves out.
+
+    Args:
+        module: The module.
+
+    Returns:
+        The tensors under their first names.
+    """
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def _empty(module: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
 from tract_fx.step.trace import StepTrace
 
-__all__ = ["CheckpointTensors", "hold_constants", "to_evaluation_graph", "to_training_graph"]
+__all__ = ["CheckpointTensors", "hold_tensors", "to_evaluation_graph", "to_training_graph"]
 
 _MICROSOFT = "com.microsoft"
 
@@ -58,17 +58,10 @@ def to_training_graph(
 
     Raises:
         ExportError: A step changes a buffer that is neither floating nor a counter.
-    """
+    """  # noqa: DOC502 (raised by hold_tensors)
     graph = model.graph
+    tensors, given = hold_tensors(model, trace, parameters, buffers)
     results = {str(value.name): value for value in graph.outputs}
-    integers = [name for name in trace.buffers if not buffers[name].is_floating_point()]
-    others = [name for name in integers if name not in trace.growth]
-    if others:
-        raise ExportError(
-            f"the buffers {others}, which the forward pass changes",
-            "ONNX Runtime Training keeps floating tensors alone",
-            "Move the update out of forward(), or make them floating",
-        )
     graph.outputs[:] = [results[trace.loss]]
     reset = _value(RESET, ir.DataType.BOOL, [1])
     accumulators = []
@@ -76,25 +69,62 @@ def to_training_graph(
         buffer = _value(f"{name}{BUFFER}", ir.DataType.FLOAT, parameters[name].shape)
         accumulators.append(buffer)
         _accumulate(graph, buffer, results[gradient], reset, f"{name}_grad")
-    statistics = [name for name in trace.buffers if name not in integers]
+    statistics = [name for name in tensors.kept if name in trace.buffers]
     always = ir.Value(name="overwrite", const_value=ir.tensor(np.array([True]), name="overwrite"))
     if statistics:
         graph.register_initializer(always)
+    for name in statistics:
+        _accumulate(graph, given[name], results[trace.buffers[name]], always, f"{name}_updated")
+    held = [given[name] for name in (*trace.batch, *tensors.trained, *tensors.kept)]
+    graph.inputs[:] = [*held, *accumulators, reset]
+    model.opset_imports[_MICROSOFT] = 1
+    return tensors
+
+
+def hold_tensors(
+    model: ir.Model,
+    trace: StepTrace,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+) -> tuple[CheckpointTensors, dict[str, ir.Value]]:
+    """Tell what of a step's graph a checkpoint holds; make constants of other tensors, in place.
+
+    Counters are no matter of the graph's: what computes them goes.
+
+    Args:
+        model: What `write_step` made of the trace.
+        trace: The trace.
+        parameters: The model's parameters by name, frozen ones too.
+        buffers: The model's buffers by name.
+
+    Returns:
+        The names of the checkpoint's tensors, and by name the graph's inputs, theirs among them.
+
+    Raises:
+        ExportError: A step changes a buffer that is neither floating nor a counter.
+    """
+    graph = model.graph
+    integers = [name for name in trace.buffers if not buffers[name].is_floating_point()]
+    others = [name for name in integers if name not in trace.growth]
+    if others:
+        raise ExportError(
+            f"the buffers {others}, which the forward pass changes",
+            "a training graph keeps floating tensors alone",
+            "Move the update out of forward(), or make them floating",
+        )
+    counted = {trace.buffers[name] for name in integers}
+    graph.outputs[:] = [value for value in graph.outputs if value.name not in counted]
+    passes.RemoveUnusedNodesPass()(model)
     given = {str(value.name): value for value in graph.inputs}
+    statistics = [name for name in trace.buffers if name not in integers]
     for name in statistics:
         if name not in given:  # overwritten without being read: a momentum of one
             given[name] = _value(name, ir.DataType.FLOAT, buffers[name].shape)
-        _accumulate(graph, given[name], results[trace.buffers[name]], always, f"{name}_updated")
-    passes.RemoveUnusedNodesPass()(model)
     frozen = [name for name in parameters if name in given and name not in trace.gradients]
-    kept = [*frozen, *statistics]
-    hold_constants(graph, {name: value for name, value in buffers.items() if name not in kept})
-    batch = [given[name] for name in trace.batch]
-    tensors = [given[name] for name in (*trace.gradients, *kept)]
-    graph.inputs[:] = [*batch, *tensors, *accumulators, reset]
-    model.opset_imports[_MICROSOFT] = 1
+    kept = (*frozen, *statistics)
+    _hold_constants(graph, {name: value for name, value in buffers.items() if name not in kept})
     counters = {name: trace.growth[name] for name in integers}
-    return CheckpointTensors(tuple(trace.gradients), tuple(kept), counters)
+    return CheckpointTensors(tuple(trace.gradients), kept, counters), given
 
 
 def to_evaluation_graph(
@@ -116,17 +146,12 @@ def to_evaluation_graph(
     for name in held:
         if name not in given:
             given[name] = _value(name, ir.DataType.FLOAT, state[name].shape)
-    hold_constants(graph, {name: value for name, value in state.items() if name not in held})
+    _hold_constants(graph, {name: value for name, value in state.items() if name not in held})
     graph.inputs[:] = [given[name] for name in (*trace.batch, *held)]
 
 
-def hold_constants(graph: ir.Graph, tensors: Mapping[str, Tensor]) -> None:
-    """Turn those of a graph's inputs that are these tensors into constants, in place.
-
-    Args:
-        graph: A graph.
-        tensors: The tensors by name.
-    """
+def _hold_constants(graph: ir.Graph, tensors: Mapping[str, Tensor]) -> None:
+    """Turn those of a graph's inputs that are these tensors into constants, in place."""
     for value in graph.inputs:
         name = str(value.name)
         if name in tensors and value.uses():

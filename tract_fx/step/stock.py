@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import onnx_ir as ir
 from torch import Tensor
 
-from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.rewrite import PREFIX
-from tract_fx.step.ort_training import CheckpointTensors, hold_constants
+from tract_fx.step.ort_training import CheckpointTensors, hold_tensors
 from tract_fx.step.trace import StepTrace
 
 __all__ = ["to_step_graph"]
@@ -38,26 +37,11 @@ def to_step_graph(
 
     Raises:
         ExportError: A step changes a buffer that is neither floating nor a counter.
-    """
+    """  # noqa: DOC502 (raised by hold_tensors)
     graph = model.graph
+    tensors, given = hold_tensors(model, trace, parameters, buffers)
     results = {str(value.name): value for value in graph.outputs}
-    integers = [name for name in trace.buffers if not buffers[name].is_floating_point()]
-    others = [name for name in integers if name not in trace.growth]
-    if others:
-        raise ExportError(
-            f"the buffers {others}, which the forward pass changes",
-            "a step's graph keeps floating tensors alone",
-            "Move the update out of forward(), or make them floating",
-        )
-    statistics = [name for name in trace.buffers if name not in integers]
-    given = {str(value.name): value for value in graph.inputs}
-    for name in statistics:
-        if name not in given:  # overwritten without being read: a momentum of one
-            shape = ir.Shape([int(size) for size in buffers[name].shape])
-            given[name] = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
-    frozen = [name for name in parameters if name in given and name not in trace.gradients]
-    kept = [*frozen, *statistics]
-    hold_constants(graph, {name: value for name, value in buffers.items() if name not in kept})
+    statistics = [name for name in tensors.kept if name in trace.buffers]
     graph.outputs[:] = [
         results[trace.loss],
         *(results[name] for name in trace.updates.values()),
@@ -68,9 +52,7 @@ def to_step_graph(
         for name, value in graph.initializers.items()
         if name.startswith(PREFIX) and name.endswith("/lambda")
     ]
-    batch = [given[name] for name in trace.batch]
-    tensors = [given[name] for name in (*trace.gradients, *kept)]
-    update = [given[name] for name in trace.inputs if name in trace.update_inputs and name in given]
-    graph.inputs[:] = [*batch, *tensors, *update, *lambdas]
-    counters = {name: trace.growth[name] for name in integers}
-    return CheckpointTensors(tuple(trace.gradients), tuple(kept), counters)
+    update = [name for name in trace.update_inputs if name in given]
+    names = (*trace.batch, *tensors.trained, *tensors.kept, *update)
+    graph.inputs[:] = [*(given[name] for name in names), *lambdas]
+    return tensors

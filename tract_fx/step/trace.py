@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from tract_fx import torch_private
 from tract_fx.errors import ExportError, UnsupportedTrainingError
+from tract_fx.modules import named_tensors
 from tract_fx.preconditioner import to_training_graph
 from tract_fx.program import held_at
 from tract_fx.step import exporter
@@ -309,10 +310,9 @@ class _State:
 
     @classmethod
     def of(cls, model: nn.Module) -> _State:
-        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-        trained = tuple(name for name, p in parameters.items() if p.requires_grad)
-        tensors = {name: t.detach() for name, t in {**parameters, **buffers}.items()}
-        return cls(tensors, trained, tuple(buffers))
+        trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+        tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
+        return cls(tensors, trained, tuple(dict(model.named_buffers())))
 
     def copies(self, tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Tensors by name that a forward pass may change, and those to differentiate by."""
@@ -375,8 +375,7 @@ def _record(
 def _refuse_held(graph: fx.GraphModule, model: nn.Module) -> None:
     """Refuse a parameter that the trace has taken for a constant."""
     registered = {
-        torch_private.storage_of(tensor): name
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        torch_private.storage_of(tensor): name for name, tensor in named_tensors(model).items()
     }
     for node in graph.graph.find_nodes(op="get_attr"):
         value = getattr(graph, str(node.target))

@@ -8,10 +8,11 @@ import warnings
 
 from tract_fx.errors import TractWarning, UnsupportedTrainingError
 from tract_fx.export.directory import TRAINING_MODEL
+from tract_fx.export.manifest import ORT_TRAINING
 from tract_fx.ort_training import TESTED_VERSION, any_runtime, require_device, runtime
 from tract_fx.trainers.ort_trainer import OrtTrainer
 from tract_fx.trainers.randomness import OWN_GENERATOR, operators, seed_of, seeded
-from tract_fx.trainers.run_state import TARGET, open_run, read_checked
+from tract_fx.trainers.run_state import open_run, read_checked
 
 __all__ = ["load_trainer"]
 
@@ -49,7 +50,7 @@ def load_trainer(
     kind, index = require_device(device)
     manifest, graphs = read_checked(directory)
     version = any_runtime().__version__
-    if manifest.target == TARGET and runtime().__version__ != TESTED_VERSION:
+    if manifest.target == ORT_TRAINING and runtime().__version__ != TESTED_VERSION:
         warnings.warn(
             TractWarning(f"ONNX Runtime {version}: tract_fx was tested with {TESTED_VERSION}"),
             stacklevel=2,

@@ -22,17 +22,16 @@ from tract_fx.export.directory import (
     TRAINING_MODEL,
     read_directory,
 )
-from tract_fx.export.manifest import Manifest, ParameterSpec
+from tract_fx.export.manifest import ORT_TRAINING, STOCK, Manifest, ParameterSpec
 from tract_fx.ort_training import message_of, parameter_value, session_options, training_api
 from tract_fx.trainers.batches import Array
 from tract_fx.trainers.progress import Progress
 from tract_fx.trainers.stock_run import StockRun
 
-__all__ = ["FILES", "STOCK", "TARGET", "RunState", "open_run", "read_checked"]
+__all__ = ["FILES", "RunState", "open_run", "read_checked"]
 
-TARGET, STOCK = "ort-training", "onnxruntime"
 FILES = {
-    TARGET: ((TRAINING_MODEL, EVAL_MODEL, OPTIMIZER_MODEL), (CHECKPOINT,)),
+    ORT_TRAINING: ((TRAINING_MODEL, EVAL_MODEL, OPTIMIZER_MODEL), (CHECKPOINT,)),
     STOCK: ((TRAINING_MODEL, EVAL_MODEL), (MODEL_TENSORS, OPTIMIZER_TENSORS)),
 }
 """The graphs and the tensors of each target's directory."""
@@ -170,7 +169,7 @@ def read_checked(directory: str | os.PathLike[str]) -> tuple[Manifest, dict[str,
         raise DamagedArtifactsError(
             f"{directory}: artifacts for {manifest.target!r}",
             "the trainers run on ONNX Runtime Training and on ONNX Runtime",
-            f"Export the model with target={TARGET!r} or target={STOCK!r}",
+            f"Export the model with target={ORT_TRAINING!r} or target={STOCK!r}",
         )
     graphs_of, tensors_of = FILES[manifest.target]
     missing = [name for name in (*graphs_of, *tensors_of) if name not in manifest.files]

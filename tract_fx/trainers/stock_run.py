@@ -67,6 +67,7 @@ class StockRun:
         self._outputs = [value.name for value in self._session.get_outputs()]
         changed = {name.removesuffix(NEW) for name in self._outputs[1:]}
         shapes = {value.name: tuple(value.shape) for value in self._session.get_inputs()}
+        self._inputs = frozenset(shapes)
         specs = {spec.name for spec in manifest.parameters}
         names = [name for name in shapes if name in specs or name in changed]
         missing = [n for n in names if n not in arrays or arrays[n].shape != shapes[n]]
@@ -106,10 +107,9 @@ class StockRun:
             STEP: np.asarray(progress.updates, np.int64),
             IS_UPDATE: np.asarray(progress.last),
         }
-        taken = {value.name for value in self._session.get_inputs()}
         binding = self._session.io_binding()
-        feeds = {name: self._on_device(array) for name, array in given.items() if name in taken}
-        feeds |= {name: value for name, value in self._values.items() if name in taken}
+        feeds = {n: self._on_device(array) for n, array in given.items() if n in self._inputs}
+        feeds |= {n: value for n, value in self._values.items() if n in self._inputs}
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
         loss, *others = self._outputs
