@@ -22,8 +22,14 @@ from onnx_models import by_hand
 from oracle import Spec as Layer
 from oracle import relative_error, tract_gradient
 from ort_reference import assert_gradients, assert_same_state, export, seeded, without_dropout
-from tract_fx import SGD, AdamW, load_trainer, tract_module
-from tract_fx.errors import DamagedArtifactsError, ExportError, TrainerStateError
+from tract_fx import SGD, AdamW, import_onnx, inspect_graph, load_trainer, tract_module
+from tract_fx.errors import (
+    DamagedArtifactsError,
+    ExportError,
+    TrainerStateError,
+    UnsupportedModelError,
+)
+from tract_fx.passes import find_onnx_input_layers
 from tract_fx.step import expand
 
 TESTS = Path(__file__).parent
@@ -315,7 +321,11 @@ def test_tensors_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_step_leaves_no_gradients(tmp_path: Path) -> None:
+    """Nor is it taken for a forward graph, in which TrAct would be on no layer."""
     trainer = write(model(), batch(4)[0], tmp_path / "a").trainer()
+    for look in (find_onnx_input_layers, inspect_graph, import_onnx):
+        with pytest.raises(UnsupportedModelError, match="step for any ONNX Runtime"):
+            look(tmp_path / "a" / "training_model.onnx")
     trainer.train_step(*batch(4))
     with pytest.raises(TrainerStateError, match="compute_gradients"):
         trainer.gradients()

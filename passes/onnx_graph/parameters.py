@@ -11,6 +11,7 @@ import onnx_ir as ir
 from tract_fx.errors import UnsupportedModelError, UnsupportedTrainingError
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.slots import LAYERS, LIFT, MOVES, find_parameters
+from tract_fx.passes.onnx_graph.step_names import has_update
 from tract_fx.passes.onnx_graph.values import FLOATING, ancestors, static_shape
 
 __all__ = [
@@ -56,9 +57,16 @@ def forward_parameters(model: ir.Model, trainable: Iterable[str] | None = None) 
         Their names, in the order of the model's initializers.
 
     Raises:
+        UnsupportedModelError: It is no forward model, but a step with its update.
         UnsupportedTrainingError: `trainable` names something else than a floating initializer, or
             nothing at all; or it was left out and the graph does not tell what is trained.
     """  # noqa: DOC502 (raised by what it calls)
+    if has_update(model):
+        raise UnsupportedModelError(
+            "a training step for any ONNX Runtime, with its update",
+            "which of its nodes are the forward pass can't be told",
+            "Give the forward model, or what is exported for ONNX Runtime Training",
+        )
     graph = model.graph
     found = find_parameters(graph) if trainable is None else _checked(graph, trainable)
     return tuple(name for name in graph.initializers if name in found)

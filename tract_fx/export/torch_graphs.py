@@ -41,10 +41,10 @@ from tract_fx.importer.metadata import strip_exporter_metadata
 from tract_fx.modules import named_tensors
 from tract_fx.passes.onnx_graph.find import locate
 from tract_fx.passes.onnx_graph.parameters import RESET
+from tract_fx.passes.onnx_graph.step_names import GRADIENT, NEW
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.records import InputLayer
 from tract_fx.step.dialects import ORT_TRAINING, STANDARD, Dialect
-from tract_fx.step.names import GRADIENT, NEW
 from tract_fx.step.ort_training import CheckpointTensors, to_evaluation_graph, to_training_graph
 from tract_fx.step.stock import to_step_graph
 from tract_fx.step.trace import StepTrace, trace_step

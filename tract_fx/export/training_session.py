@@ -10,10 +10,9 @@ import onnx_ir as ir
 
 from tract_fx import ort_training
 from tract_fx.export.graph_runs import can_not_run, training_feeds
-from tract_fx.export.step_inputs import IS_UPDATE, LEARNING_RATE, STEP
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
+from tract_fx.passes.onnx_graph.step_names import GRADIENT, IS_UPDATE, LEARNING_RATE, NEW, STEP
 from tract_fx.passes.onnx_graph.values import static_shape
-from tract_fx.step.names import GRADIENT, NEW
 
 __all__ = ["StockSession", "TrainingSession", "open_session"]
 

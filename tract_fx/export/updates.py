@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tract_fx.export.optimizers import SGD, AdamW, OptimizerConfig
-from tract_fx.export.step_inputs import GRADIENT_SUM, IS_UPDATE, LEARNING_RATE, STEP
+from tract_fx.passes.onnx_graph.step_names import GRADIENT_SUM, IS_UPDATE, LEARNING_RATE, STEP
 from tract_fx.step.trace import Update
 
 __all__ = ["update_of"]

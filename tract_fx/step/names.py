@@ -9,13 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["BATCH", "GRADIENT", "NEW", "batch_names", "free_name", "output_names"]
+__all__ = ["BATCH", "batch_names", "free_name", "output_names"]
 
 BATCH = "batch"
 """Name of the batch's size where it is left open."""
-
-GRADIENT, NEW = "_grad", "_new"
-"""What follows a tensor's name in those of its gradient and of its value after the step."""
 
 
 def free_name(name: str, taken: set[str | None]) -> str:

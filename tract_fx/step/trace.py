@@ -17,11 +17,12 @@ from torch.utils import _pytree as pytree
 from tract_fx import torch_private
 from tract_fx.errors import ExportError, UnsupportedTrainingError
 from tract_fx.modules import named_tensors
+from tract_fx.passes.onnx_graph.step_names import GRADIENT, NEW
 from tract_fx.preconditioner import to_training_graph
 from tract_fx.program import held_at
 from tract_fx.step import exporter
 from tract_fx.step.dialects import STANDARD, Dialect
-from tract_fx.step.names import GRADIENT, NEW, batch_names, free_name, output_names
+from tract_fx.step.names import batch_names, free_name, output_names
 from tract_fx.step.operators import refuse_untested, untested
 from tract_fx.step.output_gradient import ancestors, attach_output_gradients
 

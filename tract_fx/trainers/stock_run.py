@@ -16,10 +16,16 @@ from tract_fx.errors import DamagedArtifactsError, TrainerStateError
 from tract_fx.export.directory import EVAL_MODEL, MODEL_TENSORS, OPTIMIZER_TENSORS, TRAINING_MODEL
 from tract_fx.export.graph_runs import cut
 from tract_fx.export.manifest import Manifest
-from tract_fx.export.step_inputs import GRADIENT_SUM, IS_UPDATE, LEARNING_RATE, STEP
 from tract_fx.export.tensor_files import read_tensors, write_tensors
 from tract_fx.ort_training import message_of
-from tract_fx.step.names import GRADIENT, NEW
+from tract_fx.passes.onnx_graph.step_names import (
+    GRADIENT,
+    GRADIENT_SUM,
+    IS_UPDATE,
+    LEARNING_RATE,
+    NEW,
+    STEP,
+)
 from tract_fx.trainers.batches import Array
 from tract_fx.trainers.progress import Progress
 from tract_fx.trainers.randomness import seeded
