@@ -7,6 +7,7 @@ Needs npm, for ONNX Runtime Web.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import subprocess
@@ -78,14 +79,15 @@ def main(
     folder: Annotated[Path, typer.Option(help="Where the page is written.")] = Path(
         "build/browser"
     ),
-    port: Annotated[int, typer.Option(help="Where it is served.")] = 8000,
+    port: Annotated[int, typer.Option(help="Where it is served; 0: any free one.")] = 8000,
 ) -> None:
     """Prepare the page and serve it."""
     prepare(folder)
     handler = functools.partial(Handler, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
-        typer.echo(f"Open http://127.0.0.1:{port}/ (Ctrl+C ends)")
-        server.serve_forever()
+        typer.echo(f"Open http://127.0.0.1:{server.server_port}/ (Ctrl+C ends)")
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ import functools
 import json
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ import torch
 from safetensors.torch import load
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
 
 from _demo_data import read_digits
 from _demo_training import initial_model, with_tract
-from browser_training import SETTINGS, Handler, prepare
+from browser_training import SETTINGS, Handler
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 EPOCHS, SECONDS = 1, 240
@@ -31,7 +34,7 @@ EPOCHS, SECONDS = 1, 240
 def test_it_trains_as_pytorch_does(tmp_path: Path) -> None:
     if CHROMIUM is None or shutil.which("npm") is None:
         pytest.skip("needs Chromium and npm")
-    prepare(tmp_path)
+    _prepare_as_a_user(tmp_path)
     posted: queue.Queue[tuple[str, bytes]] = queue.Queue()
 
     class Listening(Handler):
@@ -61,6 +64,22 @@ def test_it_trains_as_pytorch_does(tmp_path: Path) -> None:
             server.shutdown()
     assert "error" not in result, result
     _assert_pytorch_s(result, weights)
+
+
+def _prepare_as_a_user(folder: Path) -> None:
+    script = [sys.executable, "-u", EXAMPLES / "browser_training.py"]
+    with subprocess.Popen(
+        [*script, "--folder", folder, "--port", "0"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            address = next(line for line in process.stdout if line.startswith("Open ")).split()[1]
+            with urllib.request.urlopen(address, timeout=SECONDS) as page:
+                assert b"train.mjs" in page.read()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(SECONDS) == 0
+        finally:
+            process.kill()
 
 
 def _assert_pytorch_s(result: Any, weights: dict[str, torch.Tensor]) -> None:
