@@ -20,13 +20,14 @@ import torch
 from safetensors.torch import load
 from torch.nn import functional as F
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
+import browser_training
 from _demo_data import read_digits
 from _demo_training import initial_model, with_tract
 from browser_training import SETTINGS, Handler
 
+SCRIPT = Path(browser_training.__file__)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 EPOCHS, SECONDS = 1, 240
 
@@ -67,10 +68,8 @@ def test_it_trains_as_pytorch_does(tmp_path: Path) -> None:
 
 
 def _prepare_as_a_user(folder: Path) -> None:
-    script = [sys.executable, "-u", EXAMPLES / "browser_training.py"]
-    with subprocess.Popen(
-        [*script, "--folder", folder, "--port", "0"], stdout=subprocess.PIPE, text=True
-    ) as process:
+    command = [sys.executable, "-u", SCRIPT, "--folder", folder, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             address = next(line for line in process.stdout if line.startswith("Open ")).split()[1]
