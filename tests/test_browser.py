@@ -68,7 +68,7 @@ def test_it_trains_as_pytorch_does(tmp_path: Path) -> None:
 
 
 def _prepare_as_a_user(folder: Path) -> None:
-    command = [sys.executable, "-u", SCRIPT, "--folder", folder, "--port", "0"]
+    command = [sys.executable, "-u", str(SCRIPT), "--folder", str(folder), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
