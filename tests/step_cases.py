@@ -221,6 +221,69 @@ MOVED = (
     lambda z: F.adaptive_max_pool2d(z, 1),
 )  # fmt: skip
 
+SAMPLED = (
+    *(
+        lambda z, mode=mode, padding=padding, aligned=aligned: F.grid_sample(
+            z, 1.4 * torch.tanh(z[:, :2, :5].permute(0, 2, 3, 1)), mode, padding, aligned
+        )
+        for mode, padding, aligned in (
+            ("bilinear", "zeros", False), ("bilinear", "border", True),
+            ("bilinear", "reflection", False), ("nearest", "border", True),
+            ("bicubic", "reflection", True), ("bicubic", "zeros", False),
+        )
+    ),
+    lambda z: F.grid_sample(z, F.affine_grid(_theta(z), z.size(), align_corners=True),
+                            align_corners=True),
+    lambda z: F.grid_sample(z[:, :, None], torch.tanh(z[:, :3, None, :4].permute(0, 2, 3, 4, 1)),
+                            padding_mode="reflection", align_corners=True),
+)  # fmt: skip
+COMPOSED = (
+    lambda z: z.flatten(2)[:, :, :6].prod(-1) + z.flatten(2)[:, :, :5].relu().prod(2),
+    lambda z: z.flatten(2)[:, :, :7].cumprod(2) + z.flatten(2)[:, :, :7].logcumsumexp(2),
+    lambda z: torch.cdist(z.flatten(2), z.flatten(2)) + torch.cdist(z[:, :, 0], z[:, :, 0], 1.0),
+    lambda z: torch.cdist(z[:, :, 0], z[:, :, 1], 3.0),
+    lambda z: F.adaptive_max_pool2d(z.relu(), (3, 5)),
+    lambda z: F.adaptive_max_pool3d(z[:, None], (3, 5, 3)),
+    lambda z: F.adaptive_max_pool1d(z.flatten(2), 7),
+    lambda z: z.flatten(2).median(2).values + z.flatten(2).kthvalue(9, 2).values,
+    lambda z: z.unfold(2, 3, 2).mean(-1) + z.diagonal(1, 2, 3).sum(-1)[:, :, None, None],
+    lambda z: z * z.flatten(2).diagonal(-1, 1, 2).sum(-1)[:, None, None, None],
+    lambda z: torch.atan2(z, z.flip(1) + z.flip(1).sign()) + torch.hypot(z, positive(z)),
+    lambda z: torch.sinc(positive(z)),
+    lambda z: torch.logit(z.sigmoid()) + z.frac() + z.deg2rad() + z.rad2deg() / 90,
+    lambda z: F.one_hot(z.flatten(2).argmax(2), 64).to(z) + z.flatten(2) * z.nanmean(),
+    lambda z: z * torch.div(torch.arange(8), 3, rounding_mode="floor") + z @ torch.eye(8).to(z),
+    lambda z: z * torch.bucketize(torch.arange(8.0), torch.tensor([2.0, 5.0])),
+    lambda z: z * z.isnan().logical_not().all() + torch.diag_embed(z[:, :, 0]),
+)  # fmt: skip
+
+
+def _theta(z: Tensor) -> Tensor:
+    """The identity at first, whose positions at the borders are where PyTorch's own are."""
+    return torch.eye(2, 3) + z[:, :1, :2, :3].flatten(1).reshape(-1, 2, 3) * 0
+
+
+class Recurrent(nn.Module):
+    """Every kind of layer, both directions, upon each other, projected, and cell by cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 6)
+        self.lstm = nn.LSTM(6, 4, 2, bidirectional=True, batch_first=True)
+        self.gru = nn.GRU(8, 4, bias=False)
+        self.projected, self.cell = nn.LSTM(4, 5, proj_size=3), nn.GRUCell(3, 4)
+        self.elman, self.other = nn.RNN(4, 4, nonlinearity="relu"), nn.LSTMCell(4, 4)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, (last, _) = self.lstm(self.first(x))
+        y = self.projected(self.gru(y.transpose(0, 1))[0])[0]
+        hidden, state = self.cell(y[0]), None
+        for step in self.elman(torch.stack([self.cell(one, hidden) for one in y]))[0]:
+            state = self.other(step, state)
+        assert state is not None
+        return self.head(torch.cat([state[0], last[-1]], 1))  # type: ignore[no-any-return]
+
 
 def logits_loss(output: dict[str, Tensor], y: Tensor) -> Tensor:
     return F.cross_entropy(output["logits"], y)
@@ -290,6 +353,9 @@ CASES: dict[str, Case] = {
     "rounded": does(joined(*ROUNDED)),
     "computed": does(joined(*COMPUTED)),
     "moved": does(joined(*MOVED)),
+    "sampled": does(joined(*SAMPLED)),
+    "composed": does(joined(*COMPOSED)),
+    "recurrent": Case(Recurrent, lambda: torch.randn(BATCH, 3, 5)),
     "average pools": does(average_pools),
     "upsampled": does(upsampled),
     "padded": does(padded),

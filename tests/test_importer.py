@@ -58,6 +58,20 @@ def _conv_transpose(h: Tensor) -> Tensor:
     return F.conv_transpose2d(h, kernel, stride=2, padding=1, output_padding=1)
 
 
+def _gru(h: Tensor) -> Tensor:
+    """By the formulas in ONNX's documentation."""
+    update, reset, new = (torch.arange(72, dtype=h.dtype) / 50).reshape(3, 2, 12)
+    own = torch.arange(12, dtype=h.dtype).reshape(3, 2, 2) / 9
+    state = h.new_zeros(len(h), 2)
+    for x in h.unbind(1):
+        z = torch.sigmoid(x @ update.T + state @ own[0].T)
+        r = torch.sigmoid(x @ reset.T + state @ own[1].T)
+        candidate = torch.tanh(x @ new.T + (r * state) @ own[2].T)
+        state = (1 - z) * candidate + z * state
+    return state.unsqueeze(1)
+
+
+RECURRENT_KERNEL = ", ".join(str(n / 9) for n in range(12))
 KERNEL = "{" + ", ".join(str(n / 50) for n in range(72)) + "}"
 
 CASES = {
@@ -208,6 +222,14 @@ CASES = {
         "y = Mul(h, r)",
         lambda h: h * h.flip(-1),
     ),
+    "gru": Case(
+        "t = Transpose <perm = [1, 0, 2]> (h) "
+        f"k = Constant <value = float[1, 6, 12] {KERNEL}> () "
+        f"r = Constant <value = float[1, 6, 2] {{{RECURRENT_KERNEL}}}> () "
+        "g, s = GRU <hidden_size = 2> (t, k, r) y = Transpose <perm = [1, 0, 2]> (s)",
+        _gru,
+        TOKENS,
+    ),
     "parameter_twice": Case("s = Mul(w, w) t = MatMul(x, s) y = Add(h, t)", lambda h: h),
 }
 # Those whose operator reads the weight as well.
@@ -299,6 +321,64 @@ def test_onnx_s_own_models(kind: str, count: int) -> None:
             np.testing.assert_allclose(found[name].numpy(), wanted, 0, bound, err_msg=folder.name)
         count -= 1
     assert count == 0
+
+
+RECURRENT: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "lstm": ("LSTM", 4, {}),
+    "gru": ("GRU", 3, {}),
+    "gru, reset behind": ("GRU", 3, {"linear_before_reset": 1}),
+    "rnn": ("RNN", 1, {"activations": ["Relu"]}),
+}
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers(name: str, direction: str) -> None:
+    """With biases and first states, or neither, against ONNX Runtime's own kernels."""
+    op, gates, options = RECURRENT[name]
+    both = 2 if direction == "bidirectional" else 1
+    if op == "RNN":
+        options = {"activations": both * options["activations"]}
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((4, 2, 5)).astype(np.float32)
+    shapes = {"w": (gates * 3, 5), "r": (gates * 3, 3), "b": (2 * gates * 3,), "h": (2, 3)}
+    weights = {
+        key: (rng.standard_normal((both, *shape)) / 2).astype(np.float32)
+        for key, shape in (shapes | ({"c": (2, 3)} if op == "LSTM" else {})).items()
+    }
+    outputs = ["y", "last", *(["cell"] if op == "LSTM" else [])]
+    for inputs in (["x", "w", "r"], ["x", "w", "r", "b", "", *list(weights)[3:]]):
+        node = onnx.helper.make_node(
+            op, inputs, outputs, hidden_size=3, direction=direction, **options
+        )
+        typed = [onnx.helper.make_tensor_value_info(n, 1, None) for n in outputs]
+        given = onnx.helper.make_tensor_value_info("x", 1, [4, "N", 5])
+        held = [onnx.numpy_helper.from_array(a, n) for n, a in weights.items() if n in inputs]
+        proto = onnx.helper.make_model(
+            onnx.helper.make_graph([node], "g", [given], typed, held),
+            ir_version=9,
+            opset_imports=[onnx.helper.make_opsetid("", 18)],
+        )
+        wanted = run(ir.from_proto(proto), {"x": x}, tuple(outputs))
+        module = import_graph(read_model(proto), trained=["w"], needed=outputs).module
+        found = module(torch.tensor(x))
+        for key in outputs:
+            np.testing.assert_allclose(found[key].detach().numpy(), wanted[key], 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("y = LSTM <hidden_size = 3, input_forget = 1> (x, w, r)", "input_forget"),
+        ('y = GRU <hidden_size = 4, activations = ["Relu", "Tanh"]> (x, w, r)', "Relu"),
+        ("y = LSTM <hidden_size = 3, clip = 0.5> (x, w, r)", "clip"),
+    ],
+)
+def test_recurrent_layers_that_are_refused(body: str, says: str) -> None:
+    weights = {"w": np.ones((1, 12, 5), np.float32), "r": np.ones((1, 12, 3), np.float32)}
+    model = graph(f"agraph (float[4, N, 5] x) => (float y) {{ {body} }}", weights)
+    with pytest.raises(UnsupportedTrainingError, match=says):
+        imported(model, "w")(torch.zeros(4, 2, 5))
 
 
 def conv_model() -> onnx.ModelProto:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "WrappedHook",
     "apply_function",
     "autocast_dtype",
+    "autograd_kernels",
     "copy_graph",
     "full_precision",
     "functions_are_seen",
@@ -62,8 +63,37 @@ _AUTOCAST = {
 _BACKENDS = {"cuda": "cuda", "cpu": "mkldnn"}
 _TRANSLATIONS: dict[tuple[Any, ...], Any] = {}
 _lock = Lock()
+_kernels_lock = RLock()
 _inside = {"cuda": 0, "mkldnn": 0}
 _before = {"cuda": "none", "mkldnn": "none"}
+
+
+@contextmanager
+def autograd_kernels(kernels: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """Run operators by functions of other operators, whose derivatives are taken in their place.
+
+    They are called where a tracer has PyTorch's Python dispatcher on, by whatever calls the
+    operator. `torch.library` has such registrations for a process alone.
+
+    Args:
+        kernels: Functions of an operator's arguments by operator.
+
+    Yields:
+        None, while it is so.
+    """
+    keys = (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA)
+    with _kernels_lock:
+        before = {operator: dict(operator.py_kernels) for operator in kernels}
+        try:
+            for operator, kernel in kernels.items():
+                operator.py_kernels.update(dict.fromkeys(keys, kernel))
+                operator._dispatch_cache.clear()
+            yield
+        finally:
+            for operator, own in before.items():
+                operator.py_kernels.clear()
+                operator.py_kernels.update(own)
+                operator._dispatch_cache.clear()
 
 
 def inside_functorch() -> bool:

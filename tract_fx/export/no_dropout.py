@@ -38,6 +38,14 @@ _FUNCTIONS: frozenset[Any] = _OPERATORS | {
     torch.alpha_dropout,
     torch.feature_alpha_dropout,
 }
+# Layers upon each other: the share that is dropped between them is the argument of this place.
+_RECURRENT: frozenset[Any] = frozenset(
+    {
+        *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu),
+        *(_aten.lstm.input, _aten.gru.input, _aten.rnn_tanh.input, _aten.rnn_relu.input),
+    }
+)
+_BETWEEN_LAYERS = 5
 
 
 @contextmanager
@@ -74,6 +82,8 @@ class _NoDropout(TorchFunctionMode):
             args = tuple(0.0 if index == 4 else value for index, value in enumerate(args))
             if len(args) < 5:
                 kwargs["dropout_p"] = 0.0
+        elif func in _RECURRENT:
+            args = (*args[:_BETWEEN_LAYERS], 0.0, *args[_BETWEEN_LAYERS + 1 :])
         return func(*args, **kwargs)
 
 
@@ -90,6 +100,8 @@ def _without_dropout(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
         elif node.target is _aten.native_dropout.default:
             node.args = (node.args[0], 0.0, node.args[2])
+        elif node.target in _RECURRENT:
+            node.update_arg(_BETWEEN_LAYERS, 0.0)
         without_attention_dropout(node)
     module.recompile()
 

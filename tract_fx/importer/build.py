@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from tract_fx.errors import UnsupportedTrainingError
-from tract_fx.importer import elementwise, layers, reductions, shapes
+from tract_fx.importer import elementwise, layers, recurrent_layers, reductions, shapes
 from tract_fx.importer.host import as_host
 from tract_fx.importer.layers import batch_norm, split_pads
 from tract_fx.importer.shapes import pad_sides
@@ -27,8 +27,10 @@ from tract_fx.preconditioner import precondition_grad
 
 __all__ = ["Imported", "import_graph"]
 
-assert elementwise and layers and reductions and shapes  # which fill the table
+assert elementwise and layers and recurrent_layers and reductions and shapes  # which fill the table
 
+# Operators whose functions give a tuple.
+_SEVERAL = frozenset({"Split", "LSTM", "GRU", "RNN"})
 _SMALL = 64
 """Integers up to this many are taken for sizes and the like."""
 
@@ -181,7 +183,7 @@ class _Builder:
             if unknown:
                 return f"{described(node)} with {', '.join(unknown)}"
             result = self.graph.call_function(function, tuple(arguments), attributes)
-        if node.op_type == "Split":
+        if node.op_type in _SEVERAL:
             for index, value in enumerate(node.outputs):
                 part = self.graph.call_function(python.getitem, (result, index))
                 self.values[value] = self._detached(value, part)

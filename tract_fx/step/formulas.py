@@ -148,30 +148,6 @@ def _avg_pool(
     return found  # type: ignore[no-any-return]
 
 
-@_for(aten.adaptive_max_pool2d.default)
-def _adaptive_max_pool(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    kernel = _even_windows(x, sizes)
-    if kernel is None:
-        return NotImplemented  # type: ignore[no-any-return]
-    return aten.max_pool2d_with_indices(x, kernel, kernel)  # type: ignore[no-any-return]
-
-
-@_for(aten.adaptive_max_pool2d_backward.default)
-def _adaptive_max_pool_backward(dz: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-    kernel = _even_windows(x, dz.shape[-2:])
-    if kernel is None:
-        return NotImplemented  # type: ignore[no-any-return]
-    return aten.max_pool2d_with_indices_backward(  # type: ignore[no-any-return]
-        dz, x, kernel, kernel, [0, 0], [1, 1], False, indices
-    )
-
-
-def _even_windows(x: Tensor, sizes: Sequence[int]) -> list[int] | None:
-    """The windows' size, where each is as large as the other."""
-    pairs = list(zip(x.shape[-2:], sizes, strict=True))
-    return [a // b for a, b in pairs] if all(a % b == 0 for a, b in pairs) else None
-
-
 @_for(aten.avg_pool2d_backward.default, aten.avg_pool3d_backward.default)
 def _avg_pool_backward(
     dz: Tensor,
@@ -291,7 +267,7 @@ def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, alpha: float 
     return aten.index_put(x, [*places, index], source * alpha, True)  # type: ignore[no-any-return]
 
 
-@_for(aten.split.Tensor)
+@_for(aten.split.Tensor, aten.unsafe_split.Tensor)
 def _split(x: Tensor, size: int, dim: int = 0) -> list[Tensor]:
     whole = x.shape[dim]
     return [x.narrow(dim, k, min(size, whole - k)) for k in range(0, whole, size)]
@@ -327,6 +303,60 @@ def _dot(one: Tensor, other: Tensor) -> Tensor:
 @_for(aten.copy.default)
 def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(x.dtype).expand_as(x).clone()
+
+
+@_for(aten.sort.stable)
+def _stable_sort(
+    x: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False
+) -> tuple[Tensor, Tensor]:
+    return torch.sort(x, dim, descending)
+
+
+@_for(aten.eye.default, aten.eye.m)
+def _eye(
+    rows: int, columns: int | None = None, *, dtype: torch.dtype | None = None, **_: Any
+) -> Tensor:
+    """PyTorch's compares bytes, for which runtimes have no kernel."""
+    columns = rows if columns is None else columns
+    same = torch.arange(rows).unsqueeze(1) == torch.arange(columns)
+    return same.to(torch.get_default_dtype() if dtype is None else dtype)
+
+
+@_for(aten.hypot.default)
+def _hypot(one: Tensor, other: Tensor) -> Tensor:
+    return (one * one + other * other).sqrt()
+
+
+@_for(aten.frac.default)
+def _frac(x: Tensor) -> Tensor:
+    return x - x.trunc()
+
+
+@_for(aten.sinc.default)
+def _sinc(x: Tensor) -> Tensor:
+    angle = math.pi * x
+    return torch.where(x == 0, 1.0, angle.sin() / angle)
+
+
+@_for(aten.logit.default)
+def _logit(x: Tensor, eps: float | None = None) -> Tensor:
+    x = x if eps is None else x.clamp(eps, 1 - eps)
+    return torch.log(x / (1 - x))
+
+
+@_for(aten.deg2rad.default)
+def _deg2rad(x: Tensor) -> Tensor:
+    return x * (math.pi / 180)
+
+
+@_for(aten.rad2deg.default)
+def _rad2deg(x: Tensor) -> Tensor:
+    return x * (180 / math.pi)
+
+
+@_for(aten.floor_divide.default)
+def _floor_divide(one: Tensor, other: Any) -> Tensor:
+    return torch.div(one, other, rounding_mode="floor")
 
 
 @_for(aten.logaddexp.default)

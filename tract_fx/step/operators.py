@@ -15,17 +15,17 @@ __all__ = ["TESTED", "refuse_untested", "untested"]
 aten = torch.ops.aten
 
 _ATEN = """
-    " _log_softmax _native_batch_norm_legit_no_training _prelu_kernel _softmax _to_copy
+    _log_softmax _native_batch_norm_legit_no_training _prelu_kernel _softmax _to_copy
     _unsafe_index.Tensor _unsafe_index_put abs acos add.Scalar add.Tensor addcdiv addcmul addmm
-    all.dim amax amin arange argmax asin asinh atan atanh avg_pool2d avg_pool3d baddbmm
-    bitwise_and.Tensor bitwise_not bitwise_or.Tensor bmm cat ceil clamp clamp_max clamp_min
-    clamp_min.Tensor clone col2im constant_pad_nd convolution copy cos cosh cumsum div.Scalar
-    div.Tensor div.Tensor_mode elu embedding empty_like eq.Scalar eq.Tensor erf erfc exp exp2
-    expand expm1 fill.Scalar flip floor fmod.Scalar full full_like gather ge.Scalar ge.Tensor
-    gelu glu gt.Scalar gt.Tensor hardsigmoid hardswish hardtanh im2col index.Tensor index_put
-    isinf isnan isneginf isposinf le.Scalar le.Tensor leaky_relu lerp.Scalar linalg_cross
-    linalg_vector_norm linspace log log10 log1p log2 logical_and
-    logical_or logsumexp lt.Scalar lt.Tensor masked_fill.Scalar max max.dim
+    all.default all.dim amax amin arange arange.start argmax asin asinh atan atan2 atanh
+    avg_pool2d avg_pool3d baddbmm bitwise_and.Tensor bitwise_not bitwise_or.Tensor bmm cat ceil
+    clamp clamp_max clamp_min clamp_min.Tensor clone col2im constant_pad_nd convolution copy cos
+    cosh cumsum div.Scalar div.Tensor div.Tensor_mode elu embedding empty_like eq.Scalar
+    eq.Tensor erf erfc exp exp2 expand expm1 fill.Scalar flip floor fmod.Scalar full full_like
+    gather ge.Scalar ge.Tensor gelu glu gt.Scalar gt.Tensor hardsigmoid hardswish hardtanh
+    im2col index.Tensor index_put isinf isnan isneginf isposinf le.Scalar le.Tensor leaky_relu
+    lerp.Scalar linalg_cross linalg_vector_norm linspace log log10 log1p log2 logical_and
+    logical_not logical_or logsumexp lt.Scalar lt.Tensor masked_fill.Scalar max max.dim
     max_pool2d_with_indices max_pool2d_with_indices_backward max_pool3d_with_indices
     max_pool3d_with_indices_backward maximum mean mean.dim min min.dim minimum mish mm mse_loss
     mul.Scalar mul.Tensor native_layer_norm ne.Scalar ne.Tensor neg new_empty new_empty_strided

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from tract_fx.passes.onnx_graph.step_names import GRADIENT, NEW
 from tract_fx.preconditioner import to_training_graph
 from tract_fx.program import held_at
 from tract_fx.step import exporter
+from tract_fx.step.compositions import COMPOSITIONS, SizesUnread
 from tract_fx.step.dialects import STANDARD, Dialect
 from tract_fx.step.names import batch_names, free_name, output_names
 from tract_fx.step.operators import refuse_untested, untested
@@ -141,8 +143,9 @@ def trace_step(
             call[place] = tensor
         args, kwargs = pytree.tree_unflatten(call, spec)
         with torch.set_grad_enabled(gradients):
-            output = functional_call(model, own, args, kwargs)
-            value = loss(output, *given[len(places) :])
+            with SizesUnread():
+                output = functional_call(model, own, args, kwargs)
+                value = loss(output, *given[len(places) :])
             _refuse_many_numbers(value, gradients)
             results = _Results.of(
                 state, own, output, value, {*names}, wanted if gradients else None
@@ -152,6 +155,7 @@ def trace_step(
 
     # First whole derivatives, among whose arguments are outputs' gradients; then formulas of them.
     graph = _record(step, arguments, {})
+    _write_conditions(graph)
     smallest = _smallest_batch(graph)
     placeholders = dict(zip(state.tensors, graph.graph.find_nodes(op="placeholder"), strict=False))
     lambdas, idle = attach_output_gradients(graph, found[-1].gradients_in(graph), placeholders)
@@ -348,7 +352,11 @@ def _record(
     """Record the operators that a function runs, some of them by their formulas."""
     token = to_training_graph.set(True)
     try:
-        with sdpa_kernel(SDPBackend.MATH), _one_kernel():
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            _one_kernel(),
+            torch_private.autograd_kernels(COMPOSITIONS),
+        ):
             traced = make_fx(step, dict(table), "symbolic")(*arguments)
     except (ExportError, UnsupportedTrainingError):
         raise
@@ -371,6 +379,23 @@ def _record(
     traced.graph.eliminate_dead_code()
     traced.recompile()
     return traced
+
+
+def _write_conditions(graph: fx.GraphModule) -> None:
+    """Make the loss NaN where a condition is not met at which PyTorch would raise."""
+    results: Any = graph.graph.output_node().args[0]
+    for node in list(graph.graph.nodes):
+        if node.target is aten._assert_async.msg:
+            with graph.graph.inserting_before(graph.graph.output_node()):
+                results = [
+                    graph.graph.call_function(
+                        aten.where.ScalarOther, (node.args[0], results[0], math.nan)
+                    ),
+                    *results[1:],
+                ]
+            graph.graph.erase_node(node)
+    graph.graph.output_node().args = (results,)
+    graph.recompile()
 
 
 def _refuse_held(graph: fx.GraphModule, model: nn.Module) -> None:
