@@ -34,6 +34,8 @@ from tract_fx.export.optimizers import (
     AdamW,
     OptimizerConfig,
     optimizer_from,
+    refuse_patterns,
+    weight_decay_of,
 )
 from tract_fx.export.record_json import decode, encode
 
@@ -176,7 +178,7 @@ def torch_optimizer(
     config: OptimizerConfig, parameters: Mapping[str, torch.nn.Parameter]
 ) -> torch.optim.Optimizer:
     settings = dataclasses.asdict(config)
-    del settings["max_grad_norm"], settings["accumulate"]
+    del settings["max_grad_norm"], settings["accumulate"], settings["weight_decays"]
     kind = torch.optim.AdamW if isinstance(config, AdamW) else torch.optim.SGD
     return kind(parameters.values(), **settings)
 
@@ -347,6 +349,8 @@ def test_the_usual_updates_are_one_node(config: OptimizerConfig) -> None:
     ("kind", "fields"),
     [
         (AdamW, {"lr": -1e-3}),
+        (SGD, {"weight_decays": {"a": -0.1}}),
+        (AdamW, {"weight_decays": 0.1}),
         (AdamW, {"lr": math.inf}),
         (AdamW, {"lr": "1e-3"}),
         (AdamW, {"lr": 1e39}),
@@ -383,6 +387,7 @@ def test_values_out_of_range_are_refused(kind: Any, fields: dict[str, Any]) -> N
         (SGD(momentum=1.0), 2, "momentum"),
         (SGD(momentum=1 - 1e-9), 2, "momentum"),
         (SGD(), 0, "0 parameters"),
+        (SGD(weight_decays={"*": 0.1}), 2, "differs from process to process"),
     ],
 )
 def test_updates_that_would_be_inexact_are_refused(
@@ -453,6 +458,34 @@ def test_optimizers_of_torch_are_read(
     assert optimizer_from(optimizer) == record
 
 
+def groups(other: dict[str, Any]) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": [weight()]}, {"params": [weight()], **other}])
+
+
+def test_groups_of_torch_are_read() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    named = dict(net.named_parameters())
+    decayed = [p for p in named.values() if p.dim() > 1]
+    others = [p for p in named.values() if p.dim() == 1]
+    chosen: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(chosen, weight_decay=0.2)
+    config = optimizer_from(optimizer, named)
+    assert config == AdamW(
+        weight_decay=0.2, weight_decays={"0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0}
+    )
+    assert [weight_decay_of(config, n) for n in ("0.weight", "1.bias")] == [0.2, 0.0]
+    assert optimizer_from(groups({}), named) == SGD()
+
+
+def test_the_first_pattern_holds_and_each_has_to_fit() -> None:
+    config = SGD(weight_decay=0.5, weight_decays={"norm.bias": 0.25, "*.bias": 0.0})
+    names = ["a.bias", "norm.bias", "a.weight"]
+    assert [weight_decay_of(config, name) for name in names] == [0.0, 0.25, 0.5]
+    refuse_patterns(config, names)
+    with pytest.raises(UnsupportedTrainingError, match=r"norm\.bias"):
+        refuse_patterns(config, ["a.bias"])
+
+
 class _OwnSGD(torch.optim.SGD):
     pass
 
@@ -474,7 +507,8 @@ def stepped() -> torch.optim.Optimizer:
         (torch.optim.AdamW([weight()], amsgrad=True), "amsgrad"),
         (torch.optim.SGD([weight()], maximize=True), "maximize"),
         (torch.optim.SGD([weight()], differentiable=True), "differentiable"),
-        (torch.optim.SGD([{"params": [weight()]}, {"params": [weight()]}]), "2 parameter groups"),
+        (groups({"weight_decay": 0.1}), "no names"),
+        (groups({"lr": 0.5}), "differ in more"),
         (stepped(), "has made steps"),
     ],
 )

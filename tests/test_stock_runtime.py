@@ -66,6 +66,19 @@ def model(dropout: float = 0.0) -> nn.Module:
 
 
 Optimizer = Callable[..., torch.optim.Optimizer]
+
+
+def groups(parameters: Any, **settings: float) -> torch.optim.Optimizer:
+    """AdamW with other weight decays for biases and the norm."""
+    weight, gain, shift, head, bias = parameters
+    chosen: list[dict[str, Any]] = [
+        {"params": [weight, head]},
+        {"params": [shift, bias], "weight_decay": 0.0},
+        {"params": [gain], "weight_decay": 0.2},
+    ]
+    return torch.optim.AdamW(chosen, **settings)  # type: ignore[arg-type]
+
+
 OPTIMIZERS: dict[str, tuple[SGD | AdamW, Optimizer]] = {
     "sgd": (SGD(lr=0.1), functools.partial(torch.optim.SGD, lr=0.1)),
     "momentum": (
@@ -75,6 +88,10 @@ OPTIMIZERS: dict[str, tuple[SGD | AdamW, Optimizer]] = {
     "nesterov": (
         SGD(lr=0.05, momentum=0.9, weight_decay=0.02, nesterov=True),
         functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.02, nesterov=True),
+    ),
+    "adamw, groups": (
+        AdamW(lr=1e-2, weight_decay=0.5, weight_decays={"*.bias": 0.0, "norm.*": 0.2}),
+        lambda parameters: groups(parameters, lr=1e-2, weight_decay=0.5),
     ),
     "adamw": (
         AdamW(lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1, max_grad_norm=0.5),

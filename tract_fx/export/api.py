@@ -21,6 +21,7 @@ from tract_fx.export.forward import OnnxSource, onnx_source
 from tract_fx.export.losses import Loss
 from tract_fx.export.lost_in_graphs import refuse_other_parameters
 from tract_fx.export.manifest import ORT_TRAINING, STOCK, Manifest
+from tract_fx.export.optimizer_graph import build_optimizer
 from tract_fx.export.optimizers import OptimizerConfig, optimizer_from
 from tract_fx.export.torch_graphs import (
     Target,
@@ -125,9 +126,11 @@ def export_training(
         MissingRuntimeError: ONNX Runtime Training is not installed.
     """  # noqa: DOC502 (most are raised by what it calls)
     _check_target(target)
-    config = optimizer_from(optimizer)
+    named = dict(model.named_parameters()) if isinstance(model, nn.Module) else {}
+    config = optimizer_from(optimizer, named)
     if target != STOCK:
         ort_training.runtime()  # its own error, where it is not there, before all the work
+        build_optimizer(config, 1)  # and so what it can't compute
     targets = [example_targets] if isinstance(example_targets, Tensor) else example_targets
     source: OnnxSource | None = None
     if isinstance(model, (nn.Module, ExportedProgram)):

@@ -206,6 +206,8 @@ class Manifest:
             )
         for entry, value in (("counter_steps", {}), ("checks", [])):  # 0.1 wrote neither
             entries.setdefault(entry, value)
+        if isinstance(entries.get("optimizer"), dict):
+            entries["optimizer"].setdefault("weight_decays", {})
         try:
             return decode(cls, entries, "manifest")
         except ValueError as error:  # an optimizer's settings refused by their class, too

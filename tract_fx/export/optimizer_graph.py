@@ -64,6 +64,13 @@ def build_optimizer(config: OptimizerConfig, parameters: int) -> ir.Model:
             "ONNX Runtime's optimizer needs one at least",
             "Let a parameter require a gradient",
         )
+    if config.weight_decays:
+        raise UnsupportedTrainingError(
+            f"{type(config).__name__} with weight_decays",
+            "ONNX Runtime Training gives its optimizer the parameters without their names, in an "
+            "order that differs from process to process",
+            "Use target='onnxruntime', or one weight_decay for all parameters",
+        )
     if isinstance(config, AdamW):
         _check_adamw(config)
         graph = _UpdateGraph(moments=2)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from glob import escape
 from typing import Any, TypeAlias
 
 import torch
 
 from tract_fx.errors import UnsupportedTrainingError
 
-__all__ = ["SGD", "AdamW", "OptimizerConfig", "optimizer_from"]
+__all__ = [
+    "SGD",
+    "AdamW",
+    "OptimizerConfig",
+    "optimizer_from",
+    "refuse_patterns",
+    "weight_decay_of",
+]
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _EXACT_INTEGERS = 2**24  # up to here float32 holds every integer
@@ -27,6 +36,8 @@ class AdamW:
         betas: Decay rates of the means of the gradient and of its square.
         eps: Added to the root of the second mean.
         weight_decay: Each update first multiplies a parameter with `1 - lr * weight_decay`.
+        weight_decays: The decay of single parameters in place of it, by their name or a pattern of
+            names (`"*.bias"`); the first that fits holds.
         max_grad_norm: Before the update, the norm over all gradients is brought down to this as
             `torch.nn.utils.clip_grad_norm_` does; None leaves it.
         accumulate: Micro-batches per update; the gradient used is their mean.
@@ -39,6 +50,7 @@ class AdamW:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-2
+    weight_decays: Mapping[str, float] = field(default_factory=dict, hash=False)
     max_grad_norm: float | None = None
     accumulate: int = 1
 
@@ -46,7 +58,7 @@ class AdamW:
         _set_number(self, "lr", "at least 0", lambda value: value >= 0)
         _set_betas(self)
         _set_number(self, "eps", "at least 0", lambda value: value >= 0)
-        _set_number(self, "weight_decay", "at least 0", lambda value: value >= 0)
+        _set_decays(self)
         _set_step_options(self)
 
 
@@ -59,6 +71,8 @@ class SGD:
         momentum: Decay rate of the sum of past gradients; 0 goes by the gradient alone.
         dampening: Gradients after the first enter that sum times `1 - dampening`.
         weight_decay: This times the parameter is added to its gradient, after clipping.
+        weight_decays: The decay of single parameters in place of it, by their name or a pattern of
+            names (`"*.bias"`); the first that fits holds.
         nesterov: Step along `gradient + momentum * sum`; needs momentum and no dampening.
         max_grad_norm: Before the update, the norm over all gradients is brought down to this as
             `torch.nn.utils.clip_grad_norm_` does; None leaves it.
@@ -72,6 +86,7 @@ class SGD:
     momentum: float = 0.0
     dampening: float = 0.0
     weight_decay: float = 0.0
+    weight_decays: Mapping[str, float] = field(default_factory=dict, hash=False)
     nesterov: bool = False
     max_grad_norm: float | None = None
     accumulate: int = 1
@@ -80,7 +95,7 @@ class SGD:
         _set_number(self, "lr", "at least 0", lambda value: value >= 0)
         _set_number(self, "momentum", "at least 0", lambda value: value >= 0)
         _set_number(self, "dampening", "finite", lambda _: True)
-        _set_number(self, "weight_decay", "at least 0", lambda value: value >= 0)
+        _set_decays(self)
         if not isinstance(self.nesterov, bool):
             raise _out_of_range(self, "nesterov", "True or False")
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
@@ -93,16 +108,55 @@ class SGD:
 
 
 OptimizerConfig: TypeAlias = AdamW | SGD
+Parameters: TypeAlias = "Mapping[str, torch.nn.Parameter]"
 _RECORDS: dict[str, type[AdamW] | type[SGD]] = {"adamw": AdamW, "sgd": SGD}
 
 
-def optimizer_from(value: str | OptimizerConfig | torch.optim.Optimizer) -> OptimizerConfig:
+def weight_decay_of(config: OptimizerConfig, name: str) -> float:
+    """Give a parameter's weight decay.
+
+    Args:
+        config: The optimizer.
+        name: The parameter's name.
+
+    Returns:
+        The weight decay.
+    """
+    for pattern, decay in config.weight_decays.items():
+        if fnmatchcase(name, pattern):
+            return decay
+    return config.weight_decay
+
+
+def refuse_patterns(config: OptimizerConfig, names: Sequence[str]) -> None:
+    """Refuse weight decays that are of no parameter.
+
+    Args:
+        config: The optimizer.
+        names: The names of the parameters that it trains.
+
+    Raises:
+        UnsupportedTrainingError: A pattern fits none of the names.
+    """
+    for pattern in config.weight_decays:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UnsupportedTrainingError(
+                f"weight_decays with {pattern!r}",
+                f"no trained parameter has such a name ({', '.join(names[:4])}, …)",
+                "Take the names from model.named_parameters(); * stands for any characters",
+            )
+
+
+def optimizer_from(
+    value: str | OptimizerConfig | torch.optim.Optimizer, parameters: Parameters | None = None
+) -> OptimizerConfig:
     """Read what a user gives as the optimizer.
 
     Args:
         value: A name, `"adamw"` or `"sgd"`, for torch's defaults; a record, which comes back as it
             is; or an optimizer of torch, of class AdamW, SGD or (where it is the same) Adam, that
-            has one parameter group and has made no step yet. Which parameters it holds is not read.
+            has made no step yet, and whose parameter groups differ in weight decay alone.
+        parameters: The model's parameters by name, by which several groups are read.
 
     Returns:
         The record.
@@ -115,23 +169,49 @@ def optimizer_from(value: str | OptimizerConfig | torch.optim.Optimizer) -> Opti
     if isinstance(value, str) and value in _RECORDS:
         return _RECORDS[value]()
     if isinstance(value, torch.optim.Optimizer):
-        return _read_torch(value)
+        _refuse_torch(value)
+        first, *others = (_read_group(value, group) for group in value.param_groups)
+        return replace(first, weight_decays=_decays(value, first, others, parameters or {}))
     raise UnsupportedTrainingError(
         f"optimizer={value!r}", "No optimizer of this name is built", f"Use {_KNOWN}"
     )
 
 
-def _read_torch(optimizer: torch.optim.Optimizer) -> OptimizerConfig:
+def _decays(
+    optimizer: torch.optim.Optimizer,
+    first: OptimizerConfig,
+    others: Sequence[OptimizerConfig],
+    parameters: Parameters,
+) -> dict[str, float]:
+    """The weight decays of the parameters behind the first group, by name."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    decays: dict[str, float] = {}
+    for group, record in zip(optimizer.param_groups[1:], others, strict=True):
+        if replace(record, weight_decay=first.weight_decay) != first:
+            raise UnsupportedTrainingError(
+                f"{type(optimizer).__name__} with parameter groups that differ in more than "
+                "weight_decay",
+                "a training graph has one learning rate and one set of other settings",
+                "Let the groups differ in weight_decay alone, and freeze what must not be trained",
+            )
+        for parameter in group["params"] if record.weight_decay != first.weight_decay else ():
+            if id(parameter) not in names:
+                raise UnsupportedTrainingError(
+                    f"{type(optimizer).__name__} with a group whose parameters have no names",
+                    "a weight decay of its own is given to a parameter by its name",
+                    "Make the optimizer from the parameters of the PyTorch model that is exported, "
+                    "or pass a record with weight_decays",
+                )
+            decays[escape(names[id(parameter)])] = record.weight_decay
+    return decays
+
+
+def _refuse_torch(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what no graph is built for."""
     name = type(optimizer).__name__
     if type(optimizer) not in {torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD}:
         raise UnsupportedTrainingError(
             f"The optimizer {name}", "No graph is built for this class", f"Use {_KNOWN}"
-        )
-    if len(optimizer.param_groups) != 1:
-        raise UnsupportedTrainingError(
-            f"{name} with {len(optimizer.param_groups)} parameter groups",
-            "ONNX Runtime's optimizer has one set of settings for all parameters",
-            "Use one group, and freeze what must not be trained",
         )
     if any(optimizer.state.values()):
         raise UnsupportedTrainingError(
@@ -139,7 +219,15 @@ def _read_torch(optimizer: torch.optim.Optimizer) -> OptimizerConfig:
             "Its moments would be lost, as training starts with moments of zero",
             "Pass a record with its settings, and take the fresh start",
         )
-    group = optimizer.param_groups[0]
+    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    if any(getattr(optimizer, kind, None) for kind in hooks):
+        raise UnsupportedTrainingError(
+            f"{name} with step hooks", "The graph runs no Python", "Remove the hooks"
+        )
+
+
+def _read_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> OptimizerConfig:
+    name = type(optimizer).__name__
     for option in ("amsgrad", "maximize", "differentiable"):
         if group.get(option):
             raise UnsupportedTrainingError(
@@ -150,11 +238,6 @@ def _read_torch(optimizer: torch.optim.Optimizer) -> OptimizerConfig:
             f"{name} whose lr {group['lr']} a scheduler has made of {group['initial_lr']}",
             "The schedule would be lost, and its first step kept as the learning rate",
             "Pass a record with the settings, and set trainer.learning_rate as you go",
-        )
-    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    if any(getattr(optimizer, kind, None) for kind in hooks):
-        raise UnsupportedTrainingError(
-            f"{name} with step hooks", "The graph runs no Python", "Remove the hooks"
         )
     if isinstance(optimizer, torch.optim.SGD):
         return SGD(**_plain(group, "lr", "momentum", "dampening", "weight_decay", "nesterov"))
@@ -187,6 +270,16 @@ def _set_step_options(record: OptimizerConfig) -> None:
         raise _out_of_range(record, "accumulate", f"an int from 1 to {_EXACT_INTEGERS}")
 
 
+def _set_decays(record: OptimizerConfig) -> None:
+    _set_number(record, "weight_decay", "at least 0", lambda value: value >= 0)
+    if not isinstance(record.weight_decays, Mapping):
+        raise _out_of_range(record, "weight_decays", "numbers by name")
+    decays = {name: _number(value) for name, value in record.weight_decays.items()}
+    if not all(0 <= decay <= _FLOAT32_MAX for decay in decays.values()):
+        raise _out_of_range(record, "weight_decays", "numbers by name, each at least 0")
+    object.__setattr__(record, "weight_decays", decays)
+
+
 def _set_betas(record: AdamW) -> None:
     betas = record.betas
     if not isinstance(betas, tuple | list) or len(betas) != 2:
@@ -198,12 +291,12 @@ def _set_betas(record: AdamW) -> None:
 
 
 def _set_number(
-    record: OptimizerConfig, field: str, range_: str, is_inside: Callable[[float], bool]
+    record: OptimizerConfig, name: str, range_: str, is_inside: Callable[[float], bool]
 ) -> None:
-    number = _number(getattr(record, field))
+    number = _number(getattr(record, name))
     if not math.isfinite(number) or abs(number) > _FLOAT32_MAX or not is_inside(number):
-        raise _out_of_range(record, field, f"a number {range_}, within float32")
-    object.__setattr__(record, field, number)
+        raise _out_of_range(record, name, f"a number {range_}, within float32")
+    object.__setattr__(record, name, number)
 
 
 def _number(value: object) -> float:
@@ -213,9 +306,9 @@ def _number(value: object) -> float:
     return float(value)
 
 
-def _out_of_range(record: OptimizerConfig, field: str, range_: str) -> UnsupportedTrainingError:
+def _out_of_range(record: OptimizerConfig, name: str, range_: str) -> UnsupportedTrainingError:
     return UnsupportedTrainingError(
-        f"{type(record).__name__}({field}={getattr(record, field)!r})",
-        f"{field} must be {range_}",
-        f"Give {field} such a value",
+        f"{type(record).__name__}({name}={getattr(record, name)!r})",
+        f"{name} must be {range_}",
+        f"Give {name} such a value",
     )

@@ -31,7 +31,7 @@ from tract_fx.export.graph_runs import run_graph
 from tract_fx.export.left_out import warn_of_left_out
 from tract_fx.export.manifest import STOCK, Manifest, ParameterSpec, TensorSpec, TractLayer
 from tract_fx.export.optimizer_graph import build_optimizer
-from tract_fx.export.optimizers import OptimizerConfig
+from tract_fx.export.optimizers import OptimizerConfig, refuse_patterns
 from tract_fx.export.tensor_files import write_tensors
 from tract_fx.export.torch_loss import TorchLoss
 from tract_fx.export.torch_model import TorchModel
@@ -173,6 +173,7 @@ def build_graphs(model: TorchModel, loss: TorchLoss, target: Target) -> TorchGra
         ExportError: The model can't be brought to ONNX with its meaning kept.
     """  # noqa: DOC502 (raised by what it calls)
     training, trace, tensors = training_graph(model, loss, model.training, target)
+    refuse_patterns(target.optimizer, tensors.trained)
     state = named_tensors(model.training)
     held = (*tensors.trained, *tensors.kept)
     _refuse_tensors(model.training, {name: state[name] for name in held})

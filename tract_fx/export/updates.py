@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tract_fx.export.optimizers import SGD, AdamW, OptimizerConfig
+from tract_fx.export.optimizers import SGD, AdamW, OptimizerConfig, weight_decay_of
 from tract_fx.passes.onnx_graph.step_names import GRADIENT_SUM, IS_UPDATE, LEARNING_RATE, STEP
 from tract_fx.step.trace import Update
 
@@ -66,6 +66,7 @@ def _updated(
         }
         parameter, *changed = rule(
             config,  # type: ignore[arg-type]
+            weight_decay_of(config, name),
             parameters[name],
             gradient,
             states,
@@ -92,14 +93,15 @@ def _clipped(gradients: Tensors, most: float) -> dict[str, Tensor]:
 
 def _sgd(
     config: SGD,
+    decay: float,
     parameter: Tensor,
     gradient: Tensor,
     states: Tensors,
     rate: Tensor,
     step: Tensor,
 ) -> tuple[Tensor, ...]:
-    if config.weight_decay:
-        gradient = gradient + config.weight_decay * parameter
+    if decay:
+        gradient = gradient + decay * parameter
     if not config.momentum:
         return (parameter - rate * gradient,)
     buffer = config.momentum * states["momentum_buffer"] + (1 - config.dampening) * gradient
@@ -111,6 +113,7 @@ def _sgd(
 
 def _adamw(
     config: AdamW,
+    decay: float,
     parameter: Tensor,
     gradient: Tensor,
     states: Tensors,
@@ -126,5 +129,5 @@ def _adamw(
     )
     mean = first * states["exp_avg"] + (1 - first) * gradient
     square = second * states["exp_avg_sq"] + (1 - second) * gradient * gradient
-    decayed = parameter * (1 - rate * config.weight_decay) if config.weight_decay else parameter
+    decayed = parameter * (1 - rate * decay) if decay else parameter
     return decayed - rate / correction * mean / (square.sqrt() / root + config.eps), mean, square
