@@ -26,6 +26,7 @@ from tract_fx import SGD, AdamW, import_onnx, inspect_graph, load_trainer, tract
 from tract_fx.errors import (
     DamagedArtifactsError,
     ExportError,
+    MissingRuntimeError,
     TrainerStateError,
     UnsupportedModelError,
 )
@@ -172,6 +173,22 @@ def test_lambda_is_an_input(tmp_path: Path) -> None:
         wanted = other.get_parameter("first.weight").grad
         assert wanted is not None
         assert relative_error(state["first.weight"] - new, wanted) < 1e-4
+
+
+def test_providers_by_name(tmp_path: Path) -> None:
+    """The one that every build has, by its name and with options; any other starts or is named."""
+    write(model(), batch(4)[0], tmp_path / "a", optimizer=SGD(lr=0.1))
+    losses = []
+    names: list[Any] = ["cpu", "CPUExecutionProvider", ("CPUExecutionProvider", {})]
+    for device in names:
+        trainer = load_trainer(tmp_path / "a", device=device)
+        assert trainer.device == "cpu"
+        losses.append([trainer.train_step(x, y) for x, y in batches(3)])
+    assert losses[0] == losses[1] == losses[2]
+    others: list[Any] = ["NoSuchExecutionProvider", ("CUDAExecutionProvider", {"device_id": 7})]
+    for device in others:
+        with pytest.raises(MissingRuntimeError, match=r"Execution"):
+            load_trainer(tmp_path / "a", device=device)
 
 
 def test_accumulation_is_the_mean_gradient(tmp_path: Path) -> None:

@@ -563,7 +563,7 @@ def test_failed_steps(tmp_path: Path) -> None:
 def test_devices(folder: Path) -> None:
     assert load_trainer(folder / "mlp", device=torch.device("cpu")).device == "cpu"
     for device in ("tpu", "cpu:1", "cuda:", "cuda:-1", "", None):
-        with pytest.raises(MissingRuntimeError, match="Pass 'cpu', 'cuda' or 'cuda:0'"):
+        with pytest.raises(MissingRuntimeError, match="Pass 'cpu', 'cuda', 'cuda:0'"):
             load_trainer(folder / "mlp", device=device)
 
 
@@ -578,6 +578,11 @@ def test_cuda_is_not_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ort, "get_available_providers", lambda: names)
     with pytest.raises(MissingRuntimeError, match="does not start"):
         load_trainer(folder / "mlp", device="cuda:0")
+
+
+def test_other_providers(folder: Path) -> None:
+    with pytest.raises(MissingRuntimeError, match="DmlExecutionProvider is not in this build"):
+        load_trainer(folder / "mlp", device=("DmlExecutionProvider", {"device_id": 0}))
 
 
 def test_stock_onnxruntime(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

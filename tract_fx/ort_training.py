@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import platform
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +20,9 @@ import torch.utils.checkpoint
 from tract_fx.errors import MissingRuntimeError
 
 __all__ = [
+    "CPU",
     "TESTED_VERSION",
+    "Device",
     "any_runtime",
     "inference_session",
     "message_of",
@@ -33,6 +37,7 @@ __all__ = [
     "training_api",
 ]
 
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 TESTED_VERSION = "1.19.2"  # ONNX Runtime Training's last release
 
 # From the GPU wheel: file name, metadata, onnxruntime/capi/build_and_package_info.py, and the
@@ -147,29 +152,65 @@ def save_checkpoint(trained: Sequence[Any], kept: Sequence[Any], file: Path) -> 
     utilities.save_checkpoint((list(trained), list(kept)), str(file))
 
 
-def parse_device(device: object) -> tuple[str, int]:
+@dataclass(frozen=True)
+class Device:
+    """Where sessions run.
+
+    Attributes:
+        provider: ONNX Runtime's name of the execution provider.
+        index: The index of a GPU.
+        options: Further options of the provider.
+    """
+
+    provider: str = _CPU
+    index: int = 0
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def memory(self) -> str:
+        """Where tensors lie between runs: `"cpu"` or `"cuda"`."""
+        return "cuda" if self.provider == _CUDA else "cpu"
+
+    def __str__(self) -> str:
+        return {_CPU: "cpu", _CUDA: f"cuda:{self.index}"}.get(self.provider, self.provider)
+
+
+CPU = Device()
+"""The CPU, by ONNX Runtime's own kernels."""
+
+
+def parse_device(device: object) -> Device:
     """Read a device's name.
 
     Args:
-        device: `"cpu"`, `"cuda"`, `"cuda:1"`, or a `torch.device`.
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`, a `torch.device`, the name of an execution provider,
+            or a pair of that and its options.
 
     Returns:
-        The kind, `"cpu"` or `"cuda"`, and the index.
+        The device.
 
     Raises:
         MissingRuntimeError: If it is another device.
     """
+    if isinstance(device, tuple) and len(device) == 2 and isinstance(device[1], Mapping):
+        options = {str(key): str(value) for key, value in device[1].items()}
+        return dataclasses.replace(parse_device(device[0]), options=options)
+    if isinstance(device, Device):
+        return device
+    if re.fullmatch(r"\w+ExecutionProvider", str(device)):
+        return Device(str(device))
     match = re.fullmatch(r"(cpu)|cuda(?::(\d+))?", str(device))
     if match is None:
         raise MissingRuntimeError(
             f"device {str(device)!r}",
-            "ONNX Runtime Training runs on the CPU and, through its CUDA provider, on NVIDIA GPUs",
-            "Pass 'cpu', 'cuda' or 'cuda:0'",
+            "there is no such device, and execution providers have longer names",
+            "Pass 'cpu', 'cuda', 'cuda:0', or an execution provider's name, such as "
+            "'DmlExecutionProvider'",
         )
-    return ("cpu", 0) if match[1] else ("cuda", int(match[2] or 0))
+    return CPU if match[1] else Device(_CUDA, int(match[2] or 0))
 
 
-def require_device(device: object) -> tuple[str, int]:
+def require_device(device: object) -> Device:
     """Make sure that ONNX Runtime runs on a device, by running there.
 
     A CUDA build names its CUDA provider also where the driver, the libraries or the GPU are
@@ -180,40 +221,41 @@ def require_device(device: object) -> tuple[str, int]:
         device: As `parse_device` takes it.
 
     Returns:
-        The kind, `"cpu"` or `"cuda"`, and the index.
+        The device.
 
     Raises:
         MissingRuntimeError: If the device is of no known kind, or does not start.
     """
-    kind, index = parse_device(device)
+    found = parse_device(device)
     ort = any_runtime()
-    if kind == "cpu":
-        return kind, index
+    if found == CPU:
+        return found
     available = ort.get_available_providers()
-    if "CUDAExecutionProvider" not in available:
+    install = f"To train on the GPU, {_GPU_BUILD}. " if found.provider == _CUDA else ""
+    if found.provider not in available:
         raise MissingRuntimeError(
-            f"device {str(device)!r}, and an ONNX Runtime {ort.__version__} whose execution "
+            f"device {str(found)!r}, and an ONNX Runtime {ort.__version__} whose execution "
             f"providers are {', '.join(available)}",
-            "the CUDA provider is not in this build, and training does not go on on the CPU "
+            f"{found.provider} is not in this build, and training does not go on on the CPU "
             "without being asked",
-            f"To train on the GPU, {_GPU_BUILD}. Or pass device='cpu'",
+            f"{install or 'Install a build that has it. '}Or pass device='cpu'",
         )
     try:
-        session = inference_session(_probe(), kind, index)
-        (value,) = run_session(
-            session, {"x": ort_value(np.zeros(_PROBE_SIZE, np.float32), kind, index)}
-        )
-        started = "CUDAExecutionProvider" in session.get_providers() and value.size == _PROBE_SIZE
+        session = inference_session(_probe(), found)
+        (value,) = run_session(session, {"x": ort_value(np.zeros(_PROBE_SIZE, np.float32), found)})
+        started = found.provider in session.get_providers() and value.size == _PROBE_SIZE
         cause = "it fell back to the CPU when it was started"
     except Exception as error:  # ONNX Runtime's exceptions have no common root of their own
         started, cause = False, message_of(error)
     if not started:
+        check = "nvidia-smi and the device's index, and " if found.provider == _CUDA else ""
         raise MissingRuntimeError(
-            f"device {str(device)!r}, whose CUDA provider does not start ({cause})",
+            f"device {str(found)!r}, whose provider does not start ({cause})",
             "training does not go on on the CPU without being asked",
-            f"Check nvidia-smi and the device's index, and {_GPU_BUILD}. Or pass device='cpu'",
+            f"Check {check}{_GPU_BUILD if check else 'its options and libraries'}. "
+            "Or pass device='cpu'",
         )
-    return kind, index
+    return found
 
 
 def session_options() -> Any:
@@ -227,35 +269,35 @@ def session_options() -> Any:
     return options
 
 
-def inference_session(model: bytes, kind: str, index: int) -> Any:
+def inference_session(model: bytes, device: Device = CPU) -> Any:
     """Start a session of a graph, apart from the training API.
 
     Args:
         model: The serialised model.
-        kind: `"cpu"` or `"cuda"`.
-        index: The device's index.
+        device: Where it runs.
 
     Returns:
         An `onnxruntime.InferenceSession`.
     """
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if kind == "cuda":
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": index}))
+    providers: list[Any] = [_CPU]
+    if device.provider != _CPU:
+        options = dict(device.options)
+        options |= {"device_id": str(device.index)} if device.provider == _CUDA else {}
+        providers.insert(0, (device.provider, options))
     return any_runtime().InferenceSession(model, session_options(), providers=providers)
 
 
-def ort_value(array: np.ndarray[Any, Any], kind: str, index: int) -> Any:
+def ort_value(array: np.ndarray[Any, Any], device: Device = CPU) -> Any:
     """Put an array on a device.
 
     Args:
         array: The array, C-contiguous.
-        kind: `"cpu"` or `"cuda"`.
-        index: The device's index.
+        device: The device.
 
     Returns:
         An `onnxruntime.OrtValue`; on the CPU it may share the array's memory.
     """
-    return any_runtime().OrtValue.ortvalue_from_numpy(array, kind, index)
+    return any_runtime().OrtValue.ortvalue_from_numpy(array, device.memory, device.index)
 
 
 def parameter_value(parameter: Any) -> Any:

@@ -91,7 +91,7 @@ def run_graph(
         node.name = name_in_file(node)  # what ONNX Runtime calls it in its errors
     proto = ir.to_proto(model)
     try:
-        session = ort_training.inference_session(proto.SerializeToString(), "cpu", 0)
+        session = ort_training.inference_session(proto.SerializeToString())
         results = dict(zip(read, session.run(read, given), strict=True))
     except Exception as error:  # ONNX Runtime's own classes are not public
         raise can_not_run(error) from error

@@ -53,7 +53,7 @@ class TrainingSession:
         """  # noqa: DOC501, DOC502 (made by can_not_run)
         given = training_feeds(self._training, feeds, parameters)
         # On the CPU such a value may share the array's memory: read the gradients off the value.
-        shared = {name: ort_training.ort_value(array, "cpu", 0) for name, array in given.items()}
+        shared = {name: ort_training.ort_value(array) for name, array in given.items()}
         try:
             outputs = ort_training.run_session(self._session, shared)
         except Exception as error:
@@ -157,7 +157,7 @@ def _started(training: ir.Model, also: Sequence[str]) -> tuple[Any, list[str]]:
             model.graph.outputs.append(made[name])
     try:
         proto = ir.to_proto(model).SerializeToString()
-        session = ort_training.inference_session(proto, "cpu", 0)
+        session = ort_training.inference_session(proto)
     except Exception as error:  # ONNX Runtime's own classes are not public
         raise can_not_run(error) from error
     return session, [str(value.name) for value in model.graph.outputs]

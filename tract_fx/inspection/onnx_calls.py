@@ -247,7 +247,7 @@ def _own_node(node: ir.Node, dtype: ir.DataType) -> Callable[[Tensor, Tensor], T
     assert node.graph is not None
     graph = ir.Graph([x, weight], [y], nodes=[alone], opset_imports=node.graph.opset_imports)
     model = ir.to_proto(ir.Model(graph, ir_version=8)).SerializeToString()
-    session = ort_training.inference_session(model, "cpu", 0)
+    session = ort_training.inference_session(model)
 
     def run(left: Tensor, right: Tensor) -> Tensor:
         given = {"x": left.contiguous().numpy(), "w": right.contiguous().numpy()}

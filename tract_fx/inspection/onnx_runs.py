@@ -223,7 +223,7 @@ def run_form(
     taken = {value.name for value in graph.inputs}
     feeds = {str(source.name): array for source, array in sources if source.name in taken}
     try:
-        session = ort_training.inference_session(proto.SerializeToString(), "cpu", 0)
+        session = ort_training.inference_session(proto.SerializeToString())
         return dict(zip(names, session.run(names, feeds), strict=True))
     except Exception as error:  # ONNX Runtime's own classes are not public
         raise _failed(f"ONNX Runtime ({ort_training.message_of(error)})") from error

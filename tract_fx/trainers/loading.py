@@ -31,8 +31,11 @@ def load_trainer(
 
     Args:
         directory: What `export_training` or a trainer's `save` wrote.
-        device: `"cpu"`, `"cuda"` or `"cuda:N"`. CUDA needs onnxruntime-training 1.19.2, for Python
-            3.10 or 3.11, with CUDA 11.8 and cuDNN 8; it is never replaced by the CPU.
+        device: `"cpu"`, `"cuda"` or `"cuda:N"`; for a directory of `target="onnxruntime"` also an
+            execution provider's name, or a pair of that and its options as a mapping. No provider
+            is replaced by the CPU, which yet runs the operators that a provider has no kernels
+            for. With ONNX Runtime Training CUDA needs 1.19.2, for Python 3.10 or 3.11, CUDA 11.8
+            and cuDNN 8.
         seed: What dropout's random numbers are derived from; None keeps the directory's.
 
     Returns:
@@ -40,14 +43,14 @@ def load_trainer(
 
     Raises:
         DamagedArtifactsError: If the directory is incomplete, altered, or of another kind.
-        MissingRuntimeError: If ONNX Runtime Training, or its CUDA provider, is not there.
+        MissingRuntimeError: If ONNX Runtime, or the provider, is not there or does not start.
         UnsupportedTrainingError: If the seed is no integer.
     """  # noqa: DOC502 (raised by what it calls)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise UnsupportedTrainingError(
             f"seed={seed!r}", "a seed is an integer", "Pass an int, or None"
         )
-    kind, index = require_device(device)
+    where = require_device(device)
     manifest, graphs = read_checked(directory)
     version = any_runtime().__version__
     if manifest.target == ORT_TRAINING and runtime().__version__ != TESTED_VERSION:
@@ -67,5 +70,5 @@ def load_trainer(
             stacklevel=2,
         )
     with seeded(seed_of(manifest.seed, manifest.batches) if own else None):
-        run = open_run(directory, manifest, graphs, kind, index)
-    return OrtTrainer(run, manifest, graphs, (kind, index))
+        run = open_run(directory, manifest, graphs, where)
+    return OrtTrainer(run, manifest, graphs, where)

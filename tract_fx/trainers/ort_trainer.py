@@ -26,7 +26,7 @@ from tract_fx.export.directory import (
     write_directory,
 )
 from tract_fx.export.manifest import Manifest, TensorSpec
-from tract_fx.ort_training import message_of
+from tract_fx.ort_training import Device, message_of
 from tract_fx.trainers.batches import Array, BatchValue, check_batch
 from tract_fx.trainers.class_indices import class_ranges, with_range
 from tract_fx.trainers.progress import Progress
@@ -49,7 +49,7 @@ class OrtTrainer:
         run: The run.
         manifest: The manifest that the run was started from.
         graphs: By file name the serialised graphs, and the tensors that training leaves alone.
-        device: Kind and index of the device.
+        device: Where it trains.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class OrtTrainer:
         run: RunState | StockRun,
         manifest: Manifest,
         graphs: Mapping[str, bytes],
-        device: tuple[str, int],
+        device: Device,
     ) -> None:
         self._graphs = dict(graphs)
         self._kept = read_kept(graphs.get(CONSTANTS))
@@ -91,9 +91,8 @@ class OrtTrainer:
 
     @property
     def device(self) -> str:
-        """Where it trains: `"cpu"` or `"cuda:N"`."""
-        kind, index = self._device
-        return kind if kind == "cpu" else f"{kind}:{index}"
+        """Where it trains: `"cpu"`, `"cuda:N"`, or the execution provider's name."""
+        return str(self._device)
 
     @property
     def updates(self) -> int:
@@ -204,7 +203,7 @@ class OrtTrainer:
             FailedRunError: If ONNX Runtime failed.
         """  # noqa: DOC502 (raised by what it calls)
         if self._predictor is None:
-            self._predictor = Predictor(self._graphs[EVAL_MODEL], self._manifest, *self._device)
+            self._predictor = Predictor(self._graphs[EVAL_MODEL], self._manifest, self._device)
         needed = self._predictor.inputs
         specs = list(self._manifest.inputs)
         if len(inputs) + len(named) < len(specs):
@@ -239,7 +238,7 @@ class OrtTrainer:
                 return self._run.compute_gradients(_by_name(specs, arrays), self._seed)
         if self._gradient_session is None:
             self._gradient_session = GradientSession(
-                self._graphs[TRAINING_MODEL], self._manifest, *self._device
+                self._graphs[TRAINING_MODEL], self._manifest, self._device
             )
         with _failures("compute_gradients"):
             return self._gradient_session.run(self._run, _by_name(specs, arrays), self._seed)
@@ -335,7 +334,7 @@ class OrtTrainer:
                     "it is not the graph that this trainer runs, the directory is of another model",
                     "Pass a directory that this trainer's save wrote, or call load_trainer",
                 )
-        self._start(open_run(directory, manifest, graphs, *self._device), manifest)
+        self._start(open_run(directory, manifest, graphs, self._device), manifest)
 
     def __repr__(self) -> str:
         layers = ", ".join(f"{layer.name}: λ={layer.lambda_:g}" for layer in self._manifest.layers)

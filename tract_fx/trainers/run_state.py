@@ -23,7 +23,13 @@ from tract_fx.export.directory import (
     read_directory,
 )
 from tract_fx.export.manifest import ORT_TRAINING, STOCK, Manifest, ParameterSpec
-from tract_fx.ort_training import message_of, parameter_value, session_options, training_api
+from tract_fx.ort_training import (
+    Device,
+    message_of,
+    parameter_value,
+    session_options,
+    training_api,
+)
 from tract_fx.trainers.batches import Array
 from tract_fx.trainers.progress import Progress
 from tract_fx.trainers.stock_run import StockRun
@@ -195,8 +201,7 @@ def open_run(
     directory: str | os.PathLike[str],
     manifest: Manifest,
     graphs: Mapping[str, bytes],
-    kind: str,
-    index: int,
+    device: Device,
 ) -> RunState | StockRun:
     """Start a run from a directory.
 
@@ -204,8 +209,7 @@ def open_run(
         directory: The directory, checked.
         manifest: Its manifest.
         graphs: Its serialised graphs by file name.
-        kind: `"cpu"` or `"cuda"`.
-        index: The device's index.
+        device: Where it runs.
 
     Returns:
         The run, with the manifest's learning rate.
@@ -214,9 +218,15 @@ def open_run(
         DamagedArtifactsError: If the checkpoint or a graph is not the manifest's, or ONNX Runtime
             does not take them.
         MissingRuntimeError: If the parameters are not on the device.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     if manifest.target == STOCK:
-        return StockRun(directory, manifest, graphs, kind, index)
+        return StockRun(directory, manifest, graphs, device)
+    if device.provider not in ("CPUExecutionProvider", "CUDAExecutionProvider"):
+        raise MissingRuntimeError(
+            f"device {str(device)!r}, for ONNX Runtime Training",
+            "it trains on the CPU and, through its CUDA provider, on NVIDIA GPUs",
+            "Pass 'cpu' or 'cuda', or export with target='onnxruntime', for any provider",
+        )
     api, folder = training_api(), Path(directory)
     options = session_options()
     try:
@@ -226,7 +236,7 @@ def open_run(
             os.fspath(folder / TRAINING_MODEL),
             checkpoint,
             os.fspath(folder / EVAL_MODEL),
-            device="cpu" if kind == "cpu" else f"{kind}:{index}",
+            device=str(device),
             session_options=options,
         )
         optimizer = api.Optimizer(os.fspath(folder / OPTIMIZER_MODEL), module)
@@ -239,7 +249,7 @@ def open_run(
             "Export the model again with the installed versions",
         ) from error
     _check_graph_inputs(folder, manifest, module)
-    _check_device(checkpoint, kind, index)
+    _check_device(checkpoint, device)
     rate = manifest.optimizer.lr if manifest.learning_rate is None else manifest.learning_rate
     optimizer.set_learning_rate(rate)  # a checkpoint does not bring it back
     return RunState(checkpoint, module, optimizer)
@@ -270,12 +280,12 @@ def _described(entry: tuple[tuple[int, ...], str, bool] | None) -> str:
     return f"{dtype} {shape}, {'trainable' if trainable else 'frozen'}"
 
 
-def _check_device(checkpoint: Any, kind: str, index: int) -> None:
+def _check_device(checkpoint: Any, device: Device) -> None:
     """Make sure that the parameters lie where training was asked for."""
     found = {parameter_value(parameter).device_name() for _, parameter in checkpoint.parameters}
-    if found - {kind}:
+    if found - {device.memory}:
         raise MissingRuntimeError(
-            f"device '{kind}:{index}', and parameters on {', '.join(sorted(found))}",
+            f"device {str(device)!r}, and parameters on {', '.join(sorted(found))}",
             "ONNX Runtime did not start there, and training does not go on elsewhere unasked",
             "Pass device='cpu', or check CUDA's installation",
         )

@@ -11,7 +11,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from tract_fx.errors import DamagedArtifactsError, UnsupportedTrainingError
 from tract_fx.export.manifest import Manifest
-from tract_fx.ort_training import inference_session, ort_value, run_session
+from tract_fx.ort_training import Device, inference_session, ort_value, run_session
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
 from tract_fx.trainers.batches import Array
 from tract_fx.trainers.randomness import seeded
@@ -29,8 +29,7 @@ class Predictor:
     Args:
         model: `eval_model.onnx`, serialised.
         manifest: The manifest.
-        kind: `"cpu"` or `"cuda"`.
-        index: The device's index.
+        device: Where it runs.
 
     Raises:
         UnsupportedTrainingError: If the model gives a loss alone, or its predictions depend on
@@ -40,7 +39,7 @@ class Predictor:
         inputs: Names of the model inputs that the predictions depend on, in order.
     """
 
-    def __init__(self, model: bytes, manifest: Manifest, kind: str, index: int) -> None:
+    def __init__(self, model: bytes, manifest: Manifest, device: Device) -> None:
         if not manifest.outputs:
             raise UnsupportedTrainingError(
                 "predict, and a model that gives its loss alone",
@@ -57,8 +56,8 @@ class Predictor:
             )
         self.inputs = tuple(spec.name for spec in manifest.inputs if spec.name in needed)
         self._parameters = [spec.name for spec in manifest.parameters if spec.name in needed]
-        self._device = (kind, index)
-        self._session = inference_session(graph, kind, index)
+        self._device = device
+        self._session = inference_session(graph, device)
 
     def run(self, run: RunState | StockRun, inputs: Mapping[str, Array]) -> list[Array]:
         """Predict.
@@ -71,7 +70,7 @@ class Predictor:
             The predictions, in the manifest's order.
         """
         feeds = {name: run.live_value(name) for name in self._parameters}
-        feeds |= {name: ort_value(inputs[name], *self._device) for name in self.inputs}
+        feeds |= {name: ort_value(inputs[name], self._device) for name in self.inputs}
         return run_session(self._session, feeds)
 
 
@@ -81,13 +80,12 @@ class GradientSession:
     Args:
         model: `training_model.onnx`, serialised.
         manifest: The manifest.
-        kind: `"cpu"` or `"cuda"`.
-        index: The device's index.
+        device: Where it runs.
     """
 
-    def __init__(self, model: bytes, manifest: Manifest, kind: str, index: int) -> None:
-        self._session = inference_session(model, kind, index)
-        self._device = (kind, index)
+    def __init__(self, model: bytes, manifest: Manifest, device: Device) -> None:
+        self._session = inference_session(model, device)
+        self._device = device
         taken = {value.name for value in self._session.get_inputs()}
         self._parameters = [spec for spec in manifest.parameters if spec.name in taken]
 
@@ -104,16 +102,16 @@ class GradientSession:
         Returns:
             The gradients by parameter.
         """
-        feeds = {name: ort_value(array, *self._device) for name, array in inputs.items()}
+        feeds = {name: ort_value(array, self._device) for name, array in inputs.items()}
         buffers = {}
         for spec in self._parameters:
             if spec.trainable:
                 feeds[spec.name] = run.live_value(spec.name)
-                zeros = ort_value(np.zeros(spec.shape, spec.dtype), *self._device)
+                zeros = ort_value(np.zeros(spec.shape, spec.dtype), self._device)
                 buffers[spec.name] = feeds[spec.name + BUFFER] = zeros
             else:  # the graph updates running statistics in place
-                feeds[spec.name] = ort_value(run.value(spec.name), *self._device)
-        feeds[RESET] = ort_value(np.array([True]), *self._device)
+                feeds[spec.name] = ort_value(run.value(spec.name), self._device)
+        feeds[RESET] = ort_value(np.array([True]), self._device)
         with seeded(seed):
             run_session(self._session, feeds)
         return {name: np.array(buffer.numpy()) for name, buffer in buffers.items()}

@@ -12,12 +12,12 @@ import onnx
 import onnx_ir as ir
 
 from tract_fx import ort_training
-from tract_fx.errors import DamagedArtifactsError, TrainerStateError
+from tract_fx.errors import DamagedArtifactsError, MissingRuntimeError, TrainerStateError
 from tract_fx.export.directory import EVAL_MODEL, MODEL_TENSORS, OPTIMIZER_TENSORS, TRAINING_MODEL
 from tract_fx.export.graph_runs import cut
 from tract_fx.export.manifest import Manifest
 from tract_fx.export.tensor_files import read_tensors, write_tensors
-from tract_fx.ort_training import message_of
+from tract_fx.ort_training import CPU, Device, message_of
 from tract_fx.passes.onnx_graph.step_names import (
     GRADIENT,
     GRADIENT_SUM,
@@ -40,8 +40,7 @@ class StockRun:
         directory: The directory, checked.
         manifest: Its manifest.
         graphs: The serialised graphs by file name.
-        kind: `"cpu"` or `"cuda"`.
-        index: The device's index.
+        device: Where it runs.
 
     Raises:
         DamagedArtifactsError: Tensors and graphs do not go together.
@@ -52,15 +51,20 @@ class StockRun:
         directory: str | os.PathLike[str],
         manifest: Manifest,
         graphs: Mapping[str, bytes],
-        kind: str,
-        index: int,
+        device: Device,
     ) -> None:
-        self._manifest, self._device = manifest, (kind, index)
+        self._manifest, self._device = manifest, device
         folder = Path(directory)
         try:
-            self._session = ort_training.inference_session(graphs[TRAINING_MODEL], kind, index)
-            self._evaluation = ort_training.inference_session(graphs[EVAL_MODEL], kind, index)
+            self._session = ort_training.inference_session(graphs[TRAINING_MODEL], device)
+            self._evaluation = ort_training.inference_session(graphs[EVAL_MODEL], device)
         except Exception as error:  # ONNX Runtime's exceptions have no common root of their own
+            if device != CPU:
+                raise MissingRuntimeError(
+                    f"device {str(device)!r}, which can't run {folder} ({message_of(error)})",
+                    "training does not go on elsewhere without being asked",
+                    "Pass another provider's name, or device='cpu'",
+                ) from error
             raise DamagedArtifactsError(
                 f"{folder}: ONNX Runtime does not load it ({message_of(error)})",
                 "the graphs and the installed ONNX Runtime do not go together",
@@ -89,7 +93,7 @@ class StockRun:
         self._gradients: Any = None
 
     def _on_device(self, array: Array) -> Any:
-        return ort_training.ort_value(np.array(array, order="C"), *self._device)
+        return ort_training.ort_value(np.array(array, order="C"), self._device)
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -171,7 +175,7 @@ class StockRun:
         names = [spec.name for spec in self._manifest.parameters if spec.trainable]
         if self._gradients is None:
             model = gradient_model(self._training, names)
-            self._gradients = ort_training.inference_session(model, *self._device)
+            self._gradients = ort_training.inference_session(model, self._device)
         taken = [value.name for value in self._gradients.get_inputs()]
         feeds = {name: self._on_device(array) for name, array in batch.items() if name in taken}
         feeds |= {name: self._values[name] for name in taken if name in self._values}
