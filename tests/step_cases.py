@@ -332,6 +332,15 @@ CASES: dict[str, Case] = {
             lambda: nn.InstanceNorm2d(6, affine=True), nn.Flatten, lambda: nn.LazyLinear(4),
         ),
     ),
+    "many channels": Case(
+        stack(
+            lambda: nn.Conv2d(3, 16, 3, 1, 1), nn.Tanh,
+            lambda: nn.Conv2d(16, 20, (3, 2), (2, 1), (1, 0), (1, 2)), nn.Tanh,
+            lambda: nn.ConvTranspose2d(20, 16, 3, 2, 1, output_padding=1), nn.Tanh,
+            lambda: nn.Conv2d(16, 17, 1), lambda: nn.Flatten(2),
+            lambda: nn.Conv1d(17, 4, 5, 3, 2), nn.Flatten, lambda: nn.LazyLinear(4),
+        ),
+    ),
     "frozen norm": Case(frozen_norm),
     "attention": Case(Attention),
     "words": Case(Words, lambda: torch.randint(0, 9, (BATCH, 5))),
