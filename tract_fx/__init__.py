@@ -47,13 +47,14 @@ from tract_fx.passes import (
 from tract_fx.preconditioner import PatchGeometry, precondition_grad
 
 if TYPE_CHECKING:
-    from tract_fx.export import SGD, AdamW, TrainingArtifacts, export_training
+    from tract_fx.export import SGD, AdamW, LossScale, TrainingArtifacts, export_training
     from tract_fx.importer import import_onnx, with_weights
     from tract_fx.trainers import load_trainer
 
 # What needs an extra is imported on first use: ONNX is not needed to train in PyTorch.
 _EXTRAS = {
     "AdamW": "tract_fx.export",
+    "LossScale": "tract_fx.export",
     "SGD": "tract_fx.export",
     "TrainingArtifacts": "tract_fx.export",
     "export_training": "tract_fx.export",
@@ -82,6 +83,7 @@ __all__ = [
     "Inspection",
     "InvalidBatchError",
     "InvalidLambdaError",
+    "LossScale",
     "MissingRuntimeError",
     "NoInputLayerError",
     "PatchGeometry",

@@ -10,8 +10,10 @@ __all__ = [
     "GRADIENT_SUM",
     "IS_UPDATE",
     "LEARNING_RATE",
+    "LOSS_SCALE",
     "NEW",
     "STEP",
+    "STEPS_WITH_SCALE",
     "has_update",
 ]
 
@@ -26,6 +28,9 @@ STEP = "step"
 
 IS_UPDATE = "is_update"
 """With accumulation, whether the micro-batch is an update's last; a bool."""
+
+LOSS_SCALE, STEPS_WITH_SCALE = "loss_scale", "steps_with_loss_scale"
+"""States of loss scaling, float32: what the loss is multiplied with, and since how many updates."""
 
 GRADIENT_SUM = "gradient_sum"
 """What follows a parameter's name in that of the state that its gradients are added up in. Other

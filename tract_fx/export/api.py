@@ -18,8 +18,10 @@ from tract_fx import ort_training
 from tract_fx.errors import NoInputLayerError, UnsupportedTrainingError
 from tract_fx.export.directory import write_directory
 from tract_fx.export.forward import OnnxSource, onnx_source
+from tract_fx.export.loss_scaling import LossScale, loss_scale_from
 from tract_fx.export.losses import Loss
 from tract_fx.export.lost_in_graphs import refuse_other_parameters
+from tract_fx.export.lowered import lower_precision
 from tract_fx.export.manifest import ORT_TRAINING, STOCK, Manifest
 from tract_fx.export.optimizer_graph import build_optimizer
 from tract_fx.export.optimizers import OptimizerConfig, optimizer_from
@@ -34,6 +36,7 @@ from tract_fx.export.torch_model import read_torch
 from tract_fx.export.verify_onnx import verify_import
 from tract_fx.export.verify_torch import verify_torch
 from tract_fx.passes.choose import LayerChoice, warn_of_frozen
+from tract_fx.step.low_precision import PRECISIONS
 
 __all__ = ["TrainingArtifacts", "export_training"]
 
@@ -69,6 +72,8 @@ def export_training(
     loss: Loss | None = "cross_entropy",
     optimizer: str | OptimizerConfig | torch.optim.Optimizer = "adamw",
     target: Literal["ort-training", "onnxruntime"] = "ort-training",
+    precision: Literal["float32", "float16", "bfloat16"] = "float32",
+    loss_scale: LossScale | torch.amp.GradScaler | None = None,
     example_targets: Tensor | Sequence[Tensor] | None = None,
     output: str | None = None,
     plain: bool = False,
@@ -101,6 +106,12 @@ def export_training(
         target: The runtime: `"ort-training"`, ONNX Runtime Training with its own optimizers and
             checkpoints, or `"onnxruntime"`, any ONNX Runtime from 1.19 on, with the update in the
             graph and tensors as safetensors.
+        precision: What convolutions and matrix products of the step are computed in, forward and
+            backward, with `target="onnxruntime"`; with bfloat16, matrix products alone. Parameters,
+            gradients, TrAct and everything else stay float32. The kernels are the provider's: on
+            the CPU float16 is computed in float32, and bfloat16 is refused by `load_trainer`.
+        loss_scale: How the loss is scaled against underflow, with `target="onnxruntime"`: a record
+            or a scaler of PyTorch. None for `LossScale()` with float16, else for no scaling.
         example_targets: Targets that fit the example inputs, for a callable loss or class
             probabilities.
         output: Name of the output that the loss reads, where the model has several.
@@ -126,6 +137,7 @@ def export_training(
         MissingRuntimeError: ONNX Runtime Training is not installed.
     """  # noqa: DOC502 (most are raised by what it calls)
     _check_target(target)
+    scaling = _scaling(precision, loss_scale, target)
     named = dict(model.named_parameters()) if isinstance(model, nn.Module) else {}
     config = optimizer_from(optimizer, named)
     if target != STOCK:
@@ -152,7 +164,7 @@ def export_training(
         )
         subject, output = source.model, source.output
     chosen = choose_loss(subject, loss, output, targets)
-    graphs = build_graphs(subject, chosen, Target(target, config))
+    graphs = build_graphs(subject, chosen, Target(target, config, precision, scaling))
     if not graphs.layers and not plain:
         raise NoInputLayerError(
             "a model in which no layer has TrAct",
@@ -160,13 +172,14 @@ def export_training(
             "Apply tract_pass or tract_module first, or say plain=True",
         )
     with write_directory(directory, overwrite=overwrite) as new:
-        write_graphs(graphs, subject, new.path)
         checks = []
         if verify:
             verify_torch(subject, chosen, graphs)
             checks.append("PyTorch, float64")
             if source is not None:
                 checks.append(verify_import(source, chosen, graphs))
+        lower_precision(graphs, {**subject.inputs, **chosen.targets}, verify)
+        write_graphs(graphs, subject, new.path)
         new.manifest = describe_graphs(graphs, subject, chosen, seed, checks)
     warn_of_frozen(graphs.trace.idle)
     return TrainingArtifacts(Path(directory), new.manifest)
@@ -179,6 +192,25 @@ def _check_target(target: object) -> None:
             "there is no such target",
             "Use target='ort-training', or target='onnxruntime'",
         )
+
+
+def _scaling(
+    precision: object, loss_scale: LossScale | torch.amp.GradScaler | None, target: str
+) -> LossScale | None:
+    """Check precision and loss scaling, and choose what is not given."""
+    if precision not in ("float32", *PRECISIONS):
+        raise UnsupportedTrainingError(
+            f"{precision=}", "there is no such precision", f"Use 'float32', {', '.join(PRECISIONS)}"
+        )
+    if target != STOCK and (precision != "float32" or loss_scale is not None):
+        raise UnsupportedTrainingError(
+            f"{precision=}, {loss_scale=} with target={target!r}",
+            "ONNX Runtime Training's own optimizers know neither",
+            "Use target='onnxruntime', with the update in the graph",
+        )
+    if loss_scale is None and precision == "float16":
+        return LossScale()
+    return loss_scale_from(loss_scale)
 
 
 def _refuse_onnx_options(**options: object) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tract_fx.errors import DamagedArtifactsError
+from tract_fx.export.loss_scaling import LossScale
 from tract_fx.export.optimizers import SGD, AdamW
 from tract_fx.export.record_json import decode, encode
 
@@ -31,6 +32,13 @@ MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
 CHECKSUM = "checksum"  # of the manifest itself, beside its entries
 
+# What 0.1 did not write, and had so.
+_LATER: dict[str, Any] = {
+    "counter_steps": {},
+    "checks": [],
+    "precision": "float32",
+    "loss_scale": None,
+}
 _REMEDY = "Export the model again, or take the directory from where it was first written"
 
 
@@ -119,6 +127,8 @@ class Manifest:
         layers: The calls under TrAct; none in plain training.
         loss: The loss, in words.
         optimizer: The optimizer's settings.
+        precision: What large products of a training step are computed in, as PyTorch names it.
+        loss_scale: How the loss is scaled, None for not at all.
         inputs: The model's inputs, in order.
         targets: What comes after them in a batch for training.
         outputs: Names of the predictions, which `eval_model.onnx` has after the loss.
@@ -144,6 +154,8 @@ class Manifest:
     layers: tuple[TractLayer, ...]
     loss: str
     optimizer: SGD | AdamW
+    precision: str = "float32"
+    loss_scale: LossScale | None = None
     inputs: tuple[TensorSpec, ...]
     targets: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
@@ -204,7 +216,7 @@ class Manifest:
             raise DamagedArtifactsError(
                 MANIFEST_FILE, "it was altered since it was written: its checksum differs", _REMEDY
             )
-        for entry, value in (("counter_steps", {}), ("checks", [])):  # 0.1 wrote neither
+        for entry, value in _LATER.items():
             entries.setdefault(entry, value)
         if isinstance(entries.get("optimizer"), dict):
             entries["optimizer"].setdefault("weight_decays", {})

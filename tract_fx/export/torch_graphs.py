@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from tract_fx.export.directory import (
 from tract_fx.export.file_outputs import append_outputs
 from tract_fx.export.graph_runs import run_graph
 from tract_fx.export.left_out import warn_of_left_out
+from tract_fx.export.loss_scaling import LossScale
 from tract_fx.export.manifest import STOCK, Manifest, ParameterSpec, TensorSpec, TractLayer
 from tract_fx.export.optimizer_graph import build_optimizer
 from tract_fx.export.optimizers import OptimizerConfig, refuse_patterns
@@ -41,13 +41,12 @@ from tract_fx.importer.metadata import strip_exporter_metadata
 from tract_fx.modules import named_tensors
 from tract_fx.passes.onnx_graph.find import locate
 from tract_fx.passes.onnx_graph.parameters import RESET
-from tract_fx.passes.onnx_graph.step_names import GRADIENT, NEW
-from tract_fx.passes.onnx_graph.values import static_shape
+from tract_fx.passes.onnx_graph.step_names import GRADIENT, LOSS_SCALE, NEW
 from tract_fx.passes.records import InputLayer
 from tract_fx.step.dialects import ORT_TRAINING, STANDARD, Dialect
 from tract_fx.step.ort_training import CheckpointTensors, to_evaluation_graph, to_training_graph
 from tract_fx.step.stock import to_step_graph
-from tract_fx.step.trace import StepTrace, trace_step
+from tract_fx.step.trace import StepTrace, Update, trace_step
 from tract_fx.step.write import write_step
 
 __all__ = [
@@ -96,10 +95,14 @@ class Target:
     Attributes:
         name: Its name in manifests.
         optimizer: The optimizer.
+        precision: What large products are computed in, as PyTorch names it.
+        loss_scale: How the loss is scaled.
     """
 
     name: str
     optimizer: OptimizerConfig
+    precision: str = "float32"
+    loss_scale: LossScale | None = None
 
     @property
     def is_stock(self) -> bool:
@@ -110,6 +113,10 @@ class Target:
     def dialect(self) -> Dialect:
         """What graphs for it are written in."""
         return STANDARD if self.is_stock else ORT_TRAINING
+
+    def update(self, parameters: Mapping[str, Tensor]) -> Update:
+        """The update that is a part of the graph."""
+        return update_of(self.optimizer, self.loss_scale, parameters)
 
 
 def training_graph(
@@ -134,7 +141,8 @@ def training_graph(
         tuple(loss.targets.values()),
         names=(*model.inputs, *loss.targets),
         open_axes=model.open_axes,
-        update=functools.partial(update_of, target.optimizer) if target.is_stock else None,
+        update=target.update if target.is_stock else None,
+        loss_scale=None if target.loss_scale is None else LOSS_SCALE,
         dialect=target.dialect,
     )
     _refuse_names(trace)
@@ -343,12 +351,12 @@ def write_graphs(graphs: TorchGraphs, model: TorchModel, directory: Path) -> Non
     if graphs.target.is_stock:
         whole = {name: value.detach().cpu().numpy() for name, value in state.items()}
         write_tensors(whole, directory / MODEL_TENSORS)
-        zeros = {
-            name: np.zeros(static_shape(value) or (), np.float32)
-            for value in graphs.training.graph.inputs
-            if (name := str(value.name)) in graphs.trace.updates and name not in graphs.initial
+        initial = {n: torch.from_numpy(graphs.initial[n]) for n in graphs.trace.gradients}
+        inputs = graphs.target.update(initial).inputs
+        states = {
+            name: value.numpy() for name, value in inputs.items() if name in graphs.trace.updates
         }
-        write_tensors(zeros, directory / OPTIMIZER_TENSORS)
+        write_tensors(states, directory / OPTIMIZER_TENSORS)
         return
     trained, kept = (
         [ir.to_proto(ir.tensor(graphs.initial[name], name=name)) for name in names]
@@ -382,6 +390,8 @@ def describe_graphs(
         layers=tuple(_layer(record) for record in graphs.layers),
         loss=loss.description,
         optimizer=graphs.target.optimizer,
+        precision=graphs.target.precision,
+        loss_scale=graphs.target.loss_scale,
         inputs=tuple(_spec(values[name], {}) for name in model.inputs),
         targets=tuple(_spec(values[name], loss.classes) for name in loss.targets),
         outputs=graphs.predictions,

@@ -11,7 +11,14 @@ import onnx_ir as ir
 from tract_fx import ort_training
 from tract_fx.export.graph_runs import can_not_run, training_feeds
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
-from tract_fx.passes.onnx_graph.step_names import GRADIENT, IS_UPDATE, LEARNING_RATE, NEW, STEP
+from tract_fx.passes.onnx_graph.step_names import (
+    GRADIENT,
+    IS_UPDATE,
+    LEARNING_RATE,
+    LOSS_SCALE,
+    NEW,
+    STEP,
+)
 from tract_fx.passes.onnx_graph.values import static_shape
 
 __all__ = ["StockSession", "TrainingSession", "open_session"]
@@ -112,6 +119,7 @@ class StockSession:
             LEARNING_RATE: np.array(0, np.float32),
             STEP: np.array(0, np.int64),
             IS_UPDATE: np.array(True),
+            LOSS_SCALE: np.array(64, np.float32),
         }
         known = {**scalars, **parameters, **feeds}
         given = {}

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tract_fx.export.loss_scaling import LossScale, all_finite, next_scale, scale_states
 from tract_fx.export.optimizers import SGD, AdamW, OptimizerConfig, weight_decay_of
 from tract_fx.passes.onnx_graph.step_names import GRADIENT_SUM, IS_UPDATE, LEARNING_RATE, STEP
 from tract_fx.step.trace import Update
@@ -20,15 +21,16 @@ __all__ = ["update_of"]
 Tensors = Mapping[str, Tensor]
 
 
-def update_of(config: OptimizerConfig, parameters: Tensors) -> Update:
+def update_of(config: OptimizerConfig, scaling: LossScale | None, parameters: Tensors) -> Update:
     """Make an optimizer's update of some parameters.
 
     Args:
         config: The optimizer.
+        scaling: How the loss is scaled; None for not at all.
         parameters: The parameters by name.
 
     Returns:
-        The update. Its states are `NAME.KIND`, and zero at first.
+        The update. Its states are `NAME.KIND`, and zero at first; then those of loss scaling.
     """
     kinds: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     if isinstance(config, SGD):
@@ -43,17 +45,23 @@ def update_of(config: OptimizerConfig, parameters: Tensors) -> Update:
     inputs |= {LEARNING_RATE: torch.tensor(config.lr), STEP: torch.tensor(0)}
     if config.accumulate > 1:
         inputs[IS_UPDATE] = torch.tensor(True)
-    return Update(inputs, functools.partial(_updated, config))
+    inputs |= {} if scaling is None else scale_states(scaling)
+    return Update(inputs, functools.partial(_updated, config, scaling))
 
 
 def _updated(
-    config: OptimizerConfig, parameters: Tensors, gradients: Tensors, inputs: Tensors
+    config: OptimizerConfig,
+    scaling: LossScale | None,
+    parameters: Tensors,
+    gradients: Tensors,
+    inputs: Tensors,
 ) -> dict[str, Tensor]:
     """New parameters and states by name."""
     sums: dict[str, Tensor] = {}
     if config.accumulate > 1:
         sums = {n: inputs[f"{n}.{GRADIENT_SUM}"] + g for n, g in gradients.items()}
         gradients = {name: total / config.accumulate for name, total in sums.items()}
+    finite = None if scaling is None else all_finite(gradients)
     if config.max_grad_norm is not None:
         gradients = _clipped(gradients, config.max_grad_norm)
     rule = _adamw if isinstance(config, AdamW) else _sgd
@@ -76,9 +84,13 @@ def _updated(
         new[name] = parameter
         kinds = [kind for kind in states if kind != GRADIENT_SUM]
         new |= {f"{name}.{kind}": value for kind, value in zip(kinds, changed, strict=True)}
+    before = {**parameters, **inputs}
+    if scaling is not None and finite is not None:
+        new = {name: torch.where(finite, value, before[name]) for name, value in new.items()}
+        new |= next_scale(scaling, inputs, finite)
     if not sums:
         return new
-    now, before = inputs[IS_UPDATE], {**parameters, **inputs}
+    now = inputs[IS_UPDATE]
     kept = {name: torch.where(now, value, before[name]) for name, value in new.items()}
     ends = {f"{n}.{GRADIENT_SUM}": torch.where(now, 0.0, total) for n, total in sums.items()}
     return {**kept, **ends}

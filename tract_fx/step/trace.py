@@ -101,6 +101,7 @@ def trace_step(
     open_axes: Sequence[Sequence[int]] | None = None,
     names: Sequence[str] = (),
     update: Callable[[dict[str, Tensor]], Update] | None = None,
+    loss_scale: str | None = None,
     dialect: Dialect = STANDARD,
 ) -> StepTrace:
     """Record a step.
@@ -117,6 +118,8 @@ def trace_step(
         open_axes: For each input the axes whose sizes are left open, where it is not the batch's.
         names: The names of the inputs and the targets; None for those of the forward method.
         update: Makes an update of the parameters that have gradients; None leaves them.
+        loss_scale: Which of the update's inputs the loss is multiplied with before gradients are
+            taken, and divided out of them after; None for none.
         dialect: What it is to be written in.
 
     Returns:
@@ -136,7 +139,9 @@ def trace_step(
     names = tuple(names) or batch_names(model, args, kwargs, len(targets), {*state.tensors})
     found: list[_Results] = []
 
-    def step(tensors: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+    def step(
+        tensors: Sequence[Tensor], given: Sequence[Tensor], scale: Sequence[Tensor]
+    ) -> list[Tensor]:
         own, wanted = state.copies(tensors)
         call = list(leaves)
         for place, tensor in zip(places, given, strict=False):
@@ -148,13 +153,15 @@ def trace_step(
                 value = loss(output, *given[len(places) :])
             _refuse_many_numbers(value, gradients)
             results = _Results.of(
-                state, own, output, value, {*names}, wanted if gradients else None
+                state, own, output, value, {*names}, wanted if gradients else None, scale
             )
         found.append(results)
         return [result.detach() for result in results.all]
 
     # First whole derivatives, among whose arguments are outputs' gradients; then formulas of them.
-    graph = _record(step, arguments, {})
+    mode: Any = arguments[1][0].fake_mode  # type: ignore[attr-defined]
+    scales = [] if loss_scale is None else [mode.from_tensor(torch.tensor(1.0), static_shapes=True)]
+    graph = _record(step, (*arguments, scales), {})
     _write_conditions(graph)
     smallest = _smallest_batch(graph)
     placeholders = dict(zip(state.tensors, graph.graph.find_nodes(op="placeholder"), strict=False))
@@ -163,8 +170,7 @@ def trace_step(
     table = {key: formula for key, formula in table.items() if key not in dialect.translations}
     table |= dialect.formulas
     functional = functionalize(graph, remove="mutations")
-    made = _Updated.of(update, state, found[-1])
-    mode: Any = arguments[1][0].fake_mode  # type: ignore[attr-defined]
+    made = _Updated.of(update, state, found[-1], loss_scale)
     extra = [mode.from_tensor(tensor, static_shapes=True) for tensor in made.tensors]
     graph = _record(made.behind(functional), (*arguments, extra), table)
     _refuse_held(graph, model)
@@ -238,6 +244,7 @@ class _Results:
         loss: Tensor,
         batch: set[str],
         wanted: Sequence[Tensor] | None,
+        scale: Sequence[Tensor],
     ) -> _Results:
         taken: set[str | None] = {*state.tensors, *batch}
         if wanted is None:
@@ -246,8 +253,10 @@ class _Results:
             name = free_name("loss", {*taken, *others})
             return cls([loss, *others.values()], name, list(others), {}, {})
         name = free_name("loss", taken)
-        every = torch.autograd.grad(loss, wanted, allow_unused=True)
+        seed = [one.to(loss.dtype).expand(loss.shape) for one in scale] or None
+        every = torch.autograd.grad([loss], wanted, seed, allow_unused=True)
         found = {n: g for n, g in zip(state.trained, every, strict=True) if g is not None}
+        found = {n: g / scale[0] for n, g in found.items()} if scale else found
         gradients = {n: free_name(f"{n}{GRADIENT}", taken) for n in found}
         buffers = {n: free_name(f"{n}{NEW}", taken) for n in state.buffers}
         results = [loss, *found.values(), *(own[n] for n in state.buffers)]
@@ -262,8 +271,11 @@ class _Results:
 class _Updated:
     """An update behind a differentiated step, and the names of what it makes new."""
 
-    def __init__(self, update: Update, state: _State, results: _Results) -> None:
+    def __init__(
+        self, update: Update, state: _State, results: _Results, loss_scale: str | None
+    ) -> None:
         self.update, self.state, self.results = update, state, results
+        self.loss_scale = loss_scale
         self.inputs = tuple(update.inputs)
         self.tensors = list(update.inputs.values())
         self.names: dict[str, str] = {}
@@ -274,10 +286,11 @@ class _Updated:
         make: Callable[[dict[str, Tensor]], Update] | None,
         state: _State,
         results: _Results,
+        loss_scale: str | None,
     ) -> _Updated:
         trained = {name: state.tensors[name] for name in results.gradients}
         update = Update({}, lambda *_: {}) if make is None else make(trained)
-        return cls(update, state, results)
+        return cls(update, state, results, loss_scale)
 
     def behind(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """The step, then the update."""
@@ -285,14 +298,14 @@ class _Updated:
         def whole(
             tensors: Sequence[Tensor], given: Sequence[Tensor], extra: Sequence[Tensor]
         ) -> list[Tensor]:
-            found = list(step(tensors, given))
+            named = dict(zip(self.inputs, extra, strict=True))
+            scale = [] if self.loss_scale is None else [named[self.loss_scale]]
+            found = list(step(tensors, given, scale))
             own = dict(zip(self.state.tensors, tensors, strict=True))
             first = 1 + len(self.results.outputs)
             gradients = dict(zip(self.results.gradients, found[first:], strict=False))
             parameters = {name: own[name] for name in gradients}
-            new = self.update.compute(
-                parameters, gradients, dict(zip(self.inputs, extra, strict=True))
-            )
+            new = self.update.compute(parameters, gradients, named)
             self.names = {name: f"{name}{NEW}" for name in new}
             return found + list(new.values())
 

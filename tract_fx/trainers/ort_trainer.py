@@ -27,6 +27,7 @@ from tract_fx.export.directory import (
 )
 from tract_fx.export.manifest import Manifest, TensorSpec
 from tract_fx.ort_training import Device, message_of
+from tract_fx.passes.onnx_graph.step_names import LOSS_SCALE
 from tract_fx.trainers.batches import Array, BatchValue, check_batch
 from tract_fx.trainers.class_indices import class_ranges, with_range
 from tract_fx.trainers.progress import Progress
@@ -121,11 +122,18 @@ class OrtTrainer:
         self._run.set_learning_rate(rate)
         self._rate = rate
 
+    @property
+    def loss_scale(self) -> float | None:
+        """What the next loss is multiplied with for its gradients; None without loss scaling."""
+        scaled = self._manifest.loss_scale is not None
+        return float(self._run.value(LOSS_SCALE)) if scaled else None
+
     def train_step(self, *batch: BatchValue, **named: BatchValue) -> float:
         """Train on a batch.
 
         Every `accumulate`-th call ends with an update by the mean gradient of its micro-batches.
-        BatchNorm's running statistics take in every batch.
+        BatchNorm's running statistics take in every batch. With loss scaling an update whose
+        gradients are not finite is skipped: `updates` does not grow then.
 
         Args:
             *batch: Inputs, then targets.
@@ -163,8 +171,7 @@ class OrtTrainer:
         self._counters = {key: n + steps.get(key, 1) for key, n in self._counters.items()}
         if not self._pending:
             with _failures("the optimizer's update", "Go back to a saved state with load"):
-                self._run.update()
-            self._updates += 1
+                self._updates += self._run.update()
         return loss
 
     def evaluate(self, *batch: BatchValue, **named: BatchValue) -> float:

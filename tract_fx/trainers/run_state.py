@@ -80,9 +80,14 @@ class RunState:
         """
         self.optimizer.set_learning_rate(rate)
 
-    def update(self) -> None:
-        """Make the optimizer's update."""
+    def update(self) -> bool:
+        """Make the optimizer's update.
+
+        Returns:
+            True.
+        """
         self.optimizer.step()
+        return True
 
     def forget_gradients(self) -> None:
         """Do nothing: the next update's first micro-batch starts anew."""

@@ -23,6 +23,7 @@ from tract_fx.passes.onnx_graph.step_names import (
     GRADIENT_SUM,
     IS_UPDATE,
     LEARNING_RATE,
+    LOSS_SCALE,
     NEW,
     STEP,
 )
@@ -59,11 +60,13 @@ class StockRun:
             self._session = ort_training.inference_session(graphs[TRAINING_MODEL], device)
             self._evaluation = ort_training.inference_session(graphs[EVAL_MODEL], device)
         except Exception as error:  # ONNX Runtime's exceptions have no common root of their own
-            if device != CPU:
+            if device != CPU or manifest.precision != "float32":
                 raise MissingRuntimeError(
-                    f"device {str(device)!r}, which can't run {folder} ({message_of(error)})",
-                    "training does not go on elsewhere without being asked",
-                    "Pass another provider's name, or device='cpu'",
+                    f"device {str(device)!r}, which can't run {folder}, a step in "
+                    f"{manifest.precision} ({message_of(error)})",
+                    "the provider has no kernels for it, and training does not go on elsewhere "
+                    "without being asked",
+                    "Pass another device, or export the model with precision='float32'",
                 ) from error
             raise DamagedArtifactsError(
                 f"{folder}: ONNX Runtime does not load it ({message_of(error)})",
@@ -138,8 +141,16 @@ class StockRun:
             rate: The learning rate.
         """
 
-    def update(self) -> None:
-        """Do nothing: the step itself has made the update."""
+    def update(self) -> bool:
+        """Do nothing: the step itself has made the update.
+
+        Returns:
+            Whether it has; with loss scaling it skips one whose gradients are not finite.
+        """
+        if LOSS_SCALE not in self._values:
+            return True
+        now, before = (values[LOSS_SCALE].numpy() for values in (self._values, self._spare))
+        return bool(now >= before)
 
     def forget_gradients(self) -> None:
         """Let the next micro-batch be an update's first."""
