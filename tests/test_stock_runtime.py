@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -22,7 +23,15 @@ from onnx_models import by_hand
 from oracle import Spec as Layer
 from oracle import relative_error, tract_gradient
 from ort_reference import assert_gradients, assert_same_state, export, seeded, without_dropout
-from tract_fx import SGD, AdamW, import_onnx, inspect_graph, load_trainer, tract_module
+from tract_fx import (
+    SGD,
+    AdamW,
+    export_training,
+    import_onnx,
+    inspect_graph,
+    load_trainer,
+    tract_module,
+)
 from tract_fx.errors import (
     DamagedArtifactsError,
     ExportError,
@@ -354,10 +363,46 @@ def test_tensors_of_another_model_are_refused(tmp_path: Path) -> None:
         load_trainer(tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "float16"}, {"plain": True}], ids=["float32", "float16", "plain"]
+)
+def test_a_step_is_inspected_without_its_update(options: dict[str, Any], tmp_path: Path) -> None:
+    config = AdamW(accumulate=2, max_grad_norm=1.0)
+    export_training(
+        model(), batch(4)[0], tmp_path / "a", target="onnxruntime", optimizer=config, **options
+    )
+    for subject in (tmp_path / "a", tmp_path / "a" / "training_model.onnx"):
+        inspection = inspect_graph(subject, batch(6), backward="expanded")
+        assert [layer.record.name for layer in inspection.layers] == ["first"]
+        verification = inspection.verification
+        assert verification is not None
+        if "plain" in options:
+            assert verification.weights == ()
+            continue
+        assert verification.verdict == "right"
+        assert verification.weights[0].operator.error < 1e-5
+        assert {f"gradient of {n}" for n in ("norm.weight", "norm.bias", "head.weight")} < {
+            check.name for check in verification.others
+        }
+        rounded = any("float16" in note for note in inspection.notes)
+        assert rounded == ("precision" in options and subject.is_dir())
+
+
+def test_an_altered_lambda_is_seen(tmp_path: Path) -> None:
+    write(model(), batch(4)[0], tmp_path / "a")
+    file = tmp_path / "a" / "training_model.onnx"
+    graph = ir.load(file)
+    value = graph.graph.initializers["tract/first/lambda"]
+    value.const_value = ir.tensor(np.array(0.2, np.float32), name=value.name)
+    ir.save(graph, file)
+    inspection = inspect_graph(file)
+    assert inspection.layers[0].record.lambda_ == pytest.approx(0.2)
+
+
 def test_a_step_leaves_no_gradients(tmp_path: Path) -> None:
     """Nor is it taken for a forward graph, in which TrAct would be on no layer."""
     trainer = write(model(), batch(4)[0], tmp_path / "a").trainer()
-    for look in (find_onnx_input_layers, inspect_graph, import_onnx):
+    for look in (find_onnx_input_layers, import_onnx):
         with pytest.raises(UnsupportedModelError, match="step for any ONNX Runtime"):
             look(tmp_path / "a" / "training_model.onnx")
     trainer.train_step(*batch(4))

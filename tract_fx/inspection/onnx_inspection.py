@@ -203,7 +203,11 @@ def _notes(graphs: _Graphs, run: OnnxRuns | None) -> tuple[str, ...]:
         return ("No call has TrAct, so that nothing was run",)
     if run is None:
         return ("Nothing was run: rows and shapes are those that the graph itself tells",)
-    return (run.batch.note,) if run.batch.note else ()
+    notes = [run.batch.note] if run.batch.note else []
+    manifest = graphs.subject.manifest
+    if manifest is not None and manifest.precision != "float32":
+        notes.append(f"Training rounds large products to {manifest.precision}; here nothing does")
+    return tuple(notes)
 
 
 def _versions(subject: OnnxSubject) -> dict[str, str]:

@@ -13,14 +13,22 @@ import onnx_ir as ir
 
 from tract_fx import ort_training
 from tract_fx.errors import DamagedArtifactsError
-from tract_fx.export.directory import CHECKPOINT, TRAINING_MODEL, read_directory
+from tract_fx.export.directory import (
+    CHECKPOINT,
+    MODEL_TENSORS,
+    TRAINING_MODEL,
+    read_directory,
+)
 from tract_fx.export.manifest import Manifest, TensorSpec
+from tract_fx.export.tensor_files import read_tensors
+from tract_fx.inspection.step_without_update import without_update
 from tract_fx.passes.onnx_graph.models import as_ir_model
 from tract_fx.passes.onnx_graph.parameters import (
     forward_parameters,
     is_training_graph,
     training_parameters,
 )
+from tract_fx.passes.onnx_graph.step_names import has_update
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.trainers.class_indices import class_ranges, with_range
 
@@ -68,23 +76,28 @@ def read_subject(model: onnx.ModelProto | ir.Model | str | os.PathLike[str]) -> 
             a training graph is another model's.
     """  # noqa: DOC502 (some are raised by what it calls)
     manifest = checkpoint = None
+    tensors = MODEL_TENSORS, CHECKPOINT
     if isinstance(model, (str, os.PathLike)):
         place, name = Path(model), os.fspath(model)
         if place.is_dir():
             manifest = read_directory(place)
             place = place / TRAINING_MODEL
-        checkpoint = place.parent / CHECKPOINT
+        checkpoint = next(
+            (file for kind in tensors if (file := place.parent / kind).exists()), None
+        )
         graph = as_ir_model(place)
     else:
         graph = as_ir_model(model)
         name = graph.graph.name or "ONNX model"
+    if has_update(graph):
+        graph = without_update(graph)
     if not is_training_graph(graph):
         trained = forward_parameters(graph)
         given = [v for v in graph.graph.inputs if v.name not in graph.graph.initializers]
         inputs = tuple(_spec(value) for value in given)
         return OnnxSubject(name, graph, False, inputs, trained, (), None, None)
     parameters = None
-    if checkpoint is not None and checkpoint.exists():
+    if checkpoint is not None:
         parameters = _parameters(checkpoint)
     names = training_parameters(graph, parameters)
     if checkpoint is not None and parameters is not None:
@@ -102,7 +115,9 @@ def read_subject(model: onnx.ModelProto | ir.Model | str | os.PathLike[str]) -> 
 
 
 def _parameters(file: Path) -> dict[str, np.ndarray]:
-    """Read the parameters of a checkpoint."""
+    """Read the parameters of a checkpoint, or of a file of safetensors."""
+    if file.name == MODEL_TENSORS:
+        return read_tensors(file)
     api = ort_training.training_api()
     try:
         state = api.CheckpointState.load_checkpoint(os.fspath(file))

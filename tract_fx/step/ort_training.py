@@ -7,7 +7,7 @@ for each gradient and `lazy_reset_grad`; it gives the loss, and the accumulators
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
+from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.step.trace import StepTrace
 
 __all__ = ["CheckpointTensors", "hold_tensors", "to_evaluation_graph", "to_training_graph"]
@@ -63,22 +64,46 @@ def to_training_graph(
     tensors, given = hold_tensors(model, trace, parameters, buffers)
     results = {str(value.name): value for value in graph.outputs}
     graph.outputs[:] = [results[trace.loss]]
+    statistics = [name for name in tensors.kept if name in trace.buffers]
+    collect_results(
+        model,
+        [given[name] for name in (*trace.batch, *tensors.trained, *tensors.kept)],
+        {name: results[gradient] for name, gradient in trace.gradients.items()},
+        {name: results[trace.buffers[name]] for name in statistics},
+    )
+    return tensors
+
+
+def collect_results(
+    model: ir.Model,
+    inputs: Sequence[ir.Value],
+    gradients: Mapping[str, ir.Value],
+    statistics: Mapping[str, ir.Value],
+) -> None:
+    """Let a graph add gradients to buffers, and write over running statistics, in place.
+
+    Args:
+        model: The graph, whose output is the loss.
+        inputs: What it takes beside the buffers.
+        gradients: Gradients by parameter, both among its values.
+        statistics: New values by buffer, both among its values.
+    """
+    graph, given = model.graph, {str(value.name): value for value in inputs}
     reset = _value(RESET, ir.DataType.BOOL, [1])
     accumulators = []
-    for name, gradient in trace.gradients.items():
-        buffer = _value(f"{name}{BUFFER}", ir.DataType.FLOAT, parameters[name].shape)
+    for name, gradient in gradients.items():
+        shape = static_shape(given[name])
+        assert shape is not None
+        buffer = _value(f"{name}{BUFFER}", ir.DataType.FLOAT, shape)
         accumulators.append(buffer)
-        _accumulate(graph, buffer, results[gradient], reset, f"{name}_grad")
-    statistics = [name for name in tensors.kept if name in trace.buffers]
+        _accumulate(graph, buffer, gradient, reset, f"{name}_grad")
     always = ir.Value(name="overwrite", const_value=ir.tensor(np.array([True]), name="overwrite"))
     if statistics:
         graph.register_initializer(always)
-    for name in statistics:
-        _accumulate(graph, given[name], results[trace.buffers[name]], always, f"{name}_updated")
-    held = [given[name] for name in (*trace.batch, *tensors.trained, *tensors.kept)]
-    graph.inputs[:] = [*held, *accumulators, reset]
+    for name, value in statistics.items():
+        _accumulate(graph, given[name], value, always, f"{name}_updated")
+    graph.inputs[:] = [*inputs, *accumulators, reset]
     model.opset_imports[_MICROSOFT] = 1
-    return tensors
 
 
 def hold_tensors(
