@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -156,6 +157,33 @@ def test_gradients_are_tract_s(tmp_path: Path) -> None:
         assert (
             relative_error(trainer.compute_gradients(*batch(count))["first.weight"], wanted) < 1e-5
         )
+
+
+def test_without_float64_coarse_input_gives_nan(tmp_path: Path) -> None:
+    exported = write(model(), batch(4)[0], tmp_path / "a", float64=False)
+    text = (tmp_path / "a" / "training_model.onnx").read_bytes()
+    made = [
+        v for node in _nodes(ir.from_proto(onnx.load_from_string(text)).graph) for v in node.outputs
+    ]
+    tract = [v for v in made if str(v.name).startswith("tract/")]
+    assert tract and not any(v.dtype == ir.DataType.DOUBLE for v in tract)
+    trainer = exported.trainer()
+    for count in (1, 6):  # fewer rows than columns, and more
+        x, y = batch(count)
+        assert_gradients(trainer.compute_gradients(x, y), exported.gradients(x, y))
+        found = trainer.compute_gradients(100 + 50 * x, y)
+        assert np.isnan(found["first.weight"]).all()
+        assert np.isfinite(found["head.weight"]).all()
+    verification = inspect_graph(tmp_path / "a", batch(6)).verification
+    assert verification is not None and verification.verdict == "right"
+
+
+def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
+    for node in graph:
+        yield node
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                yield from _nodes(attribute.as_graph())
 
 
 def test_lambda_is_an_input(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 // Trains both arms in ONNX Runtime Web, draws their curves, and saves the trained tensors.
-import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.min.mjs";
+const parameters = new URLSearchParams(location.search);
+const provider = parameters.get("provider") ?? "wasm"; // or webgpu
+const ort = await import(`./node_modules/onnxruntime-web/dist/ort.${provider}.min.mjs`);
 
 ort.env.wasm.numThreads = 1; // more need headers that a plain server does not send
 ort.env.logLevel = "error";
 
 const BATCH = 64;
-const epochs = Number(new URLSearchParams(location.search).get("epochs") ?? 10);
+const epochs = Number(parameters.get("epochs") ?? 10);
 const TYPES = { F32: ["float32", Float32Array], I64: ["int64", BigInt64Array] };
 
 const bytes = async (path) => new Uint8Array(await (await fetch(path)).arrayBuffer());
@@ -47,8 +49,10 @@ class Arm {
     arm.manifest = await (await fetch(`${name}/manifest.json`)).json();
     arm.model = readTensors(await bytes(`${name}/model.safetensors`));
     arm.state = { ...arm.model, ...readTensors(await bytes(`${name}/optimizer.safetensors`)) };
-    arm.training = await ort.InferenceSession.create(await bytes(`${name}/training_model.onnx`));
-    arm.evaluation = await ort.InferenceSession.create(await bytes(`${name}/eval_model.onnx`));
+    const session = async (file) =>
+      ort.InferenceSession.create(await bytes(`${name}/${file}`), { executionProviders: [provider] });
+    arm.training = await session("training_model.onnx");
+    arm.evaluation = await session("eval_model.onnx");
     Object.assign(arm, { step: 0, losses: [], accuracies: [], times: [] });
     return arm;
   }
@@ -180,7 +184,7 @@ async function main() {
   const digits = readTensors(await bytes("digits.safetensors"));
   const [train, test] = ["train", "test"].map((kind) => split(digits, kind));
   const arms = [await Arm.load("plain"), await Arm.load("tract")];
-  const perEpoch = Math.floor(train.count / BATCH);
+  const perEpoch = Number(parameters.get("steps") ?? Math.floor(train.count / BATCH));
   for (const arm of arms) await arm.evaluate(test.all);
   for (let epoch = 0; epoch < epochs; epoch++) {
     const order = shuffled(train.count, epoch + 1);
@@ -208,7 +212,7 @@ async function main() {
   };
   const { losses, accuracies } = arms[1];
   const result = { losses, accuracies, plain: arms[0].losses, plainAccuracies: arms[0].accuracies };
-  if (new URLSearchParams(location.search).has("report")) {
+  if (parameters.has("report")) {
     await fetch("weights", { method: "POST", body: writeTensors(arms[1].weights) });
     await fetch("result", { method: "POST", body: JSON.stringify(result) });
   }
@@ -216,7 +220,7 @@ async function main() {
 
 main().catch((error) => {
   document.getElementById("state").textContent = `${error}`;
-  if (new URLSearchParams(location.search).has("report")) {
+  if (parameters.has("report")) {
     fetch("result", { method: "POST", body: JSON.stringify({ error: `${error.stack}` }) });
   }
 });

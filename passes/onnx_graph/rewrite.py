@@ -75,6 +75,7 @@ def insert(
     gradient: WeightGradient,
     weight_shape: tuple[int, ...],
     lambda_: np.ndarray,
+    float64: bool = True,
 ) -> None:
     """Put TrAct on one call, in place.
 
@@ -84,6 +85,7 @@ def insert(
         gradient: The call and its gradients.
         weight_shape: The weight's shape as the call's node reads it.
         lambda_: λ, a float32 of no dimension.
+        float64: Whether it goes over to float64 for input that float32 is too coarse for.
     """
     term = gradient.term
     # The builder leaves some types out; a gradient has that of its value.
@@ -94,7 +96,7 @@ def insert(
     write = NodeWriter(graph, f"{PREFIX}{name}/", {PROVENANCE: record})
     value = write.constant(lambda_, "lambda")
     users, is_output = list(term.uses()), [i for i, v in enumerate(graph.outputs) if v is term]
-    result = write_tract(write, gradient, weight_shape, value)
+    result = write_tract(write, gradient, weight_shape, value, float64)
     for node, index in users:
         node.replace_input_with(index, result)
     for index in is_output:

@@ -40,7 +40,11 @@ Form = Callable[[NodeWriter, CallSizes, WeightGradient, ir.Value, ir.Value, bool
 
 
 def write_tract(
-    write: NodeWriter, gradient: WeightGradient, weight_shape: tuple[int, ...], lambda_: ir.Value
+    write: NodeWriter,
+    gradient: WeightGradient,
+    weight_shape: tuple[int, ...],
+    lambda_: ir.Value,
+    float64: bool,
 ) -> ir.Value:
     """Write the nodes that make TrAct's gradient of a call's gradient.
 
@@ -49,6 +53,8 @@ def write_tract(
         gradient: What the call contributes to its weight's gradient.
         weight_shape: Shape of the weight as the call reads it.
         lambda_: λ, a float32 scalar.
+        float64: Whether input that float32 is too coarse for is treated in float64; else it gives
+            NaN.
 
     Returns:
         The preconditioned term, of the shape and dtype of the plain one.
@@ -69,10 +75,14 @@ def write_tract(
         def wide(inner: NodeWriter) -> ir.Value:
             result = form(inner, sizes, gradient, lambda_, count, True)
             result = inner.op("Cast", [result], "narrow", {"to": int(ir.DataType.FLOAT)})
+            return guarded(inner, _exceeds(inner, amplification, np.float64), result)
+
+        def guarded(inner: NodeWriter, beyond: ir.Value, result: ir.Value) -> ir.Value:
             nan = inner.constant(np.asarray(np.nan, np.float32), "nan")
-            beyond = _exceeds(inner, amplification, np.float64)
             return inner.op("Where", [beyond, nan, result], "guarded")
 
+        if not float64:
+            return lambda inner: guarded(inner, coarse, narrow(inner))
         return lambda inner: _choose(
             inner, sizes, coarse, "float64_or_float32", {"in_float64": wide, "in_float32": narrow}
         )

@@ -74,6 +74,7 @@ def export_training(
     target: Literal["ort-training", "onnxruntime"] = "ort-training",
     precision: Literal["float32", "float16", "bfloat16"] = "float32",
     loss_scale: LossScale | torch.amp.GradScaler | None = None,
+    float64: bool = True,
     example_targets: Tensor | Sequence[Tensor] | None = None,
     output: str | None = None,
     plain: bool = False,
@@ -112,6 +113,9 @@ def export_training(
             the CPU float16 is computed in float32, and bfloat16 is refused by `load_trainer`.
         loss_scale: How the loss is scaled against underflow, with `target="onnxruntime"`: a record
             or a scaler of PyTorch. None for `LossScale()` with float16, else for no scaling.
+        float64: Whether TrAct goes over to float64 for input that float32 is too coarse for, as it
+            is on images that are not standardised. Without, such input gives NaN as the layer's
+            gradient, and the graph runs on providers that have no float64, such as WebGPU's.
         example_targets: Targets that fit the example inputs, for a callable loss or class
             probabilities.
         output: Name of the output that the loss reads, where the model has several.
@@ -164,7 +168,7 @@ def export_training(
         )
         subject, output = source.model, source.output
     chosen = choose_loss(subject, loss, output, targets)
-    graphs = build_graphs(subject, chosen, Target(target, config, precision, scaling))
+    graphs = build_graphs(subject, chosen, Target(target, config, precision, scaling, float64))
     if not graphs.layers and not plain:
         raise NoInputLayerError(
             "a model in which no layer has TrAct",

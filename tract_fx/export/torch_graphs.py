@@ -97,12 +97,14 @@ class Target:
         optimizer: The optimizer.
         precision: What large products are computed in, as PyTorch names it.
         loss_scale: How the loss is scaled.
+        float64: Whether TrAct goes over to it for input that float32 is too coarse for.
     """
 
     name: str
     optimizer: OptimizerConfig
     precision: str = "float32"
     loss_scale: LossScale | None = None
+    float64: bool = True
 
     @property
     def is_stock(self) -> bool:
@@ -112,7 +114,8 @@ class Target:
     @property
     def dialect(self) -> Dialect:
         """What graphs for it are written in."""
-        return STANDARD if self.is_stock else ORT_TRAINING
+        dialect = STANDARD if self.is_stock else ORT_TRAINING
+        return dataclasses.replace(dialect, float64=self.float64)
 
     def update(self, parameters: Mapping[str, Tensor]) -> Update:
         """The update that is a part of the graph."""

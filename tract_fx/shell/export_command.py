@@ -82,6 +82,10 @@ def export(
             help="ONNX Runtime Training, or any ONNX Runtime with the update in the graph."
         ),
     ] = "ort-training",
+    precision: Annotated[
+        Literal["float32", "float16", "bfloat16"],
+        typer.Option(help="Of products, with --target onnxruntime; float16 scales the loss."),
+    ] = "float32",
     input_shape: InputShapes = None,
     fixed_batch: Annotated[
         bool,
@@ -130,6 +134,7 @@ def export(
         "loss": None if loss == "none" else loss,
         "optimizer": config,
         "target": target,
+        "precision": precision,
         "output": output_name,
         "plain": plain,
         "trainable": trainable or None,

@@ -21,10 +21,13 @@ class Dialect:
     Attributes:
         formulas: Operators in terms of others; one that gives `NotImplemented` leaves the call.
         translations: ONNX operators of those that are left, beside PyTorch's own translations.
+        float64: Whether TrAct goes over to it for input that float32 is too coarse for; else such
+            input gives NaN.
     """
 
     formulas: Mapping[Any, Callable[..., Any]]
     translations: Mapping[Any, Callable[..., Any]]
+    float64: bool = True
 
 
 STANDARD = Dialect({**FORMULAS, **MASKS}, TRANSLATIONS)

@@ -17,7 +17,7 @@ from tract_fx.step.schemas import MARKER, MARKER_DOMAIN, WEIGHT_MARKER
 __all__ = ["expand_markers"]
 
 
-def expand_markers(model: ir.Model) -> None:
+def expand_markers(model: ir.Model, float64: bool) -> None:
     """Replace the markers, in place.
 
     Names are those of ONNX Runtime's builder: the gradient of a value `v` is `v_grad`. A call's
@@ -25,6 +25,7 @@ def expand_markers(model: ir.Model) -> None:
 
     Args:
         model: A step's graph, its nodes and values named.
+        float64: Whether TrAct goes over to float64 for input that float32 is too coarse for.
 
     Raises:
         ExportError: A call's output gradient is not known.
@@ -42,7 +43,7 @@ def expand_markers(model: ir.Model) -> None:
     weights = {_call(node): node for node in own if node.op_type == WEIGHT_MARKER}
     found = [(m, _forward(weights.pop(_call(m), None), _call(m))) for m in markers]
     for marker, call in found:
-        _expand(model.graph, marker, call)
+        _expand(model.graph, marker, call, float64)
     for name, weight in weights.items():  # that gets no gradient
         _name_call(model.graph, _forward(weight, name), name)
     model.opset_imports.pop(MARKER_DOMAIN, None)
@@ -95,7 +96,7 @@ def _readers(weight: ir.Node) -> list[ir.Node]:
     return [node for node in _graph_of(weight) if node in products]
 
 
-def _expand(graph: ir.Graph, marker: ir.Node, call: OnnxCall) -> None:
+def _expand(graph: ir.Graph, marker: ir.Node, call: OnnxCall, float64: bool) -> None:
     gradient, _, dz = marker.inputs
     assert gradient is not None and dz is not None
     shape = static_shape(gradient)
@@ -114,4 +115,4 @@ def _expand(graph: ir.Graph, marker: ir.Node, call: OnnxCall) -> None:
     lambda_ = np.asarray(marker.attributes["lambda_"].as_float(), np.float32)
     own = own_output_gradient(graph, gradient, dz, f"{call.output.name}_grad")
     found = WeightGradient(call, gradient, own)
-    insert(graph, name, found, shape, lambda_)
+    insert(graph, name, found, shape, lambda_, float64)

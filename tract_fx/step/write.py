@@ -52,7 +52,7 @@ def write_step(trace: StepTrace, seed: int | None = 0) -> ir.Model:
     _keep_padding_out_of_pools(graph)
     _name(graph, trace)
     _name_batch(graph)
-    expand_markers(model)
+    expand_markers(model, trace.dialect.float64)
     name_gradients(graph, trace.gradients)
     graph.sort()
     for index, node in enumerate(n for n in graph if n.op_type == "Dropout"):
