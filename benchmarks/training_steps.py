@@ -63,7 +63,7 @@ def training_step(
     settings = {
         field.name: getattr(optimizer, field.name)
         for field in dataclasses.fields(optimizer)
-        if field.name not in {"max_grad_norm", "accumulate"}
+        if field.name not in {"max_grad_norm", "accumulate", "weight_decays"}
     }
     update = getattr(torch.optim, type(optimizer).__name__)(model.parameters(), **settings)
     device, turn = batches[0][0].device, cycle(batches)
