@@ -27,6 +27,7 @@ from tract_fx.passes.onnx_graph.parameters import (
 )
 from tract_fx.passes.onnx_graph.reasons import Why
 from tract_fx.passes.onnx_graph.rewrite import present_lambdas
+from tract_fx.passes.onnx_graph.step_names import has_update
 from tract_fx.passes.onnx_graph.values import (
     FEATURES,
     Content,
@@ -114,7 +115,7 @@ def locate(
     """  # noqa: DOC502 (raised by what it calls)
     graph = model.graph
     nodes = list(graph)
-    if is_training_graph(model):
+    if is_training_graph(model) or has_update(model):
         forward = ancestors(graph.outputs[0])
         nodes = [node for node in graph if node in forward]
     walk = _Walk(graph, nodes, frozenset(trainable), frozenset(frozen), present or {})
@@ -139,7 +140,11 @@ class _Walk:
         self.graph, self.nodes, self.present = graph, nodes, present
         self.trainable, self.frozen = trainable, frozen
         self.names = node_names(graph)
-        self.given = [v for v in graph.inputs if not self._is_parameter(v) and not _is_fixed(v)]
+        self.operands = {node: tuple(operands(node)) for node in nodes}
+        read = {value for values in self.operands.values() for value in values}
+        self.given = [
+            v for v in graph.inputs if v in read and not self._is_parameter(v) and not _is_fixed(v)
+        ]
 
     def run(self, labels: frozenset[ir.Value]) -> None:
         self.contents: dict[ir.Value, Content] = {
@@ -171,9 +176,9 @@ class _Walk:
     def _is_label(self, value: ir.Value) -> bool:
         reached, met = {value}, False
         for node in self.nodes:
-            if reached.isdisjoint(operands(node)) or carries_no_values(node):
+            if reached.isdisjoint(self.operands[node]) or carries_no_values(node):
                 continue
-            contents = [self._content(v) for v in operands(node)]
+            contents = [self._content(v) for v in self.operands[node]]
             call = match_call(node)
             if call is not None and self._is_layer(call):
                 return False
@@ -204,7 +209,7 @@ class _Walk:
         """Tell what a node's outputs are made of; record it if it is a layer or a refusal."""
         if carries_no_values(node):
             return Content()
-        content = Content.join(self._content(v) for v in operands(node))
+        content = Content.join(self._content(v) for v in self.operands[node])
         call = match_call(node)
         if call is not None and self._is_layer(call):
             self._visit_layer(call, content)
