@@ -146,6 +146,31 @@ def test_what_half_precision_can_not_hold_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+class Halved(nn.Module):
+    """What it divides by is a constant of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) / self.scale  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_the_model_s_constants_are_in_the_check(foreign: bool, tmp_path: Path) -> None:
+    x, y = batch(4, 0)
+    model: Any = seeded(Halved) if foreign else tract_module(seeded(Halved), x)
+    if foreign:
+        torch.onnx.export(model, (x,), tmp_path / "m.onnx", dynamo=True, verbose=False)
+        model = tmp_path / "m.onnx"
+    options: dict[str, Any] = {"target": "onnxruntime", "precision": "float16"}
+    manifest = export_training(model, x, tmp_path / "a", **options).manifest
+    assert manifest.precision == "float16" and manifest.loss_scale == LossScale()
+    assert np.isfinite(load_trainer(tmp_path / "a").train_step(x, y))
+
+
 def test_without_kernels_nothing_is_trained(tmp_path: Path) -> None:
     write(tmp_path / "a", precision="bfloat16")
     with pytest.raises(MissingRuntimeError, match=r"bfloat16.*precision='float32'"):

@@ -35,6 +35,7 @@ from tract_fx.export.torch_loss import choose_loss
 from tract_fx.export.torch_model import read_torch
 from tract_fx.export.verify_onnx import verify_import
 from tract_fx.export.verify_torch import verify_torch
+from tract_fx.modules import named_tensors
 from tract_fx.passes.choose import LayerChoice, warn_of_frozen
 from tract_fx.step.low_precision import PRECISIONS
 
@@ -182,7 +183,8 @@ def export_training(
             checks.append("PyTorch, float64")
             if source is not None:
                 checks.append(verify_import(source, chosen, graphs))
-        lower_precision(graphs, {**subject.inputs, **chosen.targets}, verify)
+        held = named_tensors(subject.training)
+        lower_precision(graphs, {**held, **subject.inputs, **chosen.targets}, verify)
         write_graphs(graphs, subject, new.path)
         new.manifest = describe_graphs(graphs, subject, chosen, seed, checks)
     warn_of_frozen(graphs.trace.idle)

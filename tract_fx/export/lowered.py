@@ -31,14 +31,14 @@ _PRODUCTS = {
 _PRODUCTS["bfloat16"] = _PRODUCTS["float16"] - {aten.convolution.default}
 
 
-def lower_precision(graphs: TorchGraphs, batch: Mapping[str, Tensor], verify: bool) -> None:
+def lower_precision(graphs: TorchGraphs, values: Mapping[str, Tensor], verify: bool) -> None:
     """Let a step's large products run in the target's precision, in place.
 
     But for the roundings the graph stays what it was: that is compared node by node.
 
     Args:
         graphs: The graphs.
-        batch: The example batch by name.
+        values: The model's tensors and the example batch, by name.
         verify: Whether gradients are computed, with and without the roundings, in PyTorch.
 
     Raises:
@@ -54,8 +54,7 @@ def lower_precision(graphs: TorchGraphs, batch: Mapping[str, Tensor], verify: bo
     assert _nodes(raised) == _nodes(exact)
     if not verify:
         return
-    initial = {name: torch.from_numpy(value) for name, value in graphs.initial.items()}
-    values = {**initial, **batch, LOSS_SCALE: torch.tensor(_SCALE)}
+    values = {**values, LOSS_SCALE: torch.tensor(_SCALE)}
     wanted = _gradients(graphs.trace, fx.Interpreter(graphs.trace.graph), values)
     found = _gradients(graphs.trace, _Rounded(graphs.trace.graph, precision), values)
     error = float((found - wanted).norm() / wanted.norm()) if wanted.any() else 0.0
