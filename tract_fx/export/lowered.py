@@ -15,6 +15,7 @@ from tract_fx.export.torch_graphs import TorchGraphs
 from tract_fx.passes.onnx_graph.step_names import LOSS_SCALE
 from tract_fx.step.low_precision import lower_products, raise_products
 from tract_fx.step.trace import StepTrace
+from tract_fx.step.weight_gradient import WEIGHT_GRADIENT
 
 __all__ = ["lower_precision"]
 
@@ -26,7 +27,7 @@ _BOUNDS = {"float16": 0.1, "bfloat16": 0.5}
 _SCALE = 1024.0
 _PRODUCTS = {
     "float16": frozenset({aten.convolution.default, aten.mm.default, aten.bmm.default})
-    | {aten.addmm.default, aten.baddbmm.default},
+    | {aten.addmm.default, aten.baddbmm.default, WEIGHT_GRADIENT},
 }
 _PRODUCTS["bfloat16"] = _PRODUCTS["float16"] - {aten.convolution.default}
 

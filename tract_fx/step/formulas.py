@@ -5,7 +5,6 @@ Each takes an aten operator's arguments and gives its results.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tract_fx.importer.resizing import resize_matrix
+from tract_fx.step.weight_gradient import WEIGHT_GRADIENT, has_products
 
 __all__ = ["FORMULAS", "each"]
 
@@ -95,8 +95,9 @@ def _weight_gradient(
 ) -> Tensor:
     """x convolved with dz, whose sizes are a kernel's here: stride and dilation change places."""
     dims, channels, outputs = len(shape) - 2, shape[1], shape[0] // groups
-    if groups == 1 and math.prod(shape[2:]) <= _FEW_ENTRIES:
-        return _by_entries(x, dz, shape, stride, padding, dilation)
+    if has_products(shape, groups, dz.shape[2:]):
+        settings = (list(shape), stride, padding, dilation, list(dz.shape[2:]))
+        return WEIGHT_GRADIENT(x, dz, *settings)  # type: ignore[no-any-return]
     sizes = zip(x.shape[2:], shape[2:], dz.shape[2:], stride, strict=True)
     if groups == 1 and all(k == s and n == k * m for n, k, m, s in sizes) and not any(padding):
         return _by_tiles(x, dz, shape)
@@ -113,38 +114,6 @@ def _weight_gradient(
     for i in range(dims):
         found = found.narrow(2 + i, 0, shape[2 + i])
     return found.transpose(0, 1)  # type: ignore[no-any-return]
-
-
-# In ONNX Runtime 1.32 on two cores a step takes 0.77 of the convolved form's with a ResNet-18 at
-# 32², 0.69 with a ResNet-50 at 96². Other providers can't compile a kernel of the output's size.
-_FEW_ENTRIES, _MANY_CHANNELS = 64, 16
-
-
-def _by_entries(
-    x: Tensor,
-    dz: Tensor,
-    shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """Products of dz with what each of the kernel's entries reads; of few channels, one of all."""
-    images, flat, read = x.transpose(0, 1), dz.transpose(0, 1).flatten(1), []
-    if any(padding):
-        images = aten.constant_pad_nd(
-            images, [n for size in reversed(padding) for n in (size, size)]
-        )
-    for entry in itertools.product(*map(range, shape[2:])):
-        part = images
-        for i, first in enumerate(entry):
-            start = first * dilation[i]
-            end = start + (dz.shape[2 + i] - 1) * stride[i] + 1
-            part = aten.slice.Tensor(part, 2 + i, start, end, stride[i])
-        read.append(part.flatten(1))
-    if shape[1] >= _MANY_CHANNELS:
-        return torch.stack([torch.mm(flat, part.t()) for part in read], -1).reshape(shape)
-    whole = torch.mm(flat, torch.cat(read).t()).reshape(shape[0], len(read), shape[1])
-    return whole.transpose(1, 2).reshape(shape)
 
 
 def _by_tiles(x: Tensor, dz: Tensor, shape: Sequence[int]) -> Tensor:

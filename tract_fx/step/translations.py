@@ -16,6 +16,7 @@ from tract_fx.step.formulas import each
 from tract_fx.step.output_gradient import PRECONDITION_STEP, TREATED_WEIGHT
 from tract_fx.step.random_masks import KEEP_MASK
 from tract_fx.step.schemas import MARKER, MARKER_DOMAIN, WEIGHT_MARKER
+from tract_fx.step.weight_gradient import WEIGHT_GRADIENT, write_weight_gradient
 
 __all__ = ["TRANSLATIONS"]
 
@@ -119,6 +120,7 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
     aten.max_pool3d_with_indices_backward.default: _max_pool_backward,
     KEEP_MASK: _keep_mask,
+    WEIGHT_GRADIENT: write_weight_gradient,
     aten.max.dim: _extreme(True),
     aten.min.dim: _extreme(False),
     aten.squeeze.dims: lambda x, dim: op.Squeeze(x, op.Constant(value_ints=list(dim))),
