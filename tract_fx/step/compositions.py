@@ -226,6 +226,19 @@ def _median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]
     return _kth(x, (x.shape[dim] + 1) // 2, dim, keepdim)
 
 
+@_for(aten.one_hot.default)
+def _one_hot(x: Tensor, classes: int = -1) -> Tensor:
+    """With the condition at which PyTorch raises; 2.11 leaves it out of a trace."""
+    if classes < 0:
+        raise ExportError(
+            "one_hot without a number of classes",
+            "it is read off the batch, and a graph's sizes are not",
+            "Pass num_classes",
+        )
+    aten._assert_async.msg(((x >= 0) & (x < classes)).all(), "one_hot: class out of range")
+    return (x.unsqueeze(-1) == torch.arange(classes)).to(torch.int64)
+
+
 @_for(aten.unfold.default)
 def _unfold(x: Tensor, dim: int, size: int, step: int) -> Tensor:
     dim %= x.dim()
