@@ -22,6 +22,7 @@ from tract_fx.errors import MissingRuntimeError
 __all__ = [
     "CPU",
     "TESTED_VERSION",
+    "TRAINING_PROVIDERS",
     "Device",
     "any_runtime",
     "inference_session",
@@ -38,6 +39,9 @@ __all__ = [
 ]
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+TRAINING_PROVIDERS = (_CPU, _CUDA)
+"""Those of ONNX Runtime Training."""
+
 TESTED_VERSION = "1.19.2"  # ONNX Runtime Training's last release
 
 # From the GPU wheel: file name, metadata, onnxruntime/capi/build_and_package_info.py, and the

@@ -41,7 +41,7 @@ from tract_fx.importer.metadata import strip_exporter_metadata
 from tract_fx.modules import named_tensors
 from tract_fx.passes.onnx_graph.find import locate
 from tract_fx.passes.onnx_graph.parameters import RESET
-from tract_fx.passes.onnx_graph.step_names import GRADIENT, LOSS_SCALE, NEW
+from tract_fx.passes.onnx_graph.step_names import GRADIENT, NEW
 from tract_fx.passes.records import InputLayer
 from tract_fx.step.dialects import ORT_TRAINING, STANDARD, Dialect
 from tract_fx.step.ort_training import CheckpointTensors, to_evaluation_graph, to_training_graph
@@ -145,7 +145,7 @@ def training_graph(
         names=(*model.inputs, *loss.targets),
         open_axes=model.open_axes,
         update=target.update if target.is_stock else None,
-        loss_scale=None if target.loss_scale is None else LOSS_SCALE,
+        scaled=target.loss_scale is not None,
         dialect=target.dialect,
     )
     _refuse_names(trace)

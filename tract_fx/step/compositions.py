@@ -86,11 +86,7 @@ class SizesUnread(TorchFunctionMode):
     """Runs what asks for sizes before it calls an operator, the batch's among them, without."""
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is F.affine_grid:
             return aten.affine_grid_generator(*_affine_arguments(*args, **(kwargs or {})))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tract_fx.importer.resizing import resize_matrix
-from tract_fx.step.weight_gradient import WEIGHT_GRADIENT, has_products
+from tract_fx.step.weight_gradient import weight_gradient
 
 __all__ = ["FORMULAS", "each"]
 
@@ -76,54 +76,10 @@ def _convolution_backward(
         for_x = aten.convolution(dz, weight, None, stride, padding, dilation, True, left, groups)
     if wanted[1]:
         image, kernel = (dz, x) if transposed else (x, dz)
-        for_weight = _weight_gradient(
-            image, kernel, weight.shape, stride, padding, dilation, groups
-        )
+        for_weight = weight_gradient(image, kernel, weight.shape, stride, padding, dilation, groups)
     if wanted[2]:
         for_bias = dz.sum([0, *range(2, 2 + dims)])
     return for_x, for_weight, for_bias
-
-
-def _weight_gradient(
-    x: Tensor,
-    dz: Tensor,
-    shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """x convolved with dz, whose sizes are a kernel's here: stride and dilation change places."""
-    dims, channels, outputs = len(shape) - 2, shape[1], shape[0] // groups
-    if has_products(shape, groups, dz.shape[2:]):
-        settings = (list(shape), stride, padding, dilation, list(dz.shape[2:]))
-        return WEIGHT_GRADIENT(x, dz, *settings)  # type: ignore[no-any-return]
-    sizes = zip(x.shape[2:], shape[2:], dz.shape[2:], stride, strict=True)
-    if groups == 1 and all(k == s and n == k * m for n, k, m, s in sizes) and not any(padding):
-        return _by_tiles(x, dz, shape)
-    images, kernels = x.transpose(0, 1), dz.transpose(0, 1)
-    if groups > 1:
-        batch, behind = x.shape[0], list(range(3, 3 + dims))
-        images = x.reshape(batch, groups, channels, *x.shape[2:]).permute(2, 1, 0, *behind)
-        images = images.reshape(channels, groups * batch, *x.shape[2:])
-        kernels = dz.reshape(batch, groups, outputs, *dz.shape[2:]).permute(1, 2, 0, *behind)
-        kernels = kernels.reshape(groups * outputs, batch, *dz.shape[2:])
-    found = aten.convolution(
-        images, kernels, None, dilation, padding, stride, False, [0] * dims, groups
-    )
-    for i in range(dims):
-        found = found.narrow(2 + i, 0, shape[2 + i])
-    return found.transpose(0, 1)  # type: ignore[no-any-return]
-
-
-def _by_tiles(x: Tensor, dz: Tensor, shape: Sequence[int]) -> Tensor:
-    """One product of dz with patches that lie side by side."""
-    dims = len(shape) - 2
-    sizes = [n for pair in zip(dz.shape[2:], shape[2:], strict=True) for n in pair]
-    inside, places = [3 + 2 * i for i in range(dims)], [2 + 2 * i for i in range(dims)]
-    tiles = x.reshape(*x.shape[:2], *sizes).permute(1, *inside, 0, *places)
-    patches = tiles.reshape(math.prod(shape[1:]), -1)
-    return torch.mm(dz.transpose(0, 1).flatten(1), patches.t()).reshape(shape)
 
 
 @_for(aten.avg_pool2d.default, aten.avg_pool3d.default)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from tract_fx import torch_private
 from tract_fx.errors import ExportError, UnsupportedTrainingError
 from tract_fx.modules import named_tensors
-from tract_fx.passes.onnx_graph.step_names import GRADIENT, NEW
+from tract_fx.passes.onnx_graph.step_names import GRADIENT, LOSS_SCALE, NEW
 from tract_fx.preconditioner import to_training_graph
 from tract_fx.program import held_at
 from tract_fx.step import exporter
@@ -101,7 +101,7 @@ def trace_step(
     open_axes: Sequence[Sequence[int]] | None = None,
     names: Sequence[str] = (),
     update: Callable[[dict[str, Tensor]], Update] | None = None,
-    loss_scale: str | None = None,
+    scaled: bool = False,
     dialect: Dialect = STANDARD,
 ) -> StepTrace:
     """Record a step.
@@ -118,8 +118,8 @@ def trace_step(
         open_axes: For each input the axes whose sizes are left open, where it is not the batch's.
         names: The names of the inputs and the targets; None for those of the forward method.
         update: Makes an update of the parameters that have gradients; None leaves them.
-        loss_scale: Which of the update's inputs the loss is multiplied with before gradients are
-            taken, and divided out of them after; None for none.
+        scaled: Whether the update's input `LOSS_SCALE` is what the loss is multiplied with before
+            gradients are taken, and divided out of them after.
         dialect: What it is to be written in.
 
     Returns:
@@ -160,7 +160,7 @@ def trace_step(
 
     # First whole derivatives, among whose arguments are outputs' gradients; then formulas of them.
     mode: Any = arguments[1][0].fake_mode  # type: ignore[attr-defined]
-    scales = [] if loss_scale is None else [mode.from_tensor(torch.tensor(1.0), static_shapes=True)]
+    scales = [mode.from_tensor(torch.tensor(1.0), static_shapes=True)] if scaled else []
     graph = _record(step, (*arguments, scales), {})
     _write_conditions(graph)
     smallest = _smallest_batch(graph)
@@ -170,7 +170,7 @@ def trace_step(
     table = {key: formula for key, formula in table.items() if key not in dialect.translations}
     table |= dialect.formulas
     functional = functionalize(graph, remove="mutations")
-    made = _Updated.of(update, state, found[-1], loss_scale)
+    made = _Updated.of(update, state, found[-1])
     extra = [mode.from_tensor(tensor, static_shapes=True) for tensor in made.tensors]
     graph = _record(made.behind(functional), (*arguments, extra), table)
     _refuse_held(graph, model)
@@ -271,11 +271,8 @@ class _Results:
 class _Updated:
     """An update behind a differentiated step, and the names of what it makes new."""
 
-    def __init__(
-        self, update: Update, state: _State, results: _Results, loss_scale: str | None
-    ) -> None:
+    def __init__(self, update: Update, state: _State, results: _Results) -> None:
         self.update, self.state, self.results = update, state, results
-        self.loss_scale = loss_scale
         self.inputs = tuple(update.inputs)
         self.tensors = list(update.inputs.values())
         self.names: dict[str, str] = {}
@@ -286,11 +283,10 @@ class _Updated:
         make: Callable[[dict[str, Tensor]], Update] | None,
         state: _State,
         results: _Results,
-        loss_scale: str | None,
     ) -> _Updated:
         trained = {name: state.tensors[name] for name in results.gradients}
         update = Update({}, lambda *_: {}) if make is None else make(trained)
-        return cls(update, state, results, loss_scale)
+        return cls(update, state, results)
 
     def behind(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """The step, then the update."""
@@ -299,7 +295,7 @@ class _Updated:
             tensors: Sequence[Tensor], given: Sequence[Tensor], extra: Sequence[Tensor]
         ) -> list[Tensor]:
             named = dict(zip(self.inputs, extra, strict=True))
-            scale = [] if self.loss_scale is None else [named[self.loss_scale]]
+            scale = [named[LOSS_SCALE]] if LOSS_SCALE in named else []
             found = list(step(tensors, given, scale))
             own = dict(zip(self.state.tensors, tensors, strict=True))
             first = 1 + len(self.results.outputs)

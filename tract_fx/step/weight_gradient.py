@@ -1,4 +1,4 @@
-"""A convolution's weight gradient as matrix products, in one operator until it is written in ONNX.
+"""A convolution's weight gradient: matrix products, in one operator until it is written in ONNX.
 
 ONNX has no operator for it. Convolved with the output's gradient as a kernel the input gives it,
 but a kernel as large as an output is what runtimes are slow with, or can't compile.
@@ -15,7 +15,7 @@ import torch
 from onnxscript import opset18
 from torch import Tensor
 
-__all__ = ["WEIGHT_GRADIENT", "has_products", "write_weight_gradient"]
+__all__ = ["WEIGHT_GRADIENT", "weight_gradient", "write_weight_gradient"]
 
 op: Any = opset18
 
@@ -51,19 +51,74 @@ WEIGHT_GRADIENT = torch.ops.tract_fx.weight_gradient.default
 """Of an input and an output's gradient, whose sizes behind the channels are `places`."""
 
 
-def has_products(shape: Sequence[int], groups: int, places: Sequence[Any]) -> bool:
-    """Tell where a weight's gradient is written as products.
+def weight_gradient(
+    x: Tensor,
+    dz: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Compute it: in products where the kernel's entries are few or tile the input, else convolved.
 
     Args:
+        x: The input, (N, C, *).
+        dz: The output's gradient, (N, O, *).
         shape: The weight's shape.
-        groups: The convolution's groups.
-        places: The output's sizes behind the channels.
+        stride: The convolution's stride.
+        padding: Its padding.
+        dilation: Its dilation.
+        groups: Its groups.
 
     Returns:
-        Whether it is: the sizes are numbers, and the kernel's entries are few.
+        The weight's gradient.
     """
+    places = list(dz.shape[2:])
     known = all(isinstance(size, int) for size in places)
-    return groups == 1 and known and math.prod(shape[2:]) <= _FEW_ENTRIES
+    if groups == 1 and known and math.prod(shape[2:]) <= _FEW_ENTRIES:
+        settings = (list(shape), stride, padding, dilation, places)
+        return WEIGHT_GRADIENT(x, dz, *settings)  # type: ignore[no-any-return]
+    sizes = zip(x.shape[2:], shape[2:], places, stride, strict=True)
+    if groups == 1 and all(k == s and n == k * m for n, k, m, s in sizes) and not any(padding):
+        return _by_tiles(x, dz, shape)
+    return _convolved(x, dz, shape, stride, padding, dilation, groups)
+
+
+def _by_tiles(x: Tensor, dz: Tensor, shape: Sequence[int]) -> Tensor:
+    """One product of dz with patches that lie side by side."""
+    dims = len(shape) - 2
+    sizes = [n for pair in zip(dz.shape[2:], shape[2:], strict=True) for n in pair]
+    inside, places = [3 + 2 * i for i in range(dims)], [2 + 2 * i for i in range(dims)]
+    tiles = x.reshape(*x.shape[:2], *sizes).permute(1, *inside, 0, *places)
+    patches = tiles.reshape(math.prod(shape[1:]), -1)
+    return torch.mm(dz.transpose(0, 1).flatten(1), patches.t()).reshape(shape)
+
+
+def _convolved(
+    x: Tensor,
+    dz: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """x convolved with dz, whose sizes are a kernel's here: stride and dilation change places."""
+    dims, channels, outputs = len(shape) - 2, shape[1], shape[0] // groups
+    images, kernels = x.transpose(0, 1), dz.transpose(0, 1)
+    if groups > 1:
+        batch, behind = x.shape[0], list(range(3, 3 + dims))
+        images = x.reshape(batch, groups, channels, *x.shape[2:]).permute(2, 1, 0, *behind)
+        images = images.reshape(channels, groups * batch, *x.shape[2:])
+        kernels = dz.reshape(batch, groups, outputs, *dz.shape[2:]).permute(1, 2, 0, *behind)
+        kernels = kernels.reshape(groups * outputs, batch, *dz.shape[2:])
+    found = torch.ops.aten.convolution(
+        images, kernels, None, dilation, padding, stride, False, [0] * dims, groups
+    )
+    for i in range(dims):
+        found = found.narrow(2 + i, 0, shape[2 + i])
+    return found.transpose(0, 1)  # type: ignore[no-any-return]
 
 
 def write_weight_gradient(

@@ -24,6 +24,7 @@ from tract_fx.export.directory import (
 )
 from tract_fx.export.manifest import ORT_TRAINING, STOCK, Manifest, ParameterSpec
 from tract_fx.ort_training import (
+    TRAINING_PROVIDERS,
     Device,
     message_of,
     parameter_value,
@@ -226,7 +227,7 @@ def open_run(
     """
     if manifest.target == STOCK:
         return StockRun(directory, manifest, graphs, device)
-    if device.provider not in ("CPUExecutionProvider", "CUDAExecutionProvider"):
+    if device.provider not in TRAINING_PROVIDERS:
         raise MissingRuntimeError(
             f"device {str(device)!r}, for ONNX Runtime Training",
             "it trains on the CPU and, through its CUDA provider, on NVIDIA GPUs",
