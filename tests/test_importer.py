@@ -24,7 +24,7 @@ from tract_fx.errors import StateMismatchError, UnsupportedTrainingError
 from tract_fx.export.reference_model import ReferenceModel
 from tract_fx.importer.build import import_graph
 from tract_fx.importer.forward_model import read_model
-from tract_fx.passes import is_tract
+from tract_fx.passes import find_input_layers, find_onnx_input_layers, is_tract
 from tract_fx.step.trace import trace_step
 from tract_fx.step.write import write_step
 
@@ -465,3 +465,33 @@ def test_what_can_t_be_imported_is_named() -> None:
     text = "agraph (float[N, 4] x) => (float y) { h = MatMul (x, w) y = Det (h) }"
     with pytest.raises(UnsupportedTrainingError, match="Det 'Det_y'"):
         import_onnx(ir.to_proto(graph(text, {"w": np.eye(4, dtype=np.float32)})))
+
+
+WHERE_THE_LAYER_IS = {
+    "a scale that is not trained": "s = LayerNormalization(x, G) y = MatMul(s, W)",
+    "the input's shape alone": "s = Shape(x) e = Expand(G, s) y = MatMul(e, W)",
+    "a part of the shape": "s = Shape <start = 1> (x) e = Expand(G, s) y = MatMul(e, W)",
+    "a computed weight": "t = Exp(W) y = MatMul(x, t)",
+    "a transposed weight": "t = Transpose(W) u = Transpose(t) y = MatMul(x, u)",
+    "a look-up beside it": "e = Gather(T, i) l = MatMul(x, W) y = Add(e, l)",
+    "a look-up in front": "e = Gather(T, i) y = MatMul(e, W)",
+    "a weight made of the input": "m = Transpose <perm = [0, 2, 1]> (x) y = MatMul(x, m)",
+    "a mask": "c = Greater(x, G) s = Where(c, x, G) y = MatMul(s, W)",
+    "a scale that is trained": "s = Mul(x, W) y = MatMul(s, W)",
+}
+
+
+@pytest.mark.parametrize("name", WHERE_THE_LAYER_IS)
+def test_both_graphs_have_one_input_layer(name: str) -> None:
+    """A file, and the module made of it: located by two walks that share no line."""
+    tensors: dict[str, Any] = {"W": (8, 8), "G": (8,), "T": (10, 8)}
+    text = WHERE_THE_LAYER_IS[name]
+    proto = by_hand(text, tensors, "float[N,4,8] x" + ", int64[N,4] i" * ("T, i" in text))
+    trainable = ["W", "T"] if "T, i" in text else ["W"]
+    file = find_onnx_input_layers(proto, trainable=trainable)
+    model = import_onnx(proto, trainable=trainable)
+    module = find_input_layers(model)
+    assert module.names == file.names
+    assert [r.competes for r in module.refusals] == [r.competes for r in file.refusals]
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n in trainable if n in text}

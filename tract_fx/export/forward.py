@@ -127,16 +127,14 @@ def _imported(
         graph.graph.outputs.append(made[name])
     imported = import_graph(
         graph,
-        trained=(*forward.trained, *forward.frozen),
+        trained=forward.trained,
+        frozen=forward.frozen,
         trains=forward.trains,
         lambdas=forward.lambdas,
         detached=detached_names(forward.graph),
         needed=own if output is None else [output],
     )
     module = imported.module
-    for name in forward.frozen:
-        if name in imported.keys:
-            module.get_parameter(imported.keys[name]).requires_grad_(False)
     values = [value for value in graph.graph.inputs if value.name in feeds]
     tensors = tuple(torch.from_numpy(np.array(feeds[str(value.name)])) for value in values)
     opened = tuple(

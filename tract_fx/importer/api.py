@@ -61,7 +61,8 @@ def _imported(model: Model, trainable: Iterable[str] | None) -> Imported:
     outputs = [str(value.name) for value in forward.graph.graph.outputs]
     return import_graph(
         forward.graph,
-        trained=(*forward.trained, *forward.frozen),
+        trained=forward.trained,
+        frozen=forward.frozen,
         trains=forward.trains,
         detached=detached_names(forward.graph),
         needed=outputs,

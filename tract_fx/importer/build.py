@@ -19,10 +19,10 @@ from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.importer import elementwise, layers, recurrent_layers, reductions, shapes
 from tract_fx.importer.host import as_host
 from tract_fx.importer.layers import batch_norm, split_pads
-from tract_fx.importer.shapes import pad_sides
+from tract_fx.importer.shapes import pad_sides, wrapped_indices
 from tract_fx.importer.table import OPERATORS
 from tract_fx.passes.onnx_graph.node_names import described
-from tract_fx.passes.onnx_graph.values import static_shape
+from tract_fx.passes.onnx_graph.values import ancestors, operands, static_shape
 from tract_fx.preconditioner import precondition_grad
 
 __all__ = ["Imported", "import_graph"]
@@ -74,6 +74,7 @@ def import_graph(
     model: ir.Model,
     *,
     trained: Collection[str],
+    frozen: Collection[str] = (),
     trains: Collection[str] = (),
     lambdas: Mapping[str, float] | None = None,
     detached: Collection[str] = (),
@@ -83,7 +84,8 @@ def import_graph(
 
     Args:
         model: A forward graph of opset 18 to 20, its nodes named. Not changed.
-        trained: Names of the initializers that are parameters.
+        trained: Names of the initializers that are trained parameters.
+        frozen: Names of those that are parameters and need no gradient.
         trains: Names of the BatchNormalization and Dropout nodes that follow the module's mode.
         lambdas: λ by the name of each Conv, Gemm or MatMul with TrAct.
         detached: Names of values that no gradient goes through.
@@ -95,8 +97,11 @@ def import_graph(
     Raises:
         UnsupportedTrainingError: An operator has no counterpart.
     """  # noqa: DOC502 (raised by _Builder)
-    builder = _Builder(model, trained, trains, lambdas or {}, detached)
-    return builder.build(needed)
+    builder = _Builder(model, (*trained, *frozen), trains, lambdas or {}, detached)
+    imported = builder.build(needed)
+    for key in imported.keys.keys() & set(frozen):
+        imported.module.get_parameter(imported.keys[key]).requires_grad_(False)
+    return imported
 
 
 class _Builder:
@@ -197,6 +202,12 @@ class _Builder:
         if value.name in self.detached:
             return self.graph.call_method("detach", (result,))
         return result
+
+    def is_constant(self, value: ir.Value) -> bool:
+        """Whether nothing of the model's inputs is in a value."""
+        made = ancestors(value)
+        read = {value, *(v for node in made for v in operands(node))}
+        return read.isdisjoint(self.model.graph.inputs)
 
     def _mode(self, node: ir.Node) -> Any:
         if node.name in self.trains:
@@ -337,7 +348,8 @@ def _matmul(
 ) -> fx.Node:
     x, weight = arguments
     given = node.inputs[1]
-    is_weight = given is not None and given.is_initializer() and len(given.shape or ()) == 2
+    assert given is not None
+    is_weight = len(given.shape or ()) == 2 and builder.is_constant(given)
     if node.name not in builder.lambdas and not is_weight:
         return builder.graph.call_function(_product, (x, weight))
     return _linear(builder, node, x, builder.graph.call_function(torch.t, (weight,)), None)
@@ -388,7 +400,31 @@ def _batch_normalization(
     return builder.graph.call_function(batch_norm, (*arguments, builder._mode(node)), options)
 
 
+def _gather(
+    builder: _Builder, node: ir.Node, arguments: list[Any], attributes: dict[str, Any]
+) -> fx.Node:
+    """Look rows of a table up as an embedding does, which is no layer that multiplies."""
+    (table, indices), graph = arguments, builder.graph
+    given = node.inputs[0]
+    is_table = given is not None and given.name in builder.trained and len(given.shape or ()) == 2
+    if not is_table or attributes.get("axis", 0) % 2:
+        return graph.call_function(OPERATORS["", "Gather"], (table, indices), attributes)
+    count = graph.call_method("size", (table, 0))
+    index = graph.call_function(wrapped_indices, (indices, count))
+    return graph.call_function(F.embedding, (index, table))
+
+
+def _shape(
+    builder: _Builder, node: ir.Node, arguments: list[Any], attributes: dict[str, Any]
+) -> fx.Node:
+    """Read a shape as models do, by an attribute: no entry of the tensor goes that way."""
+    sizes = builder.graph.call_function(getattr, (*arguments, "shape"))
+    return builder.graph.call_function(OPERATORS["", "Shape"], (sizes,), attributes)
+
+
 _SPECIAL = {
+    ("", "Gather"): _gather,
+    ("", "Shape"): _shape,
     ("", "Conv"): _convolution,
     ("", "MatMul"): _matmul,
     ("", "Gemm"): _gemm,

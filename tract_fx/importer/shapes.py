@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,8 @@ def _host(numbers: list[Any]) -> Host:
 
 
 @operator("Shape")
-def _shape(x: Value, *, start: int = 0, end: int | None = None) -> Host:
-    return _host(list(x.shape)[start:end])
+def _shape(sizes: Sequence[Any], *, start: int = 0, end: int | None = None) -> Host:
+    return _host(list(sizes)[start:end])
 
 
 @operator("Size")
@@ -149,6 +150,22 @@ def _slice(
     return x
 
 
+def wrapped_indices(indices: Value, size: int) -> Tensor:
+    """Count indices below zero from the end.
+
+    Args:
+        indices: Any integers.
+        size: How many entries there are.
+
+    Returns:
+        The indices, none below zero.
+    """
+    if isinstance(indices, np.ndarray):
+        wrapped = [int(i) % int(size) for i in indices.reshape(-1)]
+        return torch.tensor(wrapped, dtype=torch.int64).reshape(indices.shape)
+    return torch.where(indices < 0, indices + size, indices)
+
+
 @operator("Gather")
 def _gather(x: Value, indices: Value, *, axis: int = 0) -> Value:
     if isinstance(x, np.ndarray) and isinstance(indices, np.ndarray):
@@ -157,11 +174,7 @@ def _gather(x: Value, indices: Value, *, axis: int = 0) -> Value:
     axis %= table.dim()
     if isinstance(indices, np.ndarray) and not indices.ndim:
         return table.select(axis, int(indices))
-    index = as_tensor(indices)
-    if isinstance(indices, np.ndarray):
-        index = torch.tensor([int(i) % int(table.shape[axis]) for i in indices.reshape(-1)])
-    else:
-        index = torch.where(index < 0, index + table.shape[axis], index).reshape(-1)
+    index = wrapped_indices(indices, table.shape[axis]).reshape(-1)
     if table.dim() == 2 and axis == 0:
         found = F.embedding(index, table)
     else:
