@@ -5,12 +5,12 @@ ARGS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
-SOURCES := $(wildcard tract_fx passes tests examples benchmarks)
+SOURCES := $(wildcard tract_fx passes tests examples benchmarks docs)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-stock test-versions check lint types bench clean
+.PHONY: help demo test test-stock test-versions check lint types layout docs docs-serve bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -36,11 +36,20 @@ lint: .venv/.dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 
-# passes/ is installed inside tract_fx/; mypy gets to see it there, through links.
-types: .venv/.dev
+types: .venv/.dev layout
+	$(BIN)/mypy build/typing/tract_fx $(filter-out tract_fx passes,$(SOURCES))
+
+# passes/ is installed inside tract_fx/; what reads sources gets to see it there, through links.
+layout:
 	@rm -rf build/typing && mkdir -p build/typing/tract_fx
 	@ln -s $(addprefix ../../../,$(wildcard tract_fx/*) passes) build/typing/tract_fx/
-	$(BIN)/mypy build/typing/tract_fx $(filter-out tract_fx passes,$(SOURCES))
+
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+docs: .venv/.docs layout ## the site, in build/docs; a link that leads nowhere fails
+	$(MKDOCS) build --strict --quiet
+
+docs-serve: .venv/.docs layout ## the site on this machine, built again with each change
+	$(MKDOCS) serve
 
 # glibc's allocator alone changes a layer's time severalfold unless it keeps what it has.
 bench: .venv/.dev ## the benchmarks, one after the other
@@ -79,6 +88,6 @@ clean: ## remove the environment and everything built
 	@touch $@
 
 # torch has brought setuptools along, so the build needs no environment of its own.
-.venv/.demo .venv/.dev: .venv/.%: .venv/.torch pyproject.toml
+.venv/.demo .venv/.dev .venv/.docs: .venv/.%: .venv/.torch pyproject.toml
 	$(PIP) --no-build-isolation --editable '.[$*]'
 	@touch $@
