@@ -22,7 +22,7 @@ test: check .venv/.dot .venv/.chromium .venv/.stock ## the linters and types, th
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 $(ARGS)
 	$(MAKE) test-stock ARGS=--quiet
 
-STOCK_TESTS := tests/test_stock_runtime.py tests/test_stock_scaling.py tests/test_step.py
+STOCK_TESTS := tests/test_stock_runtime.py tests/test_stock_scaling.py tests/test_step.py tests/test_torch_tensors.py
 test-stock: .venv/.stock ## those of graphs for any ONNX Runtime, in its last release
 	OMP_NUM_THREADS=1 .venv/stock/bin/python -m pytest -n 2 -p no:cacheprovider $(STOCK_TESTS) $(ARGS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import subprocess
 import sys
 from collections.abc import Callable
@@ -422,6 +423,32 @@ def test_aliases(tmp_path: Path) -> None:
     state["first.weight"] = state["again.weight"].clone()
     trainer.load_state_dict(state)
     assert torch.equal(trainer.state_dict()["again.weight"], state["first.weight"])
+
+
+def test_live_tensors(tmp_path: Path) -> None:
+    """ONNX Runtime Training's own memory, which follows every step, and outlives the trainer."""
+    build(tmp_path / "a", make(ConvNet), aliases={"again.weight": "first.weight"})
+    trainer = load_trainer(tmp_path / "a")
+    live = trainer.live_tensors()
+    assert live["again.weight"] is live["first.weight"]
+    assert {"norm.running_mean", "norm.running_var"} < live.keys()
+    for batch in batches(ConvNet(), 3):
+        trainer.train_step(*batch)
+        state = trainer.state_dict()
+        del state["norm.num_batches_tracked"]
+        assert equal(state, live)
+    state["head.bias"].zero_()  # a copy
+    assert bool(live["head.bias"].any())
+    live["head.bias"].fill_(2)
+    assert bool((trainer.state_dict()["head.bias"] == 2).all())
+    trainer.load_state_dict(trainer.state_dict() | trainer.live_tensors())
+    state = trainer.state_dict()
+    live = trainer.live_tensors()
+    del trainer
+    for tensor in live.values():  # what would come to lie where they had been
+        gc.collect()
+        torch.full((20, *tensor.shape), torch.nan)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in live.items())
 
 
 # --- batches ------------------------------------------------------------------------------------

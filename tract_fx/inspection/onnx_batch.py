@@ -14,7 +14,7 @@ from tract_fx.export.made_up import made_up_numbers
 from tract_fx.export.manifest import TensorSpec
 from tract_fx.inspection.onnx_subject import OnnxSubject
 from tract_fx.passes.onnx_graph.values import static_shape
-from tract_fx.trainers.batches import check_batch
+from tract_fx.trainers.batches import check_batch, on_host
 
 __all__ = ["OnnxBatch", "make_batch"]
 
@@ -60,8 +60,8 @@ def make_batch(subject: OnnxSubject, example_inputs: Any) -> OnnxBatch:
         for spec in subject.inputs
         if spec.name not in given
     }
-    arrays = check_batch(subject.inputs, (), {**noise, **given}, "inspect_graph")
-    feeds = {spec.name: array for spec, array in zip(subject.inputs, arrays, strict=True)}
+    values = check_batch(subject.inputs, (), {**noise, **given}, "inspect_graph")
+    feeds = {spec.name: on_host(v) for spec, v in zip(subject.inputs, values, strict=True)}
     parameters, made = subject.parameters, []
     if noise:
         made.append(f"Noise for {', '.join(noise)}")

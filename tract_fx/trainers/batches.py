@@ -10,11 +10,15 @@ import torch
 
 from tract_fx.errors import InvalidBatchError
 from tract_fx.export.manifest import TensorSpec
+from tract_fx.torch_private import is_fake
 
-__all__ = ["Array", "BatchValue", "check_batch"]
+__all__ = ["Array", "BatchValue", "check_batch", "dense", "on_host", "require_variance"]
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 BatchValue: TypeAlias = "Array | torch.Tensor"
+
+_ALIGNMENT = 16
+"""What kernels load at once at most, in bytes."""
 
 
 def check_batch(
@@ -22,8 +26,8 @@ def check_batch(
     positional: Sequence[BatchValue],
     named: Mapping[str, BatchValue],
     call: str,
-) -> list[Array]:
-    """Check a batch and bring it to C-contiguous numpy arrays on the host.
+) -> list[BatchValue]:
+    """Check a batch, where it lies.
 
     Nothing is cast, cut or broadcast.
 
@@ -34,18 +38,83 @@ def check_batch(
         call: Name of the method that was called, for messages.
 
     Returns:
-        One array per spec, in order.
+        One value per spec, in order: a C-contiguous array, or a tensor as `dense` gives it.
 
     Raises:
         InvalidBatchError: If values are missing or too many, or one is of another kind, dtype,
             rank or size, empty, or a class index out of range.
     """  # noqa: DOC502 (raised by what it calls)
-    values = _assign(specs, positional, named, call)
-    arrays = [_array(spec, value, call) for spec, value in zip(specs, values, strict=True)]
-    _check_sizes(specs, arrays, call)
-    for spec, array in zip(specs, arrays, strict=True):
-        _check_classes(spec, array, call)
-    return [_contiguous(array) for array in arrays]
+    given = _assign(specs, positional, named, call)
+    values = [_checked(spec, value, call) for spec, value in zip(specs, given, strict=True)]
+    _check_sizes(specs, values, call)
+    for spec, value in zip(specs, values, strict=True):
+        _check_classes(spec, value, call)
+    return [v if isinstance(v, torch.Tensor) else _contiguous(v) for v in values]
+
+
+def require_variance(values: Mapping[str, BatchValue], smallest: int, call: str) -> None:
+    """Refuse a batch whose running variance would not be a number any more.
+
+    Args:
+        values: The batch by name, checked.
+        smallest: The smallest batch that has a variance, for the model's BatchNorms.
+        call: Name of the method that was called, for messages.
+
+    Raises:
+        InvalidBatchError: If the batch is smaller.
+    """
+    sizes = [len(value) for value in values.values() if value.ndim]
+    if smallest > 1 and any(size < smallest for size in sizes):
+        raise InvalidBatchError(
+            f"{call}: a batch of {sizes[0]}",
+            "a BatchNorm gets one value per channel from it, which has no variance",
+            "Leave this batch out, or add it to another one",
+        )
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Take a tensor's numbers as ONNX Runtime can read them: in one piece, without a history.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        A tensor on the same device where that is a CPU or CUDA, else on the CPU; in the same memory
+        where the numbers lie so already. None where it has no numbers of its own.
+    """
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
+        return None
+    tensor = tensor.detach()
+    if tensor.device.type not in ("cpu", "cuda"):
+        tensor = tensor.cpu()
+    if tensor.numel() == 0:
+        return tensor
+    if not _has_memory(tensor):
+        return None
+    tensor = tensor.resolve_conj().resolve_neg().contiguous()
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
+
+
+def on_host(value: BatchValue) -> Array:
+    """Bring a value to the host.
+
+    Args:
+        value: An array, or a tensor as `dense` gives it.
+
+    Returns:
+        An array; in the value's memory where that is the host's.
+    """
+    return value.cpu().numpy() if isinstance(value, torch.Tensor) else value
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether there are numbers behind a tensor: not in torch.func, a FakeTensor or a wrapper."""
+    if is_fake(tensor):
+        return False
+    try:
+        return tensor.untyped_storage().data_ptr() != 0
+    except RuntimeError:  # there is no storage
+        return False
 
 
 def _assign(
@@ -80,17 +149,20 @@ def _assign(
     return [values[name] for name in names]
 
 
-def _array(spec: TensorSpec, value: BatchValue, call: str) -> Array:
-    """Make a numpy array of a value, of the dtype that the graph takes."""
+def _checked(spec: TensorSpec, value: BatchValue, call: str) -> BatchValue:
+    """Check a value's kind and dtype; a tensor is made dense."""
     wanted = np.dtype(spec.dtype)
     found: str | np.dtype[Any]
     if isinstance(value, torch.Tensor):
-        if value.layout != torch.strided or value.is_meta:
+        tensor = dense(value)
+        if tensor is None:
             raise InvalidBatchError(
-                f"{call}: {spec.name!r} is a {value.layout} tensor on {value.device}",
-                "the graph takes dense values",
-                "Pass value.to_dense()",
+                f"{call}: {spec.name!r} is a {value.layout} tensor on {value.device}, "
+                f"a {type(value).__name__}",
+                "the graph takes dense values, and this tensor has none of its own in memory",
+                "Pass value.to_dense(), outside of torch.func and FakeTensorMode",
             )
+        value = tensor
         found = str(value.dtype).removeprefix("torch.")
         cast = f"value.to(torch.{spec.dtype})"
         matches = found == wanted.name
@@ -110,26 +182,25 @@ def _array(spec: TensorSpec, value: BatchValue, call: str) -> Array:
             f"the graph takes {spec.dtype}, and a value is not cast without being asked",
             f"Pass {cast}",
         )
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().resolve_conj().resolve_neg().numpy()
     return value
 
 
-def _check_sizes(specs: Sequence[TensorSpec], arrays: Sequence[Array], call: str) -> None:
+def _check_sizes(specs: Sequence[TensorSpec], values: Sequence[BatchValue], call: str) -> None:
     """Check ranks, fixed sizes, and that sizes of one name are equal."""
     sizes: dict[str, tuple[int, str]] = {}
-    for spec, array in zip(specs, arrays, strict=True):
-        found = f"{call}: {spec.name!r} has shape {array.shape}"
+    for spec, value in zip(specs, values, strict=True):
+        shape = tuple(value.shape)
+        found = f"{call}: {spec.name!r} has shape {shape}"
         remedy = f"Pass an array of shape {_shape_text(spec)}"
-        if array.ndim != len(spec.shape):
+        if len(shape) != len(spec.shape):
             raise InvalidBatchError(found, f"the graph takes {len(spec.shape)} dimensions", remedy)
-        if array.size == 0:
+        if 0 in shape:
             raise InvalidBatchError(
                 found,
                 "it is empty, and ONNX Runtime crashes on that",
                 "Leave this batch out",
             )
-        for axis, (wanted, size) in enumerate(zip(spec.shape, array.shape, strict=True)):
+        for axis, (wanted, size) in enumerate(zip(spec.shape, shape, strict=True)):
             if isinstance(wanted, int) and size != wanted:
                 raise InvalidBatchError(
                     found, f"the graph takes size {wanted} in dimension {axis}", remedy
@@ -144,18 +215,20 @@ def _check_sizes(specs: Sequence[TensorSpec], arrays: Sequence[Array], call: str
                     )
 
 
-def _check_classes(spec: TensorSpec, array: Array, call: str) -> None:
+def _check_classes(spec: TensorSpec, value: BatchValue, call: str) -> None:
     """Check that class indices lie in their range, which ONNX Runtime's kernels do not."""
     if spec.classes is None:
         return
-    wrong = (array < 0) | (array >= spec.classes)
+    # PyTorch would bring the bounds to the tensor's dtype: in uint8 -100 is 156.
+    indices: Any = value.long() if isinstance(value, torch.Tensor) else value
+    wrong = (indices < 0) | (indices >= spec.classes)
     ignored = ""
     if spec.ignore_index is not None:
-        wrong &= array != spec.ignore_index
+        wrong &= indices != spec.ignore_index
         ignored = f", or {spec.ignore_index} for what the loss ignores"
     if wrong.any():
         raise InvalidBatchError(
-            f"{call}: {spec.name!r} holds the class index {array[wrong].flat[0]}",
+            f"{call}: {spec.name!r} holds the class index {int(indices[wrong][0])}",
             f"the model has {spec.classes} classes",
             f"Pass indices from 0 to {spec.classes - 1}{ignored}",
         )

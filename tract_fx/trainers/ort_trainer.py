@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 from tract_fx.errors import (
     DamagedArtifactsError,
     FailedRunError,
-    InvalidBatchError,
     TrainerStateError,
     UnsupportedTrainingError,
 )
@@ -28,8 +27,9 @@ from tract_fx.export.directory import (
 from tract_fx.export.manifest import Manifest, TensorSpec
 from tract_fx.ort_training import Device, message_of
 from tract_fx.passes.onnx_graph.step_names import LOSS_SCALE
-from tract_fx.trainers.batches import Array, BatchValue, check_batch
+from tract_fx.trainers.batches import Array, BatchValue, check_batch, require_variance
 from tract_fx.trainers.class_indices import class_ranges, with_range
+from tract_fx.trainers.dlpack import shared_tensors, wait_for_torch
 from tract_fx.trainers.progress import Progress
 from tract_fx.trainers.randomness import SHARED_GENERATOR, operators, seed_of, seeded
 from tract_fx.trainers.run_state import FILES, RunState, open_run, read_checked
@@ -44,7 +44,9 @@ class OrtTrainer:
     """Trains a model from its artifacts. Made by `tract_fx.load_trainer`.
 
     A batch is the model's inputs and then the targets, as numpy arrays or torch tensors, in order
-    or by name. It is checked before anything changes; nothing is cast.
+    or by name. It is checked before anything changes; nothing is cast. With `target="onnxruntime"`
+    a tensor that lies on the trainer's device is read there without a copy, if it is contiguous;
+    others go over the host. On CUDA what PyTorch's current stream has queued is waited for.
 
     Args:
         run: The run.
@@ -147,14 +149,14 @@ class OrtTrainer:
             FailedRunError: If ONNX Runtime failed. Micro-batches since the last update are
                 dropped then.
         """  # noqa: DOC502 (raised by what it calls)
-        arrays = check_batch(self._training_specs, batch, named, "train_step")
-        self._require_variance(arrays, "train_step")
-        pending, specs = self._pending, self._training_specs
+        values = self._checked(self._training_specs, batch, named, "train_step")
+        require_variance(values, self._manifest.min_batch, "train_step")
+        pending = self._pending
         last = pending + 1 == self._manifest.optimizer.accumulate
         progress = Progress(not pending, last, self._updates, self.learning_rate)
         try:
             with seeded(self._seed):
-                loss = self._run.train(_by_name(specs, arrays), progress)
+                loss = self._run.train(values, progress)
         except Exception as error:  # ONNX Runtime's exceptions have no common root of their own
             self._batches -= pending
             self._has_gradients = False
@@ -188,9 +190,9 @@ class OrtTrainer:
             InvalidBatchError: If the batch does not fit.
             FailedRunError: If ONNX Runtime failed.
         """  # noqa: DOC502 (raised by what it calls)
-        arrays = check_batch(self._training_specs, batch, named, "evaluate")
+        values = self._checked(self._training_specs, batch, named, "evaluate")
         with _failures("evaluate"):
-            return self._run.evaluate(_by_name(self._training_specs, arrays))
+            return self._run.evaluate(values)
 
     def predict(self, *inputs: BatchValue, **named: BatchValue) -> Array | tuple[Array, ...]:
         """Compute the model's outputs in evaluation mode. Nothing is changed.
@@ -202,7 +204,7 @@ class OrtTrainer:
             **named: The same, by name.
 
         Returns:
-            The output, or the outputs where the model has several.
+            The output, or the outputs where the model has several; arrays, whatever the inputs.
 
         Raises:
             InvalidBatchError: If the inputs do not fit.
@@ -215,9 +217,9 @@ class OrtTrainer:
         specs = list(self._manifest.inputs)
         if len(inputs) + len(named) < len(specs):
             specs = [spec for spec in specs if spec.name in needed]
-        arrays = check_batch(specs, inputs, named, "predict")
+        values = self._checked(specs, inputs, named, "predict")
         with _failures("predict"):
-            outputs = self._predictor.run(self._run, _by_name(specs, arrays))
+            outputs = self._predictor.run(self._run, values)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def compute_gradients(self, *batch: BatchValue, **named: BatchValue) -> dict[str, Array]:
@@ -237,18 +239,17 @@ class OrtTrainer:
             InvalidBatchError: If the batch does not fit.
             FailedRunError: If ONNX Runtime failed.
         """  # noqa: DOC502 (raised by what it calls)
-        specs = self._training_specs
-        arrays = check_batch(specs, batch, named, "compute_gradients")
-        self._require_variance(arrays, "compute_gradients")
+        values = self._checked(self._training_specs, batch, named, "compute_gradients")
+        require_variance(values, self._manifest.min_batch, "compute_gradients")
         if isinstance(self._run, StockRun):
             with _failures("compute_gradients"):
-                return self._run.compute_gradients(_by_name(specs, arrays), self._seed)
+                return self._run.compute_gradients(values, self._seed)
         if self._gradient_session is None:
             self._gradient_session = GradientSession(
                 self._graphs[TRAINING_MODEL], self._manifest, self._device
             )
         with _failures("compute_gradients"):
-            return self._gradient_session.run(self._run, _by_name(specs, arrays), self._seed)
+            return self._gradient_session.run(self._run, values, self._seed)
 
     def gradients(self) -> dict[str, Array]:
         """Copy the gradients that the last `train_step` has left.
@@ -280,17 +281,37 @@ class OrtTrainer:
         """
         return read_state(self._run, self._manifest, self._counters) | self._kept
 
+    def live_tensors(self) -> dict[str, torch.Tensor]:
+        """Look at the trained tensors where they lie, without a copy: for an average, or a norm.
+
+        They hold until the next `train_step`, `load_state_dict` or `load`; take them anew after it,
+        as later steps write over what was handed out. They are for reading: what is written into
+        them is written into the model.
+
+        Returns:
+            Tensors in the trainer's memory, on its device, by state_dict key; of `state_dict` all
+            but counters and what training leaves alone.
+
+        Raises:
+            MissingRuntimeError: If ONNX Runtime or PyTorch can't share memory: stock ONNX Runtime
+                before 1.21, and on a GPU a PyTorch without CUDA.
+        """  # noqa: DOC502 (raised by what it calls)
+        values = {spec.name: self._run.live_value(spec.name) for spec in self._manifest.parameters}
+        tensors = shared_tensors(values, self._device)
+        return tensors | {key: tensors[name] for key, name in self._manifest.aliases.items()}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the trained tensors. The optimizer's state and the counts stay.
 
         Args:
-            state: Tensors or arrays under the keys of `state_dict`.
+            state: Tensors or arrays under the keys of `state_dict`; they are copied.
 
         Raises:
             StateMismatchError: If keys, shapes or dtypes differ. Nothing is changed then.
             TrainerStateError: If an update is unfinished.
         """  # noqa: DOC502 (raised by what it calls)
         self._require_finished("load_state_dict")
+        wait_for_torch(self._device)
         trained = without_kept(self._kept, state)
         self._counters = write_state(self._run, self._manifest, trained)
 
@@ -367,15 +388,17 @@ class OrtTrainer:
         """What the next batch's random numbers are set to, None where there are none."""
         return seed_of(self._manifest.seed, self._batches) if self._draws else None
 
-    def _require_variance(self, arrays: list[Array], call: str) -> None:
-        """Refuse a batch whose running variance would not be a number any more."""
-        smallest = self._manifest.min_batch
-        if smallest > 1 and any(len(array) < smallest for array in arrays if array.ndim):
-            raise InvalidBatchError(
-                f"{call}: a batch of {len(arrays[0])}",
-                "a BatchNorm gets one value per channel from it, which has no variance",
-                "Leave this batch out, or add it to another one",
-            )
+    def _checked(
+        self,
+        specs: Sequence[TensorSpec],
+        batch: Sequence[BatchValue],
+        named: Mapping[str, BatchValue],
+        call: str,
+    ) -> dict[str, BatchValue]:
+        """A batch by name, checked, and ready to be read on the device, as live tensors are."""
+        values = check_batch(specs, batch, named, call)
+        wait_for_torch(self._device)
+        return {spec.name: value for spec, value in zip(specs, values, strict=True)}
 
     def _require_finished(self, call: str) -> None:
         if self._pending:
@@ -396,7 +419,3 @@ def _failures(call: str, remedy: str = "Check the batch's values") -> Iterator[N
         raise FailedRunError(
             f"{call}: {message_of(error)}", "ONNX Runtime failed while it ran the graph", remedy
         ) from error
-
-
-def _by_name(specs: Any, arrays: list[Array]) -> dict[str, Array]:
-    return {spec.name: array for spec, array in zip(specs, arrays, strict=True)}

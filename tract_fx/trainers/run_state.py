@@ -31,7 +31,7 @@ from tract_fx.ort_training import (
     session_options,
     training_api,
 )
-from tract_fx.trainers.batches import Array
+from tract_fx.trainers.batches import Array, BatchValue, on_host
 from tract_fx.trainers.progress import Progress
 from tract_fx.trainers.stock_run import StockRun
 
@@ -58,7 +58,7 @@ class RunState:
     module: Any
     optimizer: Any
 
-    def train(self, batch: Mapping[str, Array], progress: Progress) -> float:
+    def train(self, batch: Mapping[str, BatchValue], progress: Progress) -> float:
         """Add a batch's gradients to those of the update.
 
         Args:
@@ -71,7 +71,7 @@ class RunState:
         module = self.module.train()
         if progress.first:
             module.lazy_reset_grad()
-        return _first(module(*batch.values()))
+        return _first(module(*map(on_host, batch.values())))
 
     def set_learning_rate(self, rate: float) -> None:
         """Set what the next updates go by.
@@ -93,7 +93,7 @@ class RunState:
     def forget_gradients(self) -> None:
         """Do nothing: the next update's first micro-batch starts anew."""
 
-    def evaluate(self, batch: Mapping[str, Array]) -> float:
+    def evaluate(self, batch: Mapping[str, BatchValue]) -> float:
         """Compute the loss in evaluation mode.
 
         Args:
@@ -102,7 +102,7 @@ class RunState:
         Returns:
             The loss.
         """
-        return _first(self.module.eval()(*batch.values()))
+        return _first(self.module.eval()(*map(on_host, batch.values())))
 
     def value(self, name: str) -> Array:
         """Copy a parameter to the host.
@@ -137,14 +137,14 @@ class RunState:
         """
         return np.array(self.checkpoint.parameters[name].grad, order="C")
 
-    def set_value(self, name: str, value: Array) -> None:
+    def set_value(self, name: str, value: BatchValue) -> None:
         """Replace a parameter's value.
 
         Args:
             name: Its name in the checkpoint.
-            value: The value, of its shape and dtype.
+            value: The value, of its shape and dtype; it is copied.
         """
-        self.checkpoint.parameters[name].data = np.array(value, order="C")
+        self.checkpoint.parameters[name].data = np.array(on_host(value), order="C")
 
     def save(self, folder: Path, others: Mapping[str, Array]) -> None:
         """Write a checkpoint with the optimizer's state.

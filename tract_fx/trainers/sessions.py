@@ -13,7 +13,8 @@ from tract_fx.errors import DamagedArtifactsError, UnsupportedTrainingError
 from tract_fx.export.manifest import Manifest
 from tract_fx.ort_training import Device, inference_session, ort_value, run_session
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
-from tract_fx.trainers.batches import Array
+from tract_fx.trainers.batches import Array, BatchValue
+from tract_fx.trainers.dlpack import ort_value_of
 from tract_fx.trainers.randomness import seeded
 from tract_fx.trainers.run_state import RunState
 from tract_fx.trainers.stock_run import StockRun
@@ -59,7 +60,7 @@ class Predictor:
         self._device = device
         self._session = inference_session(graph, device)
 
-    def run(self, run: RunState | StockRun, inputs: Mapping[str, Array]) -> list[Array]:
+    def run(self, run: RunState | StockRun, inputs: Mapping[str, BatchValue]) -> list[Array]:
         """Predict.
 
         Args:
@@ -70,7 +71,7 @@ class Predictor:
             The predictions, in the manifest's order.
         """
         feeds = {name: run.live_value(name) for name in self._parameters}
-        feeds |= {name: ort_value(inputs[name], self._device) for name in self.inputs}
+        feeds |= {name: ort_value_of(inputs[name], self._device) for name in self.inputs}
         return run_session(self._session, feeds)
 
 
@@ -90,7 +91,7 @@ class GradientSession:
         self._parameters = [spec for spec in manifest.parameters if spec.name in taken]
 
     def run(
-        self, run: RunState | StockRun, inputs: Mapping[str, Array], seed: int | None
+        self, run: RunState | StockRun, inputs: Mapping[str, BatchValue], seed: int | None
     ) -> dict[str, Array]:
         """Compute gradients.
 
@@ -102,7 +103,7 @@ class GradientSession:
         Returns:
             The gradients by parameter.
         """
-        feeds = {name: ort_value(array, self._device) for name, array in inputs.items()}
+        feeds = {name: ort_value_of(value, self._device) for name, value in inputs.items()}
         buffers = {}
         for spec in self._parameters:
             if spec.trainable:

@@ -11,7 +11,7 @@ import torch
 
 from tract_fx.errors import StateMismatchError
 from tract_fx.export.manifest import Manifest
-from tract_fx.trainers.batches import Array
+from tract_fx.trainers.batches import Array, BatchValue, dense, on_host
 from tract_fx.trainers.run_state import RunState
 from tract_fx.trainers.stock_run import StockRun
 
@@ -98,35 +98,31 @@ def write_state(
                 "its keys have to be the trained model's",
                 "Pass the state_dict of the model that was exported",
             )
-    arrays = {key: _array(key, value) for key, value in state.items()}
+    values = {key: _taken(key, value) for key, value in state.items()}
     for spec in manifest.parameters:
-        _check(spec.name, arrays[spec.name], spec.shape, spec.dtype)
+        _check(spec.name, values[spec.name], spec.shape, spec.dtype)
     for key, name in manifest.aliases.items():
-        if arrays[key].dtype != arrays[name].dtype or not np.array_equal(
-            arrays[key], arrays[name], equal_nan=arrays[name].dtype.kind == "f"
-        ):
+        if not _equal(on_host(values[key]), on_host(values[name])):
             raise StateMismatchError(
                 f"a state_dict whose {key!r} and {name!r} differ",
                 "they are one tensor in the trained model",
                 "Pass the state_dict of a model that shares them",
             )
     for key in manifest.counters:
-        _check(key, arrays[key], (), "int64")
+        _check(key, values[key], (), "int64")
     for spec in manifest.parameters:
-        run.set_value(spec.name, arrays[spec.name])
-    return {key: int(arrays[key]) for key in manifest.counters}
+        run.set_value(spec.name, values[spec.name])
+    return {key: int(values[key]) for key in manifest.counters}
 
 
-def _array(key: str, value: Any) -> Array:
-    """Make a numpy array of a tensor."""
+def _taken(key: str, value: Any) -> BatchValue:
+    """Take a tensor of a state_dict where it lies."""
     if isinstance(value, np.ndarray):
         return value
-    if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
-        if value.dtype != torch.bfloat16:
-            return value.detach().cpu().numpy()
-        kind = "bfloat16 tensor"
-    else:
-        kind = type(value).__name__
+    tensor = dense(value) if isinstance(value, torch.Tensor) else None
+    if tensor is not None and tensor.dtype != torch.bfloat16:
+        return tensor
+    kind = type(value).__name__ if tensor is None else "bfloat16 tensor"
     raise StateMismatchError(
         f"a state_dict whose {key!r} is a {kind}",
         "numpy arrays and dense tensors of numpy's dtypes can be taken",
@@ -134,11 +130,18 @@ def _array(key: str, value: Any) -> Array:
     )
 
 
-def _check(key: str, array: Array, shape: tuple[int, ...], dtype: str) -> None:
-    """Compare an array with what it is to replace."""
-    if array.shape != shape or array.dtype != np.dtype(dtype):
+def _equal(one: Array, other: Array) -> bool:
+    """Whether two arrays are one, NaN included."""
+    numbers = other.dtype.kind == "f"
+    return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=numbers)
+
+
+def _check(key: str, value: BatchValue, shape: tuple[int, ...], dtype: str) -> None:
+    """Compare a value with what it is to replace."""
+    found, given = str(value.dtype).removeprefix("torch."), tuple(value.shape)
+    if given != shape or found != np.dtype(dtype).name:
         raise StateMismatchError(
-            f"a state_dict whose {key!r} is {array.dtype} {array.shape}",
+            f"a state_dict whose {key!r} is {found} {given}",
             f"the trained model has {dtype} {shape}",
             "Pass the state_dict of the model that was exported, in its dtype",
         )

@@ -27,7 +27,8 @@ from tract_fx.passes.onnx_graph.step_names import (
     NEW,
     STEP,
 )
-from tract_fx.trainers.batches import Array
+from tract_fx.trainers.batches import Array, BatchValue
+from tract_fx.trainers.dlpack import ort_value_of, own_value
 from tract_fx.trainers.progress import Progress
 from tract_fx.trainers.randomness import seeded
 
@@ -90,13 +91,14 @@ class StockRun:
                 "the graph takes it: tensors and graph are of different models",
                 "Take the directory again from where it was written, or export the model again",
             )
-        self._values = {name: self._on_device(arrays[name]) for name in {*names, *specs}}
-        self._spare = {name: self._on_device(np.empty_like(arrays[name])) for name in changed}
+        self._values = {name: own_value(arrays[name], device) for name in {*names, *specs}}
+        self._spare = {name: own_value(np.empty_like(arrays[name]), device) for name in changed}
         self._training = graphs[TRAINING_MODEL]
         self._gradients: Any = None
 
-    def _on_device(self, array: Array) -> Any:
-        return ort_training.ort_value(np.array(array, order="C"), self._device)
+    def _feeds(self, batch: Mapping[str, BatchValue]) -> dict[str, Any]:
+        """A batch where the run's tensors lie."""
+        return {name: ort_value_of(value, self._device) for name, value in batch.items()}
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -104,7 +106,7 @@ class StockRun:
         parameters = {spec.name for spec in self._manifest.parameters}
         return tuple(name for name in self._spare if name not in parameters)
 
-    def train(self, batch: Mapping[str, Array], progress: Progress) -> float:
+    def train(self, batch: Mapping[str, BatchValue], progress: Progress) -> float:
         """Take a step. Where it fails, the tensors are as before.
 
         Args:
@@ -114,14 +116,14 @@ class StockRun:
         Returns:
             The loss.
         """
-        given = {
+        given: dict[str, BatchValue] = {
             **batch,
             LEARNING_RATE: np.asarray(progress.learning_rate, np.float32),
             STEP: np.asarray(progress.updates, np.int64),
             IS_UPDATE: np.asarray(progress.last),
         }
         binding = self._session.io_binding()
-        feeds = {n: self._on_device(array) for n, array in given.items() if n in self._inputs}
+        feeds = self._feeds({n: value for n, value in given.items() if n in self._inputs})
         feeds |= {n: value for n, value in self._values.items() if n in self._inputs}
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
@@ -156,7 +158,7 @@ class StockRun:
         """Let the next micro-batch be an update's first."""
         for name, value in self._values.items():
             if name.endswith(f".{GRADIENT_SUM}"):
-                self._values[name] = self._on_device(np.zeros_like(value.numpy()))
+                self._values[name] = own_value(np.zeros_like(value.numpy()), self._device)
 
     def gradient(self, name: str) -> Array:
         """Refuse: a step leaves none.
@@ -173,7 +175,9 @@ class StockRun:
             "Call compute_gradients before the step",
         )
 
-    def compute_gradients(self, batch: Mapping[str, Array], seed: int | None) -> dict[str, Array]:
+    def compute_gradients(
+        self, batch: Mapping[str, BatchValue], seed: int | None
+    ) -> dict[str, Array]:
         """Compute gradients. Nothing is changed.
 
         Args:
@@ -188,13 +192,13 @@ class StockRun:
             model = gradient_model(self._training, names)
             self._gradients = ort_training.inference_session(model, self._device)
         taken = [value.name for value in self._gradients.get_inputs()]
-        feeds = {name: self._on_device(array) for name, array in batch.items() if name in taken}
+        feeds = self._feeds({name: value for name, value in batch.items() if name in taken})
         feeds |= {name: self._values[name] for name in taken if name in self._values}
         with seeded(seed):
             found = self._gradients.run_with_ort_values(None, feeds)
         return {n: np.array(value.numpy()) for n, value in zip(names, found, strict=True)}
 
-    def evaluate(self, batch: Mapping[str, Array]) -> float:
+    def evaluate(self, batch: Mapping[str, BatchValue]) -> float:
         """Compute the loss in evaluation mode.
 
         Args:
@@ -203,7 +207,7 @@ class StockRun:
         Returns:
             The loss.
         """
-        feeds = {name: self._on_device(array) for name, array in batch.items()}
+        feeds = self._feeds(batch)
         for value in self._evaluation.get_inputs():
             if value.name in self._values:
                 feeds[value.name] = self._values[value.name]
@@ -232,14 +236,14 @@ class StockRun:
         """
         return self._values[name]
 
-    def set_value(self, name: str, value: Array) -> None:
+    def set_value(self, name: str, value: BatchValue) -> None:
         """Replace a tensor's value.
 
         Args:
             name: Its name.
-            value: The value, of its shape and dtype.
+            value: The value, of its shape and dtype; it is copied.
         """
-        self._values[name] = self._on_device(value)
+        self._values[name] = own_value(value, self._device)
 
     def save(self, folder: Path, others: Mapping[str, Array]) -> None:
         """Write the tensors.
