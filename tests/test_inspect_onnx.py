@@ -28,7 +28,8 @@ from tract_fx.inspection.onnx_inspection import inspect_onnx
 from tract_fx.inspection.onnx_subject import read_subject
 from tract_fx.inspection.records import GraphView
 from tract_fx.passes import remove_tract_onnx, tract_onnx_pass
-from tract_fx.passes.onnx_graph.rewrite import PREFIX, PROVENANCE
+from tract_fx.passes.onnx_graph.provenance import PROVENANCE
+from tract_fx.passes.onnx_graph.rewrite import PREFIX
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from tract_fx.passes.onnx_graph.provenance import PROVENANCE, Provenance
+
 __all__ = ["NodeWriter"]
 
 
@@ -17,10 +19,10 @@ class NodeWriter:
     Args:
         graph: The graph that constants are registered in, as initializers.
         prefix: What the names of nodes, values and constants begin with.
-        provenance: Metadata of every node.
+        provenance: What every node says of itself.
     """
 
-    def __init__(self, graph: ir.Graph, prefix: str, provenance: Mapping[str, str]) -> None:
+    def __init__(self, graph: ir.Graph, prefix: str, provenance: Provenance) -> None:
         self._graph = graph
         self._prefix = prefix
         self._provenance = provenance
@@ -76,7 +78,7 @@ class NodeWriter:
             attributes=attributes,
             domain=domain,
             name=full,
-            metadata_props=dict(self._provenance),
+            metadata_props={PROVENANCE: self._provenance.to_json()},
         )
         value.name = full
         return value

@@ -34,7 +34,7 @@ from tract_fx.inspection.verify import (
     OPERATOR_TOLERANCE,
     OTHER_TOLERANCE,
 )
-from tract_fx.passes.onnx_graph.rewrite import PROVENANCE
+from tract_fx.passes.onnx_graph.provenance import provenance_of
 from tract_fx.passes.records import InputLayer
 from tract_fx.preconditioner.solve import MAX_FLOAT32_AMPLIFICATION
 
@@ -61,7 +61,7 @@ def wiring_problems(treated: Sequence[TreatedCall]) -> tuple[str, ...]:
     problems = []
     for call in treated:
         name = call.record.name
-        around = [n for n in call.plain.consumers() if PROVENANCE not in n.metadata_props]
+        around = [n for n in call.plain.consumers() if provenance_of(n) is None]
         for node in dict.fromkeys(n for n in around if not _lies_in(n, call)):
             problems.append(
                 f"{node.op_type} {node.name!r} reads the plain gradient of {name}, past TrAct"
