@@ -21,11 +21,18 @@ class Provenance:
         call: Name of the call's node.
         term: Name of the call's own term of the weight's gradient, which TrAct's result has now.
         output_gradient: Name of the gradient of the call's output.
+        form: `"row space"` or `"column space"`, of what the matrix is whose inverse is taken; empty
+            for what chooses between them.
+        stage: The part of TrAct: `"Gram"`, `"factorisation"`, `"solve"`.
+        gram: How the Gram is computed, as far as the node takes part in it, in words.
     """
 
     call: str
     term: str
     output_gradient: str = ""
+    form: str = ""
+    stage: str = ""
+    gram: str = ""
 
     def to_json(self) -> str:
         """Write it as it stands in the node's metadata.

@@ -81,7 +81,7 @@ def insert(
     # The builder leaves some types out; a gradient has that of its value.
     term.type = term.type or gradient.call.weight.type
     gradient.output_gradient.type = gradient.output_gradient.type or gradient.call.output.type
-    record = Provenance(name, str(term.name), str(gradient.output_gradient.name))
+    record = Provenance(name, str(term.name), str(gradient.output_gradient.name), stage="solve")
     write = NodeWriter(graph, f"{PREFIX}{name}/", record)
     value = write.constant(lambda_, "lambda")
     users, is_output = list(term.uses()), [i for i, v in enumerate(graph.outputs) if v is term]

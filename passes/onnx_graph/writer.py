@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -14,12 +16,12 @@ __all__ = ["NodeWriter"]
 
 
 class NodeWriter:
-    """Collects nodes whose names begin with a prefix and that carry one provenance record.
+    """Collects nodes whose names begin with a prefix and that carry a provenance record.
 
     Args:
         graph: The graph that constants are registered in, as initializers.
         prefix: What the names of nodes, values and constants begin with.
-        provenance: What every node says of itself.
+        provenance: What the nodes say of themselves.
     """
 
     def __init__(self, graph: ir.Graph, prefix: str, provenance: Provenance) -> None:
@@ -49,6 +51,19 @@ class NodeWriter:
             A writer for the subgraph's nodes; constants go where this writer's go.
         """
         return NodeWriter(self._graph, f"{self._prefix}{name}/", self._provenance)
+
+    def noting(self, **said: str) -> NodeWriter:
+        """Write on in the same place with another record.
+
+        Args:
+            **said: Fields of the record and what they are from here on.
+
+        Returns:
+            A writer whose nodes follow this one's.
+        """
+        other = copy.copy(self)
+        other._provenance = replace(self._provenance, **said)
+        return other
 
     def op(
         self,
