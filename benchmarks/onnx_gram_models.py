@@ -20,6 +20,7 @@ from tract_fx.passes.onnx_graph.gram_forms import (
     gram_cost,
     possible_gram_forms,
 )
+from tract_fx.passes.onnx_graph.provenance import Provenance
 from tract_fx.passes.onnx_graph.writer import NodeWriter
 
 _MOST = 5  # forms that are measured for a layer, besides the former one
@@ -51,7 +52,7 @@ def forward_model(stem: Stem) -> bytes:
     """A layer's own forward, with bias."""
     x, w, attributes = _call(stem)
     graph = _graph(x)
-    write = NodeWriter(graph, "", {})
+    write = NodeWriter(graph, "", Provenance("call", "term"))
     generator = np.random.default_rng(0)
     assert w.shape is not None
     shape = w.shape.numpy()
@@ -72,7 +73,7 @@ def gram_models(stem: Stem) -> Iterator[GramModel]:
     for form in dict.fromkeys((former, chosen, *forms)):
         sizes = _sizes(stem)
         graph = _graph(sizes.call.input)
-        write = NodeWriter(graph, "", {})
+        write = NodeWriter(graph, "", Provenance("call", "term"))
         model = _finished(graph, write, write_gram(write, sizes, form))
         count = gram_cost(sizes, form)
         yield GramModel(in_words(form), form == former, form == chosen, count, model)

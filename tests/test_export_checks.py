@@ -156,6 +156,37 @@ def test_a_lost_transform_is_seen(written: Written) -> None:
         written.verify(dataclasses.replace(written.graphs, training=plain))
 
 
+class RootOfZero(nn.Module):
+    """Its root's gradient is infinite, by PyTorch and in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 3, 2), nn.Linear(6, 4)
+        self.root = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = torch.tanh(self.stem(x)).mean((2, 3))
+        return self.head(pooled) + self.root.sqrt()  # type: ignore[no-any-return]
+
+
+def test_a_mistake_beside_an_infinite_gradient_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiled(model: Any, loss: Any, graphs: TorchGraphs) -> None:
+        training = graphs.training.clone()
+        verify_torch(model, loss, graphs)
+        spoil(training, gradient_of(graphs, (4, 6)), 1 + 1e-4)
+        verify_torch(model, loss, dataclasses.replace(graphs, training=training))
+
+    torch.manual_seed(0)
+    model = tract_pass(torch.fx.symbolic_trace(RootOfZero()))
+    x = torch.randn(4, 3, 9, 9)
+    export_training(model, x, tmp_path / "a", loss="mse")
+    monkeypatch.setattr(api, "verify_torch", spoiled)
+    with pytest.raises(ExportError, match=r"gradient of head\.weight, .* off by"):
+        export_training(model, x, tmp_path / "b", loss="mse")
+
+
 MISREAD: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
     "another activation": ("Tanh", torch.sin),
     "a share of it": ("Tanh", lambda x: torch.tanh(x) * (1 + 1e-4)),

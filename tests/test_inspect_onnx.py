@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from tract_fx.inspection.onnx_inspection import inspect_onnx
 from tract_fx.inspection.onnx_subject import read_subject
 from tract_fx.inspection.records import GraphView
 from tract_fx.passes import remove_tract_onnx, tract_onnx_pass
-from tract_fx.passes.onnx_graph.rewrite import PREFIX, PROVENANCE
+from tract_fx.passes.onnx_graph.rewrite import PREFIX
 
 
 @pytest.fixture(scope="module")
@@ -125,24 +124,6 @@ def test_what_is_not_known_without_a_run(graphs: dict[str, onnx.ModelProto]) -> 
     )
     assert inspection.batch == "" and inspection.verification is None
     assert inspection.notes[0].startswith("Nothing was run")
-
-
-def test_the_gram_is_read_off_the_nodes(graphs: dict[str, onnx.ModelProto]) -> None:
-    """What stands in the file, not what the pass would write."""
-    model = ir.from_proto(graphs["convnet-static"])
-    for name, value in model.graph.initializers.items():
-        if name.endswith("/units"):
-            assert value.const_value is not None
-            array = 2 * value.const_value.numpy()
-            value.const_value = ir.Tensor(array, name=name)
-    for node in model.graph.all_nodes():
-        if node.op_type == "Conv" and PROVENANCE in node.metadata_props:
-            node.attributes.add(ir.AttrInt64s("strides", [2, 1]))
-    (layer,) = shown(model).layers
-    assert layer.gram.startswith(
-        "patches by Conv with kernels that are no unit vectors 1×3, strides"
-    )
-    assert "strides 2×1" in layer.gram
 
 
 def test_a_layer_that_is_not_on_the_input() -> None:

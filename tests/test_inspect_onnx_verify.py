@@ -33,7 +33,8 @@ from tract_fx.inspection.onnx_subject import read_subject
 from tract_fx.inspection.records import Verification
 from tract_fx.passes import remove_tract_onnx, tract_onnx_pass
 from tract_fx.passes.onnx_graph.find import locate
-from tract_fx.passes.onnx_graph.rewrite import PREFIX, PROVENANCE
+from tract_fx.passes.onnx_graph.provenance import PROVENANCE
+from tract_fx.passes.onnx_graph.rewrite import PREFIX
 
 CLASSES = 5
 # Float32's gradients against float64, through a system of condition ~100.

@@ -189,8 +189,11 @@ def test_a_model_that_does_not_repeat_itself(kind: str) -> None:
     assert "does not repeat itself" in problem and "output" in problem
 
 
-def test_a_batch_that_is_not_finite_is_no_model_that_does_not_repeat_itself() -> None:
+@pytest.mark.parametrize("whole", [False, True], ids=["an entry", "all"])
+def test_a_batch_that_is_not_finite_is_no_model_that_does_not_repeat_itself(whole: bool) -> None:
     x = images()
+    if whole:
+        x[:] = torch.nan
     x[0, 0, 0, 0] = torch.nan
     verification = verified(tract_pass(fx.symbolic_trace(conv_net())), x)
     assert not verification.passed

@@ -32,6 +32,7 @@ from tract_fx.passes.onnx_graph.gram_forms import (
     choose_gram_form,
     possible_gram_forms,
 )
+from tract_fx.passes.onnx_graph.provenance import Provenance
 from tract_fx.passes.onnx_graph.writer import NodeWriter
 
 NOISE = 1e-5
@@ -112,7 +113,7 @@ def gram_model(sizes: CallSizes, form: GramForm) -> onnx.ModelProto:
     graph = ir.Graph(
         [sizes.call.input], [], nodes=[], opset_imports={"": 20, "com.microsoft": 1}, name="gram"
     )
-    write = NodeWriter(graph, "tract/", {})
+    write = NodeWriter(graph, "tract/", Provenance("call", "term"))
     output = write_gram(write, sizes, form)
     graph.extend(write.nodes)
     output.type = ir.TensorType(ir.DataType.FLOAT)

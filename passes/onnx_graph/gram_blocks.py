@@ -46,11 +46,12 @@ def write_unfolded_gram(write: NodeWriter, sizes: CallSizes, form: Unfolding) ->
         (n, n), or (groups, n, n) for a grouped convolution.
     """
     groups = [sizes.groups] if sizes.groups > 1 else []
-    if form.is_plain:
-        patches = unfold(write, sizes, sizes.kernel)
-        columns = _reshape(write, patches, [0, *groups, sizes.columns, -1], "columns")
-        return _sum_over_images(write, _products(write, columns, columns), "gram")
     copied = _copied(write, sizes, form)
+    counted = f"{form.lags + 1} FusedMatMul" if form.lags > 1 else "FusedMatMul"
+    write = write.noting(gram=f"{counted} per image and ReduceSum")
+    if form.is_plain:
+        columns = _reshape(write, copied, [0, *groups, sizes.columns, -1], "columns")
+        return _sum_over_images(write, _products(write, columns, columns), "gram")
     features = sizes.columns // sizes.kernel[0] * form.rows
     if len(sizes.kernel) > 1:
         features = features // sizes.kernel[-1] * block_columns(sizes, form.block)
@@ -71,6 +72,8 @@ def write_unfolded_gram(write: NodeWriter, sizes: CallSizes, form: Unfolding) ->
 
 def _copied(write: NodeWriter, sizes: CallSizes, form: Unfolding) -> ir.Value:
     """Every block's features, (N, C · features, rows, …, blocks): P + (lags - 1) · shift rows."""
+    if form.is_plain:
+        return unfold(write, sizes, sizes.kernel)
     geometry = sizes.geometry
     assert geometry is not None
     before, after = ([sides[end] for sides in geometry.padding] for end in (0, 1))

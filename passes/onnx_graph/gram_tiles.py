@@ -23,6 +23,7 @@ def write_tiled_gram(write: NodeWriter, rows: ir.Value, columns: int, count: int
     Returns:
         (n, n).
     """
+    write = write.noting(gram="Gemm" if count == 1 else f"{count * (count + 1) // 2} Gemm")
     if count == 1:
         return write.op("Gemm", [rows, rows], "gram", {"transA": 1})
     cuts = [index * columns // count for index in range(count + 1)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,22 +9,13 @@ import onnx_ir as ir
 
 from tract_fx.errors import InvalidLambdaError, UnsupportedLayerError, UnsupportedModelError
 from tract_fx.passes.onnx_graph.calls import OnnxCall
+from tract_fx.passes.onnx_graph.provenance import Provenance, provenance_of
 from tract_fx.passes.onnx_graph.subgraph import write_tract
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient, find_weight_gradient
 from tract_fx.passes.onnx_graph.writer import NodeWriter
 
-__all__ = [
-    "PREFIX",
-    "PROVENANCE",
-    "insert",
-    "insert_tract",
-    "present_lambdas",
-    "remove_from_graph",
-]
-
-PROVENANCE = "tract_fx"
-"""Key in `metadata_props` of every node that the pass made."""
+__all__ = ["PREFIX", "insert", "insert_tract", "present_lambdas", "remove_from_graph"]
 
 _OLDEST_OPSET = 13  # axes became inputs: ReduceSum, Squeeze, Unsqueeze
 
@@ -91,9 +81,8 @@ def insert(
     # The builder leaves some types out; a gradient has that of its value.
     term.type = term.type or gradient.call.weight.type
     gradient.output_gradient.type = gradient.output_gradient.type or gradient.call.output.type
-    output_gradient = gradient.output_gradient.name
-    record = json.dumps({"call": name, "term": term.name, "output_gradient": output_gradient})
-    write = NodeWriter(graph, f"{PREFIX}{name}/", {PROVENANCE: record})
+    record = Provenance(name, str(term.name), str(gradient.output_gradient.name), stage="solve")
+    write = NodeWriter(graph, f"{PREFIX}{name}/", record)
     value = write.constant(lambda_, "lambda")
     users, is_output = list(term.uses()), [i for i, v in enumerate(graph.outputs) if v is term]
     result = write_tract(write, gradient, weight_shape, value, float64)
@@ -157,7 +146,7 @@ def present_lambdas(model: ir.Model) -> dict[str, float]:
     Returns:
         λ by the name of each call's node, as it stands in the graph's initializer.
     """
-    names = dict.fromkeys(record["call"] for _, record in _provenance(model))
+    names = dict.fromkeys(record.call for record in _made(model).values())
     lambdas = {}
     for name in names:
         constant = model.graph.initializers[f"{PREFIX}{name}/lambda"].const_value
@@ -172,13 +161,12 @@ def remove_from_graph(model: ir.Model) -> None:
     Args:
         model: A training graph, with TrAct or without.
     """
-    made = dict(_provenance(model))
-    plain = {value.name: value for node in model.graph for value in node.outputs}
-    for record in {json.dumps(record): record for record in made.values()}.values():
-        term = plain[f"{PREFIX}{record['call']}/plain_gradient"]
-        result = plain[record["term"]]
+    made = _made(model)
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    for call, name in dict.fromkeys((record.call, record.term) for record in made.values()):
+        term, result = values[f"{PREFIX}{call}/plain_gradient"], values[name]
         result.replace_all_uses_with(term, replace_graph_outputs=True)
-        result.name, term.name = None, record["term"]
+        result.name, term.name = None, name
     for node in reversed(made):
         _release_branches(node)
         model.graph.remove(node, safe=True)
@@ -196,10 +184,7 @@ def _release_branches(node: ir.Node) -> None:
                     inner.replace_input_with(index, None)
 
 
-def _provenance(model: ir.Model) -> list[tuple[ir.Node, dict[str, str]]]:
+def _made(model: ir.Model) -> dict[ir.Node, Provenance]:
     """The nodes that the pass made in the main graph, in its order, with their records."""
-    return [
-        (node, json.loads(node.metadata_props[PROVENANCE]))
-        for node in model.graph
-        if PROVENANCE in node.metadata_props
-    ]
+    records = ((node, provenance_of(node)) for node in model.graph)
+    return {node: record for node, record in records if record is not None}

@@ -28,12 +28,15 @@ def row_matrix(write: NodeWriter, sizes: CallSizes, *, grouped: bool = True) -> 
     x = cast(write, sizes.call.input, ir.DataType.FLOAT)
     if not sizes.kernel:
         if sizes.call.input_transposed:
+            write = write.noting(gram="rows by Transpose")
             return write.op("Transpose", [x], "rows_of_input", {"perm": [1, 0]})
+        write = write.noting(gram="rows by Reshape")
         flat = write.integers([-1, sizes.columns], "row_shape")
         return write.op("Reshape", [x, flat], "rows_of_input")
     joined = [*([sizes.groups] if grouped else []), -1, sizes.columns]
     target = write.integers(joined, "row_shape")
     if sizes.is_patchify:
+        write = write.noting(gram="patches by Reshape and Transpose")
         x = write.op("Reshape", [x, write.integers(_tiles(sizes), "tile_shape")], "tiles")
         dims = len(sizes.kernel)
         # (N, C, p, k, q, l, …) -> (N, p, q, …, C, k, l, …)
@@ -86,8 +89,18 @@ def unfold(
         attributes[name] = ir.AttrInt64s(name, values)
     attributes["group"] = ir.AttrInt64("group", sizes.channels)
     attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", kernel)
+    shown = [
+        f", {name} {_times(attributes[name].as_ints())}"
+        for name in ("strides", "pads", "dilations")
+        if name in attributes
+    ]
+    words = f"patches by Conv with unit kernels {_times(kernel)}{''.join(shown)}"
     x = cast(write, sizes.call.input, ir.DataType.FLOAT) if image is None else image
-    return write.op("Conv", [x, kernels], "patches", attributes)
+    return write.noting(gram=words).op("Conv", [x, kernels], "patches", attributes)
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return "×".join(map(str, sizes))
 
 
 def cast(write: NodeWriter, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:

@@ -60,13 +60,13 @@ def write_tract(
         The preconditioned term, of the shape and dtype of the plain one.
     """
     sizes = CallSizes.of(gradient.call, weight_shape)
-    rows = _known_rows(gradient, sizes)
+    rows, of_gram = _known_rows(gradient, sizes), write.noting(stage="Gram")
     if rows is None:
-        count, fewer = _count_rows(write, sizes, gradient)
+        count, fewer = _count_rows(of_gram, sizes, gradient)
     else:
         count = write.constant(np.asarray(max(rows, 1), np.float32), "rows")
-    amplification = _amplification(write, sizes, lambda_)
-    coarse = _exceeds(write, amplification, np.float32)
+    amplification = _amplification(of_gram, sizes, lambda_)
+    coarse = _exceeds(of_gram, amplification, np.float32)
 
     def by(form: Form) -> Branch:
         def narrow(inner: NodeWriter) -> ir.Value:
@@ -164,16 +164,18 @@ def _by_columns(
     wide: bool,
 ) -> ir.Value:
     """gW (XᵀX/R + λI)⁻¹ by the n × n matrix."""
+    write = write.noting(form="column space")
+    of_gram = write.noting(stage="Gram")
     index = np.arange(sizes.columns, dtype=np.int64)
-    diagonal = write.op(
+    diagonal = of_gram.op(
         "Equal",
         [write.constant(index[:, None], "row_index"), write.constant(index[None], "column_index")],
         "diagonal",
     )
     if wide:
-        gram = write_wide_gram(write, sizes)
+        gram = write_wide_gram(of_gram, sizes)
     else:
-        gram = write_gram(write, sizes, choose_gram_form(sizes))
+        gram = write_gram(of_gram, sizes, choose_gram_form(sizes))
     inverse = _regularised_inverse(write, gram, count, diagonal, lambda_, wide)
     term = _in_precision(write, gradient.term, wide)
     if sizes.call.layout is Layout.IN_OUT:
@@ -198,7 +200,9 @@ def _by_rows(
     wide: bool,
 ) -> ir.Value:
     """Compute dzᵀ (XXᵀ/R + λI)⁻¹ X by the R × R matrix; (groups, …) before all three."""
-    x = row_matrix(write, sizes)
+    write = write.noting(form="row space")
+    of_gram = write.noting(stage="Gram")
+    x = row_matrix(of_gram, sizes)
     dz = _in_precision(write, gradient.output_gradient, wide)
     if sizes.kernel:
         split = [0, sizes.groups, sizes.outputs // sizes.groups, -1]
@@ -211,11 +215,12 @@ def _by_rows(
         dz = write.op("Reshape", [dz, flat], "output_gradient")
         dz = write.op("Transpose", [dz], "dz_transposed", {"perm": [1, 0]})
     if wide:
-        x = in_float64(write, x)
-        kernel = write.op("Einsum", [x, x], "row_gram", {"equation": "...ri,...si->...rs"})
+        x, by = in_float64(of_gram, x), of_gram.noting(gram="Einsum")
+        kernel = by.op("Einsum", [x, x], "row_gram", {"equation": "...ri,...si->...rs"})
     else:
-        kernel = write.microsoft("FusedMatMul", [x, x], "row_gram", {"transB": 1})
-    diagonal = _row_diagonal(write, kernel)
+        by = of_gram.noting(gram="FusedMatMul")
+        kernel = by.microsoft("FusedMatMul", [x, x], "row_gram", {"transB": 1})
+    diagonal = _row_diagonal(of_gram, kernel)
     inverse = _regularised_inverse(write, kernel, count, diagonal, lambda_, wide)
     solved = _product(write, dz, inverse, "solved", wide)
     product = _product(write, solved, x, "product", wide)
@@ -262,11 +267,12 @@ def _regularised_inverse(
     wide: bool,
 ) -> ir.Value:
     """(gram/R + λI)⁻¹; all NaN for a matrix that holds an infinity."""
-    count, lambda_ = (_in_precision(write, value, wide) for value in (count, lambda_))
-    mean = write.op("Div", [gram, count], "mean_gram")
+    of_gram, write = write.noting(stage="Gram"), write.noting(stage="factorisation")
+    count, lambda_ = (_in_precision(of_gram, value, wide) for value in (count, lambda_))
+    mean = of_gram.op("Div", [gram, count], "mean_gram")
     zero = write.constant(np.asarray(0, np.float64 if wide else np.float32), "zero")
-    ridge = write.op("Where", [diagonal, lambda_, zero], "ridge")
-    matrix = write.op("Add", [mean, ridge], "regularised")
+    ridge = of_gram.op("Where", [diagonal, lambda_, zero], "ridge")
+    matrix = of_gram.op("Add", [mean, ridge], "regularised")
     inverse = write.microsoft("Inverse", [matrix], "unguarded_inverse")
     # The factorisation takes 1/∞ for 0, and gives a finite inverse of some matrices with ∞.
     axes = write.integers([-2, -1], "matrix_axes")

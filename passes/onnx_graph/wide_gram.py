@@ -49,14 +49,16 @@ def write_wide_gram(write: NodeWriter, sizes: CallSizes) -> ir.Value:
     """
     if not sizes.kernel:
         rows = in_float64(write, row_matrix(write, sizes))
-        return _wide(write.op("Einsum", [rows, rows], "wide_gram", {"equation": "ri,rj->ij"}))
+        by = write.noting(gram="Einsum")
+        return _wide(by.op("Einsum", [rows, rows], "wide_gram", {"equation": "ri,rj->ij"}))
     groups = [sizes.groups] if sizes.groups > 1 else []
     shape = [*groups, sizes.columns, sizes.columns]
     images = cast(write, sizes.call.input, ir.DataType.FLOAT)
     body = ir.AttrGraph("body", _one_more_image(write.branch("image"), sizes, shape))
     start = write.constant(np.zeros(shape), "no_gram")
     attributes: dict[str, int | ir.Attr] = {"body": body, "num_scan_inputs": 1}
-    return _wide(write.op("Scan", [start, images], "wide_gram", attributes))
+    by = write.noting(gram="Einsum per image, in a Scan")
+    return _wide(by.op("Scan", [start, images], "wide_gram", attributes))
 
 
 def _one_more_image(write: NodeWriter, sizes: CallSizes, shape: list[int]) -> ir.Graph:

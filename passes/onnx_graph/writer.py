@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from tract_fx.passes.onnx_graph.provenance import PROVENANCE, Provenance
+
 __all__ = ["NodeWriter"]
 
 
 class NodeWriter:
-    """Collects nodes whose names begin with a prefix and that carry one provenance record.
+    """Collects nodes whose names begin with a prefix and that carry a provenance record.
 
     Args:
         graph: The graph that constants are registered in, as initializers.
         prefix: What the names of nodes, values and constants begin with.
-        provenance: Metadata of every node.
+        provenance: What the nodes say of themselves.
     """
 
-    def __init__(self, graph: ir.Graph, prefix: str, provenance: Mapping[str, str]) -> None:
+    def __init__(self, graph: ir.Graph, prefix: str, provenance: Provenance) -> None:
         self._graph = graph
         self._prefix = prefix
         self._provenance = provenance
@@ -47,6 +51,19 @@ class NodeWriter:
             A writer for the subgraph's nodes; constants go where this writer's go.
         """
         return NodeWriter(self._graph, f"{self._prefix}{name}/", self._provenance)
+
+    def noting(self, **said: str) -> NodeWriter:
+        """Write on in the same place with another record.
+
+        Args:
+            **said: Fields of the record and what they are from here on.
+
+        Returns:
+            A writer whose nodes follow this one's.
+        """
+        other = copy.copy(self)
+        other._provenance = replace(self._provenance, **said)
+        return other
 
     def op(
         self,
@@ -76,7 +93,7 @@ class NodeWriter:
             attributes=attributes,
             domain=domain,
             name=full,
-            metadata_props=dict(self._provenance),
+            metadata_props={PROVENANCE: self._provenance.to_json()},
         )
         value.name = full
         return value

@@ -235,5 +235,5 @@ def _is_joined(
 def _is_close(found: np.ndarray, expected: np.ndarray) -> bool:
     if expected.dtype.kind != "f":
         return bool((found == expected).all())
-    scale = float(np.nanmax(np.abs(expected), initial=0.0)) or 1.0
+    scale = float(np.max(np.abs(expected), initial=0.0, where=np.isfinite(expected))) or 1.0
     return np.allclose(found, expected, rtol=0, atol=TOLERANCE * scale, equal_nan=True)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
+from tract_fx.distance import relative_error
 from tract_fx.errors import ExportError
 from tract_fx.export.torch_graphs import TorchGraphs
 from tract_fx.passes.onnx_graph.step_names import LOSS_SCALE
@@ -58,7 +59,7 @@ def lower_precision(graphs: TorchGraphs, values: Mapping[str, Tensor], verify: b
     values = {**values, LOSS_SCALE: torch.tensor(_SCALE)}
     wanted = _gradients(graphs.trace, fx.Interpreter(graphs.trace.graph), values)
     found = _gradients(graphs.trace, _Rounded(graphs.trace.graph, precision), values)
-    error = float((found - wanted).norm() / wanted.norm()) if wanted.any() else 0.0
+    error = relative_error(found, wanted)
     if not error <= _BOUNDS[precision]:
         raise ExportError(
             f"gradients in {precision}, which are off by {error:.2g} of their norm",

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from tract_fx.distance import distance, norm
 from tract_fx.errors import ExportError
 from tract_fx.export.reference_model import ReferenceModel
 
@@ -51,12 +52,12 @@ def compare_values(
         return
     moved = [reference.run(_rounded(feeds, seed)) for seed in range(2)]
     for name, value in differing.items():
-        spread = max(_distance(other[name], value) for other in moved)
-        size = float(np.linalg.norm(value.astype(np.float64)))
+        spread = max(distance(other[name], value, "all") for other in moved)
+        size = norm(value)
         slack = min(ROUNDING_UNITS * spread, MOST_ROUNDING * size)
         if not _same(found[name], value, slack):
             raise ExportError(
-                f"{name!r} in {mode} mode, off by {_distance(found[name], value):.2e} of "
+                f"{name!r} in {mode} mode, off by {distance(found[name], value, 'all'):.2e} of "
                 f"{size:.2e} on the example batch",
                 REPORT,
                 REMEDY,
@@ -65,22 +66,9 @@ def compare_values(
 
 def _same(found: np.ndarray, expected: np.ndarray, slack: float = 0.0) -> bool:
     """Whether two arrays are equal to rounding; where both are not finite they are equal, too."""
-    if found.shape != expected.shape:
-        return False
     if expected.dtype.kind != "f":
-        return bool(np.array_equal(found, expected))
-    wild = ~np.isfinite(expected)
-    if not np.array_equal(found[wild], expected[wild].astype(found.dtype), equal_nan=True):
-        return False
-    tame = np.where(wild, 0.0, expected)
-    bound = BOUND * float(np.linalg.norm(tame)) + slack + 1e-30
-    return _distance(np.where(wild, 0.0, found), tame) <= bound
-
-
-def _distance(found: np.ndarray, expected: np.ndarray) -> float:
-    if found.shape != expected.shape:
-        return np.inf
-    return float(np.linalg.norm(found.astype(np.float64) - expected.astype(np.float64)))
+        return np.array_equal(found, expected)
+    return distance(found, expected, "all") <= BOUND * norm(expected) + slack + 1e-30
 
 
 def _rounded(values: Tensors, seed: int) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from tract_fx.distance import distance, norm
 from tract_fx.errors import ExportError, TractWarning
 from tract_fx.export.forward import OnnxSource
 from tract_fx.export.graph_runs import run_graph
@@ -87,8 +88,8 @@ def _verify_by_runtime(
     sized = _of_the_file(given, source, inputs)
     found = run_graph(graphs.evaluation, _feeds(graphs, sized, targets), graphs.predictions)
     for name, value in run_graph(given, sized, graphs.predictions).items():
-        error = float(np.linalg.norm(found[name].astype(np.float64) - value))
-        if not error <= SINGLE * float(np.linalg.norm(value.astype(np.float64))) + 1e-6:
+        error = distance(found[name], value)
+        if not error <= SINGLE * norm(value) + 1e-6:
             raise ExportError(
                 f"{name!r} in evaluation mode, off by {error:.2e} on the example batch",
                 "the graph does not compute what ONNX Runtime computes of the file",

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tract_fx.distance import distance, norm
 from tract_fx.errors import ExportError
 from tract_fx.export.eager_forward import call_on_copies
 from tract_fx.export.graph_runs import run_graph
@@ -315,8 +316,7 @@ def _compare_training(
         exact.loss,
         lambda: [other.loss for other in others()],
     )
-    norms = [float(np.linalg.norm(gradient)) for gradient in exact.gradients.values()]
-    negligible = VANISHING * max(norms, default=0.0)
+    negligible = VANISHING * max(map(norm, exact.gradients.values()), default=0.0)
     for name, value in exact.gradients.items():
         base, most = (
             (TRACT_ROUNDING, MOST_TRACT_ROUNDING) if name in treated else (ROUNDING, MOST_ROUNDING)
@@ -374,28 +374,14 @@ def _compare(
     negligible: float = 1e-6,
 ) -> None:
     """Compare with what is right; what is not finite has to be the same."""
-    if _distance(found, expected) <= base * _norm(expected) + negligible:
+    error, size = distance(found, expected, "all"), norm(expected)
+    if error <= base * size + negligible:
         return
-    *moved, single = (_distance(other, expected) for other in rounded())
-    slack = max(min(_TIMES * max(moved), most * _norm(expected)), _TIMES_SINGLE * single)
-    error = _distance(found, expected)
-    if not error <= base * _norm(expected) + negligible + slack:
+    *moved, single = (distance(other, expected, "all") for other in rounded())
+    slack = max(min(_TIMES * max(moved), most * size), _TIMES_SINGLE * single)
+    if not error <= base * size + negligible + slack:
         raise ExportError(
-            f"{what}, which the exported graph has off by {error:.2e} of {_norm(expected):.2e}",
+            f"{what}, which the exported graph has off by {error:.2e} of {size:.2e}",
             "the graph does not compute what the PyTorch model computes on the example batch",
             "Report the model; verify=False exports all the same",
         )
-
-
-def _norm(value: np.ndarray) -> float:
-    wide = np.asarray(value, np.float64)
-    return float(np.linalg.norm(wide[np.isfinite(wide)]))
-
-
-def _distance(found: np.ndarray, expected: np.ndarray) -> float:
-    """‖found − expected‖; infinite where shapes, or what is not finite, are not the same."""
-    one, other = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    wild = ~np.isfinite(other) if one.shape == other.shape else True
-    if one.shape != other.shape or not np.array_equal(one[wild], other[wild], equal_nan=True):
-        return np.inf
-    return float(np.linalg.norm(np.where(wild, 0.0, one) - np.where(wild, 0.0, other)))

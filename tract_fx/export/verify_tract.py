@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
-from torch import Tensor
 
+from tract_fx.distance import relative_error
 from tract_fx.errors import ExportError
 from tract_fx.export.training_session import open_session
 from tract_fx.inspection.onnx_calls import (
@@ -62,7 +62,7 @@ def verify_tract(
         observed = observe_call(call, values)
         assert observed.incoming is not None
         result = to_weight_layout(call.call, values[str(call.result.name)])
-        error = _relative_error(result, observed.precondition(observed.incoming))
+        error = relative_error(result, observed.precondition(observed.incoming))
         if not error <= _TOLERANCE:
             raise ExportError(
                 f"TrAct's weight gradient of {call.record.name}, off by {error:.1e} "
@@ -71,9 +71,3 @@ def verify_tract(
                 "standardised in float64",
                 "Report the model; verify=False exports all the same",
             )
-
-
-def _relative_error(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖; NaN where either has one."""
-    tiny = np.finfo(np.float64).tiny
-    return float((found.double() - expected).norm() / expected.norm().clamp_min(tiny))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
 
+from tract_fx.distance import norm, relative_error
 from tract_fx.inspection.records import Check
 from tract_fx.inspection.runs import Run
 
-__all__ = ["NEGLIGIBLE", "OTHER_TOLERANCE", "coarser", "coarsest", "compare_runs", "distance"]
+__all__ = ["NEGLIGIBLE", "OTHER_TOLERANCE", "coarser", "coarsest", "compare_runs"]
 
 OTHER_TOLERANCE = {
     torch.float64: 1e-8,
@@ -59,8 +59,8 @@ def _compare_gradients(
 ) -> Iterator[Check]:
     gradients = run.gradients, reference.gradients
     inputs = run.input_gradients, reference.input_gradients
-    norms = [_norm(g) for of in (gradients[1], inputs[1]) for g in of.values() if g is not None]
-    largest = max((norm for norm in norms if math.isfinite(norm)), default=0.0)
+    norms = [norm(g) for of in (gradients[1], inputs[1]) for g in of.values() if g is not None]
+    largest = max(norms, default=0.0)
     for words, (found, wanted) in (("", gradients), ("the input ", inputs)):
         for name in dict.fromkeys([*wanted, *found]):
             one, other = found.get(name), wanted.get(name)
@@ -109,36 +109,4 @@ def _error(found: Tensor | None, wanted: Tensor | None, negligible: float) -> fl
         assert present is not None
         found = torch.zeros_like(present) if found is None else found
         wanted = torch.zeros_like(present) if wanted is None else wanted
-    if found.shape != wanted.shape:
-        return math.inf
-    return distance(found, wanted, negligible)
-
-
-def distance(found: Tensor, wanted: Tensor, negligible: float = 0.0) -> float:
-    """Compute ‖found - wanted‖ / ‖wanted‖ in float64.
-
-    Args:
-        found: A tensor.
-        wanted: The reference.
-        negligible: A norm of the reference below which the distance is relative to it.
-
-    Returns:
-        The distance; entries that are equal count as such if infinite.
-    """
-    one, other = _wide(found), _wide(wanted)
-    difference = torch.where(one == other, 0.0, one - other)
-    absolute = float(torch.linalg.vector_norm(difference))
-    scale = max(_norm(other), negligible)
-    if scale == 0.0:
-        return 0.0 if absolute == 0.0 else math.inf
-    return absolute / scale
-
-
-def _norm(tensor: Tensor) -> float:
-    """Norm of the finite entries."""
-    values = _wide(tensor)
-    return float(torch.linalg.vector_norm(torch.where(values.isfinite(), values, 0.0)))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+    return relative_error(found, wanted, negligible, "infinities")

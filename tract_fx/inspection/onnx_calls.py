@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -15,12 +14,8 @@ from tract_fx import ort_training
 from tract_fx.errors import UnsupportedLayerError, UnsupportedModelError
 from tract_fx.inspection.observed import ObservedCall
 from tract_fx.passes.onnx_graph.calls import Layout, OnnxCall, match_call
-from tract_fx.passes.onnx_graph.rewrite import (
-    PREFIX,
-    PROVENANCE,
-    present_lambdas,
-    remove_from_graph,
-)
+from tract_fx.passes.onnx_graph.provenance import provenance_of
+from tract_fx.passes.onnx_graph.rewrite import PREFIX, present_lambdas, remove_from_graph
 from tract_fx.passes.onnx_graph.values import node_names
 from tract_fx.passes.onnx_graph.weight_gradient import find_weight_gradient
 from tract_fx.passes.records import InputLayer
@@ -108,10 +103,8 @@ def treated_calls(
     """
     made: dict[tuple[str, str, str], list[ir.Node]] = {}
     for node in model.graph:
-        if PROVENANCE in node.metadata_props:
-            provenance = json.loads(node.metadata_props[PROVENANCE])
-            known = provenance.get("output_gradient", "")  # not written before 0.2
-            made.setdefault((provenance["call"], provenance["term"], known), []).append(node)
+        if (record := provenance_of(node)) is not None:
+            made.setdefault((record.call, record.term, record.output_gradient), []).append(node)
     layers = {record.node: record for record in records}
     nodes, plain_nodes = (_by_name(graph) for graph in (model.graph, plain.graph))
     values = {v.name: v for node in model.graph for v in node.outputs}

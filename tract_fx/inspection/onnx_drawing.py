@@ -8,10 +8,11 @@ from typing import Literal, TypeAlias
 import onnx_ir as ir
 
 from tract_fx.inspection.onnx_calls import TreatedCall
-from tract_fx.inspection.onnx_layers import Form, before, forms_of
+from tract_fx.inspection.onnx_layers import Form, forms_of
 from tract_fx.inspection.records import ViewNode
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.parameters import is_training_graph
+from tract_fx.passes.onnx_graph.provenance import provenance_of
 from tract_fx.passes.onnx_graph.rewrite import PREFIX
 from tract_fx.passes.onnx_graph.values import ancestors, carries_no_values, operands
 
@@ -24,7 +25,6 @@ _GRADIENT, _BUFFER, _RESET = "_grad", "_grad.accumulation.buffer", "lazy_reset_g
 _ACCUMULATOR = "InPlaceAccumulatorV2"
 _PASSED_ON = frozenset({"Identity"})
 _RESHAPED = frozenset({"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
-_INVERTING = frozenset({"inverse", "sum_of_entries", "unguarded_inverse", "zero_or_nan"})
 
 
 def forward_nodes(model: ir.Model) -> set[ir.Node]:
@@ -200,16 +200,13 @@ class Drawing:
 
 
 def _stages(form: Form) -> dict[str, list[ir.Node]]:
-    """Sort a form's nodes: each stage reads what those in front of it have made."""
-    last = form.end.producer()
-    assert last is not None
-    inverses = [node for node in form.nodes if node.op_type == "Inverse"]
-    grams = {node for inverse in inverses for node in before(inverse, form.nodes)}
-    stages: dict[str, list[ir.Node]] = {"Gram": [], "factorisation": [], "solve": []}
-    for node in (*before(last, form.nodes), last):
-        inverting = node in inverses or str(node.name).rpartition("/")[2] in _INVERTING
-        stage = "factorisation" if inverting else "solve"
-        stages["Gram" if node in grams else stage].append(node)
+    """Sort a form's nodes by their stage, which reads what those in front of it have made."""
+    needed = ancestors(form.end)
+    stages: dict[str, list[ir.Node]] = {stage: [] for stage in ("Gram", "factorisation", "solve")}
+    for node in form.nodes:
+        record = provenance_of(node)
+        if node in needed and record is not None:
+            stages.setdefault(record.stage or "stages not recorded", []).append(node)
     return stages
 
 

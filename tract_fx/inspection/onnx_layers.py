@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +16,12 @@ from tract_fx.inspection.records import LayerReport
 from tract_fx.inspection.sources import source_in
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.find import LocatedOnnx
+from tract_fx.passes.onnx_graph.provenance import Provenance, provenance_of
+from tract_fx.passes.onnx_graph.values import subgraphs
 
 __all__ = [
     "BRANCHES",
     "Form",
-    "before",
     "chosen_form",
     "conditions_of",
     "forms_of",
@@ -32,7 +32,11 @@ __all__ = [
 _TRACE = "pkg.torch.onnx.stack_trace"
 """Where torch's exporter notes the line that a node comes from."""
 
-_PRODUCTS = frozenset({"Einsum", "FusedMatMul", "Gemm"})
+_SYSTEMS = {
+    "row space": ("XXᵀ (R × R)", "output's gradient"),
+    "column space": ("the Gram (n × n)", "weight's gradient"),
+}
+"""What is inverted, and what that is multiplied with, by the form's name in a node's record."""
 
 BRANCHES = {True: "then_branch", False: "else_branch"}
 
@@ -169,11 +173,11 @@ def chosen_form(call: TreatedCall, values: Mapping[str, np.ndarray]) -> Form | N
 def _in_words(call: TreatedCall, chosen: Form | None) -> tuple[str, str]:
     """The form, and how the Gram is computed."""
     forms = forms_of(call)
-    systems = list(dict.fromkeys(_system(call, form) for form in forms if not form.in_float64))
+    systems = list(dict.fromkeys(_system(form) for form in forms if not form.in_float64))
     by_size = len(systems) > 1
     if chosen is not None:
         by = "; an If chooses it by the batch's size" if by_size else ""
-        return f"{_system(call, chosen)}{by}", _gram(chosen)
+        return f"{_system(chosen)}{by}", _gram(chosen)
     words = f"by the batch's size (If): {', or '.join(systems)}" if by_size else "".join(systems)
     if any(form.in_float64 for form in forms):
         words += "; in float64 where the input is not standardised (If)"
@@ -181,91 +185,22 @@ def _in_words(call: TreatedCall, chosen: Form | None) -> tuple[str, str]:
     return words, "; or ".join(grams)
 
 
-def _system(call: TreatedCall, form: Form) -> str:
-    """What is solved, and what it is multiplied with, as the nodes read it."""
-    inverses = [node for node in form.nodes if node.op_type == "Inverse"]
-    read = {value for node in form.nodes for value in node.inputs}
-    on = "weight's gradient" if call.plain in read else "input alone"
-    if call.plain not in read and call.output_gradient in read:
-        on = "output's gradient"
-    if not inverses:
-        return f"no Inverse, on the {on}"
-    matrix = "XXᵀ (R × R)" if on == "output's gradient" else "the Gram (n × n)"
-    return f"Inverse of {matrix}{' in float64' if form.in_float64 else ''}, on the {on}"
+def _system(form: Form) -> str:
+    """What is solved, and what it is multiplied with."""
+    said = next((record.form for record in _records(form) if record.form), "")
+    if said not in _SYSTEMS:
+        return "not recorded in this graph, which an earlier version wrote"
+    matrix, gradient = _SYSTEMS[said]
+    return f"Inverse of {matrix}{' in float64' if form.in_float64 else ''}, on the {gradient}"
 
 
 def _gram(form: Form) -> str:
-    """How the matrix is computed, read off the nodes in front of the Inverse."""
-    inverse = next((node for node in form.nodes if node.op_type == "Inverse"), None)
-    if inverse is None:
-        return ""
-    nodes = _with_inner(before(inverse, form.nodes))
-    ops = [node.op_type for node in nodes]
-    convolutions = [node for node in nodes if is_standard(node, "Conv")]
-    transposes = [n for n in nodes if is_standard(n, "Transpose") and n.attributes.get("perm")]
-    if convolutions:
-        rows = _unfolding(convolutions[0])
-    elif any(len(node.attributes["perm"].as_ints()) > 4 for node in transposes):
-        rows = "patches by Reshape and Transpose"
-    else:
-        rows = "rows by Reshape" if "Reshape" in ops else "rows as they are"
-    # A MatMul is of the products' sums: the products themselves are Gemm or FusedMatMul.
-    products = Counter(op for op in ops if op in _PRODUCTS)
-    counted = (f"{count} {op}" if count > 1 else op for op, count in products.items())
-    product = " and ".join(counted) or "no product"
-    if "Scan" in ops:
-        product += " per image, in a Scan"
-    elif "ReduceSum" in ops:
-        product += " per image and ReduceSum"
-    return f"{rows}, {product}"
+    """How the matrix is computed; empty where the graph does not say."""
+    return ", ".join(dict.fromkeys(record.gram for record in _records(form) if record.gram))
 
 
-def _with_inner(nodes: Sequence[ir.Node]) -> list[ir.Node]:
-    """Put in front of each node those of the graphs in it."""
-    found: list[ir.Node] = []
-    for node in nodes:
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                found += _with_inner(list(attribute.as_graph()))
-        found.append(node)
-    return found
-
-
-def before(last: ir.Node, nodes: Sequence[ir.Node]) -> list[ir.Node]:
-    """Give those of some nodes that one of them is computed by.
-
-    Args:
-        last: One of them.
-        nodes: The nodes, in the order in which they run.
-
-    Returns:
-        Those that its inputs come from, in the same order.
-    """
-    needed = set(last.inputs)
-    found = []
-    for node in reversed(nodes):
-        if any(value in needed for value in node.outputs):
-            found.append(node)
-            needed.update(node.inputs)
-    return found[::-1]
-
-
-def _unfolding(node: ir.Node) -> str:
-    """A convolution that gives each entry of a patch a channel of its own, if it is one."""
-    weight = node.inputs[1]
-    tensor = None if weight is None else ir.convenience.get_const_tensor(weight)
-    unit = False
-    if tensor is not None:
-        array = tensor.numpy()
-        kernels = array.reshape(len(array), -1)
-        repeats = len(kernels) // max(1, kernels.shape[1])
-        unit = np.array_equal(kernels, np.tile(np.eye(kernels.shape[1]), (repeats, 1)))
-    shown = [
-        f"{name} {'×'.join(map(str, sizes))}"
-        for name in ("strides", "pads", "dilations")
-        if (sizes := node.attributes.get_ints(name))
-    ]
-    kind = "unit kernels" if unit else "kernels that are no unit vectors"
-    if size := node.attributes.get_ints("kernel_shape"):
-        kind = f"{kind} {'×'.join(map(str, size))}"
-    return f"patches by Conv with {kind}{''.join(f', {entry}' for entry in shown)}"
+def _records(form: Form) -> Iterator[Provenance]:
+    """What the form's nodes say of themselves, those of a graph in one before it."""
+    for node in form.nodes:
+        inner = (n for graph in subgraphs(node) for n in graph.all_nodes())
+        yield from (record for n in (*inner, node) if (record := provenance_of(n)) is not None)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from tract_fx.distance import norm, relative_error
 from tract_fx.errors import FailedRunError
 from tract_fx.export.manifest import Manifest
 from tract_fx.inspection.observed import ObservedCall
@@ -34,7 +35,8 @@ from tract_fx.inspection.verify import (
     OPERATOR_TOLERANCE,
     OTHER_TOLERANCE,
 )
-from tract_fx.passes.onnx_graph.rewrite import PROVENANCE
+from tract_fx.passes.onnx_graph.provenance import provenance_of
+from tract_fx.passes.onnx_graph.values import subgraphs
 from tract_fx.passes.records import InputLayer
 from tract_fx.preconditioner.solve import MAX_FLOAT32_AMPLIFICATION
 
@@ -61,7 +63,7 @@ def wiring_problems(treated: Sequence[TreatedCall]) -> tuple[str, ...]:
     problems = []
     for call in treated:
         name = call.record.name
-        around = [n for n in call.plain.consumers() if PROVENANCE not in n.metadata_props]
+        around = [n for n in call.plain.consumers() if provenance_of(n) is None]
         for node in dict.fromkeys(n for n in around if not _lies_in(n, call)):
             problems.append(
                 f"{node.op_type} {node.name!r} reads the plain gradient of {name}, past TrAct"
@@ -73,12 +75,7 @@ def wiring_problems(treated: Sequence[TreatedCall]) -> tuple[str, ...]:
 
 def _lies_in(node: ir.Node, call: TreatedCall) -> bool:
     """Whether a node lies in a branch of one that the pass made."""
-    graph = node.graph
-    return any(
-        attribute.type == ir.AttributeType.GRAPH and attribute.as_graph() is graph
-        for made in call.nodes
-        for attribute in made.attributes.values()
-    )
+    return any(node.graph is graph for made in call.nodes for graph in subgraphs(made))
 
 
 def manifest_problems(
@@ -151,7 +148,7 @@ def _weight_checks(
         assert call.incoming is not None and call.own_gradient is not None
         expected = call.precondition(call.incoming)
         result = to_weight_layout(treated.call, runs.rewritten.values[str(treated.result.name)])
-        errors[treated.record.node] = _error(result, expected)
+        errors[treated.record.node] = relative_error(result, expected)
         exact[treated.term] = _as_term(treated, expected)
         own[treated.term] = _as_term(treated, call.precondition(call.own_gradient))
     wanted = run_with_terms(runs.plain, runs.batch, exact, names)
@@ -163,9 +160,9 @@ def _weight_checks(
             problems.append(_nothing_to_compare(name, found))
             continue
         nodes = tuple(t.record.node for t in runs.treated if name in t.record.weight)
-        distance = _error(plain, wanted[name])
+        distance = relative_error(plain, wanted[name])
         # A term's own error, too: in a sum with others it would look smaller.
-        operator = np.max([_error(found, wanted[name]), *(errors[node] for node in nodes)])
+        operator = np.max([relative_error(found, wanted[name]), *(errors[node] for node in nodes)])
         tolerance = min(_TOLERANCE, DISTINCT * distance)
         if distance <= _TOLERANCE:
             problems.append(
@@ -177,8 +174,8 @@ def _weight_checks(
                 parameter=name,
                 nodes=nodes,
                 operator=Check(f"gradient of {name}", float(operator), tolerance),
-                end_to_end=_error(found, end_to_end[name]),
-                floor=_error(wanted[name], end_to_end[name]),
+                end_to_end=relative_error(found, end_to_end[name]),
+                floor=relative_error(wanted[name], end_to_end[name]),
                 plain=distance,
             )
         )
@@ -204,7 +201,7 @@ def _term_checks(runs: OnnxRuns) -> list[Check]:
     checks = []
     for call in runs.calls:
         assert call.incoming is not None and call.own_gradient is not None
-        error = _error(call.incoming, call.own_gradient)
+        error = relative_error(call.incoming, call.own_gradient)
         checks.append(Check(f"plain gradient of {call.record.node}", error, _TOLERANCE))
     return checks
 
@@ -237,7 +234,7 @@ def _form_checks(runs: OnnxRuns) -> tuple[list[Check], list[str]]:
             try:
                 results = run_form(runs.model, treated, values, [treated.term])
                 found = to_weight_layout(treated.call, results[treated.term])
-                error = _error(found, other.precondition(incoming))
+                error = relative_error(found, other.precondition(incoming))
             except FailedRunError as failure:
                 notes.append(f"{name}: {failure.found}")
             checks.append(Check(name, error, _TOLERANCE))
@@ -290,26 +287,12 @@ def _resized(
 def _other_checks(runs: OnnxRuns, before: GraphRun) -> list[Check]:
     """Outputs, and the gradients that TrAct leaves alone, against the plain graph."""
     checks = [
-        Check(f"output {name}", _error(value, before.outputs[name]), _SAME)
+        Check(f"output {name}", relative_error(value, before.outputs[name]), _SAME)
         for name, value in runs.rewritten.outputs.items()
     ]
-    largest = max((_norm(value) for value in before.gradients.values()), default=0.0)
+    largest = max((norm(value) for value in before.gradients.values()), default=0.0)
     for name, value in runs.rewritten.gradients.items():
         if name not in _treated_parameters(runs):
-            error = _error(value, before.gradients[name], _NEGLIGIBLE * largest)
+            error = relative_error(value, before.gradients[name], _NEGLIGIBLE * largest)
             checks.append(Check(f"gradient of {name}", error, _SAME))
     return checks
-
-
-def _error(found: np.ndarray | Tensor, wanted: np.ndarray | Tensor, least: float = 0.0) -> float:
-    """‖found − wanted‖ / ‖wanted‖, or by `least` where that is larger; NaN where either has one."""
-    one, other = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
-    assert one.shape == other.shape, (one.shape, other.shape)
-    distance, scale = _norm(one - other), max(_norm(other), least)
-    if scale == 0.0:
-        return 0.0 if distance == 0.0 else math.inf
-    return distance / scale
-
-
-def _norm(values: np.ndarray) -> float:
-    return float(np.linalg.norm(np.asarray(values, np.float64)))

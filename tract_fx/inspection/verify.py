@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tract_fx.distance import relative_error
 from tract_fx.inspection.comparison import (
     NEGLIGIBLE,
     OTHER_TOLERANCE,
     coarser,
     coarsest,
     compare_runs,
-    distance,
 )
 from tract_fx.inspection.marks import lost_marks
 from tract_fx.inspection.records import Check, Verification, WeightCheck
@@ -259,15 +259,15 @@ def _check_weight(name: str, terms: _Terms, runs: Runs) -> tuple[WeightCheck | N
     dtype = coarser(terms.dtype, plain.dtype)
     rest = _rest(plain.double(), terms.plain, dtype)
     wanted = rest + sum(terms.tract)
-    plain_distance = distance(plain, wanted)
-    error = math.inf if found is None else distance(found, wanted)
+    plain_distance = _error(plain, wanted)
+    error = math.inf if found is None else _error(found, wanted)
     tolerance = min(_tolerance(dtype, terms.condition), DISTINCT * plain_distance)
     end_to_end = floor = None
     own = [part for part in terms.own if part is not None]
     if len(own) == len(terms.own):
         exact = rest + sum(own)
-        end_to_end = math.inf if found is None else distance(found, exact)
-        floor = distance(wanted, exact)
+        end_to_end = math.inf if found is None else _error(found, exact)
+        floor = _error(wanted, exact)
     check = WeightCheck(
         parameter=name,
         nodes=tuple(dict.fromkeys(terms.nodes)),
@@ -277,6 +277,10 @@ def _check_weight(name: str, terms: _Terms, runs: Runs) -> tuple[WeightCheck | N
         plain=plain_distance,
     )
     return check, _problem(check, found, plain, dtype, terms)
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    return relative_error(found, wanted, agreeing="infinities")
 
 
 def _tolerance(dtype: torch.dtype, condition: float) -> float:
@@ -313,7 +317,7 @@ def _problem(
             f"{check.plain:.1e} of TrAct's, so that the comparison can't tell them apart in "
             f"{str(dtype).removeprefix('torch.')}. Verify on another batch, or in float64."
         )
-    if distance(found, plain) <= _UNITS * rounding:
+    if _error(found, plain) <= _UNITS * rounding:
         return (
             f"{check.parameter} of {layers}: its gradient is the plain one, TrAct's backward does "
             f"not run. {_LOST}."

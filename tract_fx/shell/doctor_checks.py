@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from tract_fx import extras
+from tract_fx.distance import relative_error
 from tract_fx.eager import tract_module
 from tract_fx.errors import MissingRuntimeError, TractWarning
 from tract_fx.passes.fx_graph import tract_pass
@@ -83,8 +84,7 @@ class Step:
         Returns:
             Its distance from the definition, by the definition's norm.
         """
-        difference = weight_gradient.double().cpu() - self.expected
-        return float(difference.norm() / self.expected.norm())
+        return relative_error(weight_gradient, self.expected)
 
     def error_of(self, treated: nn.Module) -> float:
         """Run the step in PyTorch, without TF32 and the like in the plain layers.

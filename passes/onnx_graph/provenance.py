@@ -1,0 +1,72 @@
+"""What every node that the pass made says of itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+
+import onnx_ir as ir
+
+__all__ = ["PROVENANCE", "Provenance", "provenance_of"]
+
+PROVENANCE = "tract_fx"
+"""Key in `metadata_props` of every node that the pass made."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a node is for. Graphs written before a field came in have it empty.
+
+    Attributes:
+        call: Name of the call's node.
+        term: Name of the call's own term of the weight's gradient, which TrAct's result has now.
+        output_gradient: Name of the gradient of the call's output.
+        form: `"row space"` or `"column space"`, of what the matrix is whose inverse is taken; empty
+            for what chooses between them.
+        stage: The part of TrAct: `"Gram"`, `"factorisation"`, `"solve"`.
+        gram: How the Gram is computed, as far as the node takes part in it, in words.
+    """
+
+    call: str
+    term: str
+    output_gradient: str = ""
+    form: str = ""
+    stage: str = ""
+    gram: str = ""
+
+    def to_json(self) -> str:
+        """Write it as it stands in the node's metadata.
+
+        Returns:
+            An object of the fields that are not empty.
+        """
+        return json.dumps({name: value for name, value in asdict(self).items() if value})
+
+    @classmethod
+    def from_json(cls, text: str) -> Provenance:
+        """Read what `to_json` wrote, in this version or in another.
+
+        Args:
+            text: The record.
+
+        Returns:
+            The record. What only other versions know is left out.
+
+        Raises:
+            ValueError: It is no JSON.
+        """  # noqa: DOC502 (raised by what it calls)
+        known = json.loads(text)
+        return cls(**{field.name: known.get(field.name, "") for field in fields(cls)})
+
+
+def provenance_of(node: ir.Node) -> Provenance | None:
+    """Read what a node says of itself.
+
+    Args:
+        node: A node.
+
+    Returns:
+        The record, None of a node that the pass has not made.
+    """
+    text = node.metadata_props.get(PROVENANCE)
+    return None if text is None else Provenance.from_json(text)
