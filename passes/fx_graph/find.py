@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 from torch.fx import Node
 
-from tract_fx.modules import is_standard, tract_lambda, why_not
+from tract_fx.modules import TORCH_TRACT, Why, is_standard, tract_lambda, why_not
 from tract_fx.passes.fx_graph import reasons
 from tract_fx.passes.fx_graph.calls import (
     LayerCall,
@@ -36,6 +36,7 @@ from tract_fx.passes.fx_graph.values import (
     node_shape,
     resolve,
 )
+from tract_fx.passes.reasons import INPUT_IS_WEIGHT, WEIGHT_FROM_INPUT
 from tract_fx.passes.records import Findings, InputLayer, Refusal
 from tract_fx.preconditioner import PatchGeometry
 
@@ -113,7 +114,7 @@ def _aside(met: _Met) -> _Met:
     assert met.record is not None and met.call is not None
     record = met.record
     refusal = reasons.refuse_operation(met.call.node, record.path, None, reasons.MINOR)
-    refusal = dataclasses.replace(refusal, competes=False, module=record.module)
+    refusal = dataclasses.replace(refusal, module=record.module)
     return _Met(met.minor, met.past_frozen, refusal=refusal)
 
 
@@ -236,13 +237,13 @@ class _Locator:
             constant = not value.trainable
             self.met.append(_Met(x.minor, x.past_frozen, record, call, constant))
         elif value.path:
-            self._refuse(node, value, module, why or reasons.INPUT_IS_WEIGHT)
+            self._refuse(node, value, module, why or INPUT_IS_WEIGHT)
         return record is not None
 
-    def _why_not(self, call: LayerCall, module: nn.Module | None) -> str | None:
+    def _why_not(self, call: LayerCall, module: nn.Module | None) -> Why | None:
         """Say why a call of a linear layer or convolution can't be treated."""
         if reasons.via_torch_tract(call.node):
-            return reasons.TORCH_TRACT
+            return TORCH_TRACT
         if module is not None:
             parameters = list(module.parameters())
             why = why_not(module)
@@ -258,10 +259,10 @@ class _Locator:
         return why
 
     def _refuse(
-        self, node: Node, value: Value, module: nn.Module | None, why: str | None = None
+        self, node: Node, value: Value, module: nn.Module | None, why: Why | None = None
     ) -> None:
         if reasons.via_torch_tract(node):
-            why = reasons.TORCH_TRACT
+            why = TORCH_TRACT
         refusal = reasons.refuse_operation(node, (*value.path, node.name), module, why)
         self.met.append(_Met(value.minor, value.past_frozen, refusal=refusal))
 
@@ -306,14 +307,14 @@ class _Locator:
         )
 
 
-def _why_not_weight(node: Node, weight: Value) -> str | None:
+def _why_not_weight(node: Node, weight: Value) -> Why | None:
     """Say why a function call with this weight can't be treated."""
     if node.op == "placeholder" and not weight.parameters:
         return reasons.LIFTED
     if weight.stale:
         return reasons.STALE
     if weight.path or weight.from_layers:
-        return reasons.WEIGHT_FROM_INPUT
+        return WEIGHT_FROM_INPUT
     return None
 
 

@@ -15,7 +15,6 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from tract_fx.modules.op_on_weight import OpOnWeight, refuse_frozen_value
@@ -29,10 +28,9 @@ __all__ = [
     "to_plain",
     "to_tract",
     "tract_lambda",
-    "why_not",
 ]
 
-_FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
+LAYER_FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Linear: functional.linear,
     nn.Conv1d: functional.conv1d,
     nn.Conv2d: functional.conv2d,
@@ -130,7 +128,7 @@ def tract_lambda(module: nn.Module) -> float | None:
 
 def _run_standard(layer: Any, lambda_: float, input: Tensor) -> Tensor:  # noqa: A002
     """Run PyTorch's own forward method with the op in it: no mode, which compilers can't always."""
-    (function,) = (f for base, f in _FUNCTIONS.items() if isinstance(layer, base))
+    (function,) = (f for base, f in LAYER_FUNCTIONS.items() if isinstance(layer, base))
     geometry: dict[str, Any] = {}
     if not isinstance(layer, nn.Linear):
         geometry = {k: getattr(layer, k) for k in ("stride", "padding", "dilation", "groups")}
@@ -186,7 +184,7 @@ def _tract_class(base: type[nn.Module]) -> type[nn.Module]:
     cls = _tract_classes.get(base)
     if cls is None:
         # The user's __module__, by which fx tells a leaf: inlined, a layer would lose its hooks.
-        kind = next(kind for kind in _FUNCTIONS if issubclass(base, kind))
+        kind = next(kind for kind in LAYER_FUNCTIONS if issubclass(base, kind))
         namespace = {
             "__doc__": TractLayer.__doc__,
             "__module__": base.__module__,
@@ -256,27 +254,6 @@ def to_plain(module: nn.Module) -> None:
             vars(module)["forward"] = own_forward(module)
 
 
-def why_not(module: nn.Module) -> str | None:
-    """Say why a module can't become a TrAct layer.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        The reason, None where it can.
-    """
-    cls = plain_class(type(module)) if isinstance(module, TractLayer) else type(module)
-    if any(base.__module__.partition(".")[0] == "torch_tract" for base in cls.__mro__):
-        return "it is wrapped by torch-tract already, which a graph would lose"
-    if not issubclass(cls, tuple(_FUNCTIONS)):
-        return "it is neither nn.Linear nor nn.Conv1d, nn.Conv2d or nn.Conv3d"
-    if any(is_lazy(p) for p in module.parameters(recurse=False)):
-        return "its parameters are not initialised yet (run one batch through the model first)"
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "it only keeps the weight, which the module around it uses without calling it"
-    return None
-
-
 def own_forward(module: nn.Module) -> Any:
     """Give a forward method that was set on an instance, without what a TrAct layer puts round it.
 
@@ -302,7 +279,7 @@ def is_standard(module: nn.Module) -> bool:
         Whether it runs PyTorch's own forward method, which nobody has replaced.
     """
     cls = plain_class(type(module))
-    kind = next((base for base in _FUNCTIONS if issubclass(cls, base)), None)
+    kind = next((base for base in LAYER_FUNCTIONS if issubclass(cls, base)), None)
     return kind is not None and _is_standard(module, cls, kind)
 
 
@@ -316,5 +293,5 @@ def _is_standard(module: nn.Module, cls: Any, kind: Any) -> bool:
 
 # As they are before anybody replaces one for the whole process.
 _STANDARD: dict[type[nn.Module], tuple[Any, Any]] = {
-    base: (base.forward, getattr(base, "_conv_forward", None)) for base in _FUNCTIONS
+    base: (base.forward, getattr(base, "_conv_forward", None)) for base in LAYER_FUNCTIONS
 }
