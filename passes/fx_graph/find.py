@@ -21,7 +21,6 @@ from tract_fx.passes.fx_graph.calls import (
     is_precondition_grad,
     match_function,
     match_module,
-    op_name,
 )
 from tract_fx.passes.fx_graph.entering import entering_values
 from tract_fx.passes.fx_graph.memory import effects
@@ -37,8 +36,8 @@ from tract_fx.passes.fx_graph.values import (
     resolve,
 )
 from tract_fx.passes.reasons import INPUT_IS_WEIGHT, WEIGHT_FROM_INPUT
-from tract_fx.passes.records import Findings, InputLayer, Refusal
-from tract_fx.preconditioner import PatchGeometry
+from tract_fx.passes.records import Findings, InputLayer, Refusal, layer_name
+from tract_fx.preconditioner import PatchGeometry, op_name
 
 __all__ = ["Located", "locate"]
 
@@ -294,7 +293,7 @@ class _Locator:
         lambda_ = None if call.precondition is None else read_lambda(call.precondition)
         module_path = layer_module(self.root, node, weight.parameters)
         return InputLayer(
-            name=module_path or _function_name(node, weight.parameters),
+            name=module_path or layer_name(node.name, weight.parameters),
             node=self.prefix + node.name,
             op=call.op if shape is None else op_name(max(len(shape) - 2, 0)),
             weight=weight.parameters,
@@ -318,23 +317,11 @@ def _why_not_weight(node: Node, weight: Value) -> Why | None:
     return None
 
 
-def _function_name(node: Node, parameters: tuple[str, ...]) -> str:
-    """Name a layer that is a function: by its module if the weight is one, else by the weight."""
-    if not parameters:
-        return node.name
-    module, _, rest = parameters[0].partition(".parametrizations.")
-    if not rest:
-        module, _, name = parameters[0].rpartition(".")
-        if not name.startswith("weight"):
-            return parameters[0]
-    return module or node.name
-
-
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:
     """Shape of a layer's weight, told without reading it: a parametrized one would be computed."""
     if isinstance(module, nn.Linear):
         return (module.out_features, module.in_features)
-    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    assert isinstance(module, nn.modules.conv._ConvNd)
     return (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
 
 

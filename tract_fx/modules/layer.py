@@ -8,7 +8,6 @@ on working, also those that are added later.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
@@ -18,7 +17,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from tract_fx.modules.op_on_weight import OpOnWeight, refuse_frozen_value
-from tract_fx.preconditioner import multiply, refuse_script
+from tract_fx.preconditioner import GEOMETRY, LAYER_KINDS, multiply, refuse_script
 
 __all__ = [
     "TractLayer",
@@ -30,12 +29,7 @@ __all__ = [
     "tract_lambda",
 ]
 
-LAYER_FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.Linear: functional.linear,
-    nn.Conv1d: functional.conv1d,
-    nn.Conv2d: functional.conv2d,
-    nn.Conv3d: functional.conv3d,
-}
+_FUNCTIONS = {kind.module: kind.function for kind in LAYER_KINDS}
 
 
 class TractLayer(nn.Module):
@@ -128,10 +122,10 @@ def tract_lambda(module: nn.Module) -> float | None:
 
 def _run_standard(layer: Any, lambda_: float, input: Tensor) -> Tensor:  # noqa: A002
     """Run PyTorch's own forward method with the op in it: no mode, which compilers can't always."""
-    (function,) = (f for base, f in LAYER_FUNCTIONS.items() if isinstance(layer, base))
+    (function,) = (f for base, f in _FUNCTIONS.items() if isinstance(layer, base))
     geometry: dict[str, Any] = {}
     if not isinstance(layer, nn.Linear):
-        geometry = {k: getattr(layer, k) for k in ("stride", "padding", "dilation", "groups")}
+        geometry = {k: getattr(layer, k) for k in GEOMETRY}
         if layer.padding_mode != "zeros":
             pads = layer._reversed_padding_repeated_twice
             input = functional.pad(input, pads, mode=layer.padding_mode)  # noqa: A001
@@ -184,7 +178,7 @@ def _tract_class(base: type[nn.Module]) -> type[nn.Module]:
     cls = _tract_classes.get(base)
     if cls is None:
         # The user's __module__, by which fx tells a leaf: inlined, a layer would lose its hooks.
-        kind = next(kind for kind in LAYER_FUNCTIONS if issubclass(base, kind))
+        kind = next(kind for kind in _FUNCTIONS if issubclass(base, kind))
         namespace = {
             "__doc__": TractLayer.__doc__,
             "__module__": base.__module__,
@@ -279,7 +273,7 @@ def is_standard(module: nn.Module) -> bool:
         Whether it runs PyTorch's own forward method, which nobody has replaced.
     """
     cls = plain_class(type(module))
-    kind = next((base for base in LAYER_FUNCTIONS if issubclass(cls, base)), None)
+    kind = next((base for base in _FUNCTIONS if issubclass(cls, base)), None)
     return kind is not None and _is_standard(module, cls, kind)
 
 
@@ -293,5 +287,5 @@ def _is_standard(module: nn.Module, cls: Any, kind: Any) -> bool:
 
 # As they are before anybody replaces one for the whole process.
 _STANDARD: dict[type[nn.Module], tuple[Any, Any]] = {
-    base: (base.forward, getattr(base, "_conv_forward", None)) for base in LAYER_FUNCTIONS
+    base: (base.forward, getattr(base, "_conv_forward", None)) for base in _FUNCTIONS
 }

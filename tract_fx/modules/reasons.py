@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from tract_fx.modules.layer import LAYER_FUNCTIONS, TractLayer, plain_class
+from tract_fx.modules.layer import TractLayer, plain_class
+from tract_fx.preconditioner import kind_of
 
 __all__ = ["TORCH_TRACT", "Why", "is_of_torch_tract", "why_not"]
 
@@ -46,7 +47,7 @@ def why_not(module: nn.Module) -> Why | None:
     cls = plain_class(type(module)) if isinstance(module, TractLayer) else type(module)
     if is_of_torch_tract(cls):
         return TORCH_TRACT
-    if not issubclass(cls, tuple(LAYER_FUNCTIONS)):
+    if kind_of(cls) is None:
         return Why("it is neither nn.Linear nor nn.Conv1d, nn.Conv2d or nn.Conv3d")
     if any(is_lazy(p) for p in module.parameters(recurse=False)):
         return Why(
