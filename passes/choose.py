@@ -16,7 +16,7 @@ from tract_fx.errors import (
     UnsupportedLayerError,
 )
 from tract_fx.passes.records import Findings, InputLayer
-from tract_fx.preconditioner import check_lambda
+from tract_fx.preconditioner import check_lambda, op_name
 
 __all__ = ["LayerChoice", "choose", "named_lambdas", "warn_of_frozen", "warn_of_passed"]
 
@@ -140,8 +140,8 @@ def _the_input_layer(findings: Findings) -> tuple[InputLayer, ...]:
 def _likeliest(layers: tuple[InputLayer, ...]) -> InputLayer:
     """Suggest what most likely reads pixels: a trained convolution of most dimensions."""
 
-    def rank(layer: InputLayer) -> tuple[bool, int]:
-        return (not layer.frozen, int(layer.op[4:5] or 0) if layer.op.startswith("conv") else 0)
+    def rank(layer: InputLayer) -> tuple[bool, bool, int]:
+        return (not layer.frozen, layer.op != op_name(0), len(layer.weight_shape or ()))
 
     return max(layers, key=rank)  # the first of equals
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tract_fx.preconditioner import PatchGeometry
 
-__all__ = ["Findings", "InputLayer", "Refusal"]
+__all__ = ["Findings", "InputLayer", "Refusal", "layer_name"]
 
 
 @dataclass(frozen=True)
@@ -93,3 +93,23 @@ class Findings:
         taken = [f"  {layer}" for layer in self.layers]
         refused = [f"  not: {refusal}" for refusal in self.refusals]
         return "\n".join(taken + refused) or "  nothing meets the input"
+
+
+def layer_name(node: str, weight: tuple[str, ...]) -> str:
+    """Name a layer by its weight: by the module that a weight is of, else by the weight itself.
+
+    Args:
+        node: Name of the node that calls the layer.
+        weight: Names of the parameters that its weight is computed from.
+
+    Returns:
+        The name, the node's where there are no parameters.
+    """
+    if not weight:
+        return node
+    module, _, rest = weight[0].partition(".parametrizations.")
+    if not rest:
+        module, _, name = weight[0].rpartition(".")
+        if not name.startswith("weight"):
+            return weight[0]
+    return module or node

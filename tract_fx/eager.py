@@ -22,7 +22,6 @@ from tract_fx.passes.fx_graph import (
     locate,
     named_lambdas,
     refuse_wrapped,
-    remedy_for,
     tract_pass,
     warn_of_frozen,
     warn_of_passed,
@@ -233,9 +232,6 @@ def _treatable(model: nn.Module, name: str) -> nn.Module:
         ) from None
     why = why_not(module)
     if why is not None:
-        raise UnsupportedLayerError(
-            f"{name} ({type(module).__name__})",
-            why,
-            remedy_for(why),
-        )
+        found = f"{name} ({type(module).__name__})"
+        raise UnsupportedLayerError(found, why.reason, why.remedy)
     return module

@@ -11,7 +11,6 @@ from tract_fx.passes.fx_graph.api import find_input_layers, is_tract, remove_tra
 from tract_fx.passes.fx_graph.find import Located, locate
 from tract_fx.passes.fx_graph.models import refuse_wrapped
 from tract_fx.passes.fx_graph.owners import weight_parameters
-from tract_fx.passes.fx_graph.reasons import remedy_for
 from tract_fx.passes.fx_graph.rewrite import PROVENANCE, rewrite_graph
 
 __all__ = [
@@ -24,7 +23,6 @@ __all__ = [
     "locate",
     "named_lambdas",
     "refuse_wrapped",
-    "remedy_for",
     "remove_tract",
     "rewrite_graph",
     "tract_pass",

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from torch import fx, nn
 from torch.fx import Node
 
-from tract_fx.modules import is_standard, tract_lambda, why_not
+from tract_fx.modules import TORCH_TRACT, Why, is_standard, tract_lambda, why_not
 from tract_fx.passes.fx_graph import reasons
 from tract_fx.passes.fx_graph.calls import (
     LayerCall,
     is_precondition_grad,
     match_function,
     match_module,
-    op_name,
 )
 from tract_fx.passes.fx_graph.entering import entering_values
 from tract_fx.passes.fx_graph.memory import effects
@@ -36,8 +35,9 @@ from tract_fx.passes.fx_graph.values import (
     node_shape,
     resolve,
 )
-from tract_fx.passes.records import Findings, InputLayer, Refusal
-from tract_fx.preconditioner import PatchGeometry
+from tract_fx.passes.reasons import INPUT_IS_WEIGHT, WEIGHT_FROM_INPUT
+from tract_fx.passes.records import Findings, InputLayer, Refusal, layer_name
+from tract_fx.preconditioner import PatchGeometry, op_name
 
 __all__ = ["Located", "locate"]
 
@@ -113,7 +113,7 @@ def _aside(met: _Met) -> _Met:
     assert met.record is not None and met.call is not None
     record = met.record
     refusal = reasons.refuse_operation(met.call.node, record.path, None, reasons.MINOR)
-    refusal = dataclasses.replace(refusal, competes=False, module=record.module)
+    refusal = dataclasses.replace(refusal, module=record.module)
     return _Met(met.minor, met.past_frozen, refusal=refusal)
 
 
@@ -236,13 +236,13 @@ class _Locator:
             constant = not value.trainable
             self.met.append(_Met(x.minor, x.past_frozen, record, call, constant))
         elif value.path:
-            self._refuse(node, value, module, why or reasons.INPUT_IS_WEIGHT)
+            self._refuse(node, value, module, why or INPUT_IS_WEIGHT)
         return record is not None
 
-    def _why_not(self, call: LayerCall, module: nn.Module | None) -> str | None:
+    def _why_not(self, call: LayerCall, module: nn.Module | None) -> Why | None:
         """Say why a call of a linear layer or convolution can't be treated."""
         if reasons.via_torch_tract(call.node):
-            return reasons.TORCH_TRACT
+            return TORCH_TRACT
         if module is not None:
             parameters = list(module.parameters())
             why = why_not(module)
@@ -258,10 +258,10 @@ class _Locator:
         return why
 
     def _refuse(
-        self, node: Node, value: Value, module: nn.Module | None, why: str | None = None
+        self, node: Node, value: Value, module: nn.Module | None, why: Why | None = None
     ) -> None:
         if reasons.via_torch_tract(node):
-            why = reasons.TORCH_TRACT
+            why = TORCH_TRACT
         refusal = reasons.refuse_operation(node, (*value.path, node.name), module, why)
         self.met.append(_Met(value.minor, value.past_frozen, refusal=refusal))
 
@@ -293,7 +293,7 @@ class _Locator:
         lambda_ = None if call.precondition is None else read_lambda(call.precondition)
         module_path = layer_module(self.root, node, weight.parameters)
         return InputLayer(
-            name=module_path or _function_name(node, weight.parameters),
+            name=module_path or layer_name(node.name, weight.parameters),
             node=self.prefix + node.name,
             op=call.op if shape is None else op_name(max(len(shape) - 2, 0)),
             weight=weight.parameters,
@@ -306,34 +306,22 @@ class _Locator:
         )
 
 
-def _why_not_weight(node: Node, weight: Value) -> str | None:
+def _why_not_weight(node: Node, weight: Value) -> Why | None:
     """Say why a function call with this weight can't be treated."""
     if node.op == "placeholder" and not weight.parameters:
         return reasons.LIFTED
     if weight.stale:
         return reasons.STALE
     if weight.path or weight.from_layers:
-        return reasons.WEIGHT_FROM_INPUT
+        return WEIGHT_FROM_INPUT
     return None
-
-
-def _function_name(node: Node, parameters: tuple[str, ...]) -> str:
-    """Name a layer that is a function: by its module if the weight is one, else by the weight."""
-    if not parameters:
-        return node.name
-    module, _, rest = parameters[0].partition(".parametrizations.")
-    if not rest:
-        module, _, name = parameters[0].rpartition(".")
-        if not name.startswith("weight"):
-            return parameters[0]
-    return module or node.name
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:
     """Shape of a layer's weight, told without reading it: a parametrized one would be computed."""
     if isinstance(module, nn.Linear):
         return (module.out_features, module.in_features)
-    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    assert isinstance(module, nn.modules.conv._ConvNd)
     return (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
 
 

@@ -3,62 +3,100 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx import Node
 
+from tract_fx.modules import Why, is_of_torch_tract
+from tract_fx.passes import reasons
 from tract_fx.passes.fx_graph.owners import module_path
+from tract_fx.passes.reasons import OR_ANOTHER, OR_BEHIND
 from tract_fx.passes.records import Refusal
 
 __all__ = [
     "BIASED_FILTER",
     "COMPLEX",
-    "INPUT_IS_WEIGHT",
     "LIFTED",
     "MINOR",
     "STALE",
-    "TORCH_TRACT",
     "UNKNOWN_WRITER",
     "VECTOR",
-    "WEIGHT_FROM_INPUT",
     "carries_no_values",
     "operation_name",
     "refuse_operation",
-    "remedy_for",
     "via_torch_tract",
 ]
 
-TORCH_TRACT = "it is wrapped by torch-tract already, whose gradient tracing and exporting lose"
-LIFTED = "its weight is an input of the graph, as parameters are in an ExportedProgram's own graph"
-STALE = (
-    "its weight was computed while tracing and kept, so that its parameters would get no gradient"
+LIFTED = Why(
+    "its weight is an input of the graph, as parameters are in an ExportedProgram's own graph",
+    "Give the ExportedProgram itself, or its .module()",
 )
-COMPLEX = "its weight is complex, and TrAct is defined on real numbers"
-BIASED_FILTER = (
-    "its weight is a constant, and its bias is trained before a linear layer reads the input"
+STALE = Why(
+    "its weight was computed while tracing and kept, so that its parameters would get no gradient",
+    "Trace with the layer as a leaf, or use torch.export",
 )
-MINOR = "it reads what does not compete for being the image (integers, flags, a number per example)"
-VECTOR = "its weight is a vector, not a matrix"
-WEIGHT_FROM_INPUT = "its weight is computed from the input, not from parameters alone"
-UNKNOWN_WRITER = "it may write the input into another operand, which no schema of its tells"
-INPUT_IS_WEIGHT = "the input is its weight or bias"
-_NAME_A_LAYER = "Name the layer to treat with layers=[…]"
+COMPLEX = Why("its weight is complex, and TrAct is defined on real numbers")
+MINOR = Why(
+    "it reads what does not compete for being the image (integers, flags, a number per example)",
+    competes=False,
+)
+UNKNOWN_WRITER = Why(
+    "it may write the input into another operand, which no schema of its tells",
+    "Register it with torch.library.custom_op and its mutates_args, or name the layer to treat "
+    "with layers=[…]",
+)
+BIASED_FILTER = Why(reasons.BIASED_FILTER, f"Make the bias a buffer{OR_BEHIND}")
+VECTOR = Why(
+    reasons.VECTOR,
+    f"Write it as torch.nn.functional.linear(x, weight[None]).squeeze(-1){OR_ANOTHER}",
+)
+_AFFINE = Why(
+    reasons.AFFINE,
+    f"Construct it without them (affine=False, elementwise_affine=False){OR_BEHIND}",
+)
+_RECURRENT = Why(reasons.RECURRENT, f"Put an nn.Linear in front of it{OR_ANOTHER}")
+_ATTENTION = Why(
+    reasons.ATTENTION, f"Put an nn.Linear (an embedding of the input) in front of it{OR_ANOTHER}"
+)
+_BILINEAR = Why(
+    "a bilinear form is not linear in one matrix of rows",
+    f"Put an nn.Linear in front of it{OR_ANOTHER}",
+)
+_PRODUCT = Why(
+    "it multiplies the input with a raw parameter, where rows and columns can't be told for sure",
+    "Write it as torch.nn.functional.linear(x, weight) or nn.Linear, and trace before any "
+    "decomposition; or name another layer with layers=[…]",
+)
+_ARITHMETIC = Why(reasons.ARITHMETIC, f"Make the parameter a buffer{OR_BEHIND}")
+_NESTED = Why(
+    "it is a graph or module of its own with parameters inside",
+    "Trace or export the model so that this part is inlined, or name a layer with layers=[…]",
+)
 
-# A part of a reason -> the way out.
-_REMEDIES = {
-    "torch-tract": "Build the model with the plain nn.Linear or nn.Conv2d and apply TrAct to that",
-    LIFTED: "Give the ExportedProgram itself, or its .module()",
-    STALE: "Trace with the layer as a leaf, or use torch.export",
-    VECTOR: "Write it as torch.nn.functional.linear(x, weight[None]).squeeze(-1), or name another "
-    "layer with layers=[…]",
-    BIASED_FILTER: "Make the bias a buffer, or name the layer behind it with layers=[…]",
-    UNKNOWN_WRITER: "Register it with torch.library.custom_op and its mutates_args, or name the "
-    "layer to treat with layers=[…]",
-    "not initialised": "Run one batch through the model, then trace it anew",
-}
+_BY_MODULE: tuple[tuple[tuple[type[nn.Module], ...], Why], ...] = (
+    ((nn.modules.conv._ConvTransposeNd,), reasons.TRANSPOSED),
+    ((nn.Embedding, nn.EmbeddingBag), reasons.LOOKUP),
+    ((nn.RNNBase, nn.RNNCellBase), _RECURRENT),
+    ((nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer), _ATTENTION),
+    ((nn.Bilinear,), _BILINEAR),
+    ((nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU), _AFFINE),
+    ((fx.GraphModule, nn.Sequential), _NESTED),
+)
+_BY_FUNCTION: tuple[tuple[tuple[str, ...], Why], ...] = (
+    (("conv_transpose", "conv_tbc", "convolution"), reasons.TRANSPOSED),
+    (("embedding",), reasons.LOOKUP),
+    (("lstm", "gru", "rnn"), _RECURRENT),
+    (("multi_head_attention", "transformer"), _ATTENTION),
+    (("bilinear",), _BILINEAR),
+    (("norm", "prelu"), _AFFINE),
+    (("matmul", "einsum", "mm", "bmm", "addmm", "mv", "dot", "tensordot", "inner"), _PRODUCT),
+    (("add", "sub", "mul", "div", "addcmul", "iadd", "imul", "pow", "cat", "where"), _ARITHMETIC),
+    (("wrap_", "cond", "while_loop", "scan", "checkpoint", "invoke"), _NESTED),
+)
+_EXACT = {"mm", "bmm", "mv", "dot", "inner", "add", "sub", "mul", "div", "pow", "cat", "where"}
+_OPERATORS: dict[Any, str] = {operator.matmul: "matmul", operator.truediv: "div"}
 
 # Operations whose result has nothing of their operand's values.
 _VALUELESS_METHODS = {
@@ -104,23 +142,7 @@ def via_torch_tract(node: Node) -> bool:
         True inside a layer of torch_tract, whose transform the trace has lost.
     """
     stack = node.meta.get("nn_module_stack") or {}
-    for _, kind in stack.values():
-        names = [kind] if isinstance(kind, str) else [base.__module__ for base in kind.__mro__]
-        if any(name.partition(".")[0] == "torch_tract" for name in names):
-            return True
-    return False
-
-
-def remedy_for(why: str) -> str:
-    """Give the way out of a reason for which a linear layer or convolution can't be treated.
-
-    Args:
-        why: The reason, one of this module's or `tract_fx.modules.why_not`'s.
-
-    Returns:
-        What to do instead.
-    """
-    return next((remedy for part, remedy in _REMEDIES.items() if part in why), _NAME_A_LAYER)
+    return any(is_of_torch_tract(kind) for _, kind in stack.values())
 
 
 def operation_name(node: Node, module: nn.Module | None) -> str:
@@ -145,84 +167,8 @@ def _function_name(node: Node) -> str:
     return str(getattr(target, "__name__", target))
 
 
-@dataclass(frozen=True)
-class _Why:
-    """Reason, way out, and whether the operation competes with an input layer."""
-
-    reason: str
-    remedy: str
-    competes: bool = True
-
-
-_TRANSPOSED = _Why(
-    "a transposed convolution spreads its input over the output, so that its weight gradient has "
-    "no rows of patches",
-    _NAME_A_LAYER,
-)
-_LOOKUP = _Why(
-    "it looks rows of a table up and multiplies the input with nothing",
-    "TrAct has nothing to do here; if another layer should be treated, name it with layers=[…]",
-    competes=False,
-)
-_AFFINE = _Why(
-    "it scales or shifts the input by trained parameters before any linear layer reads it",
-    "Construct it without them (affine=False, elementwise_affine=False), or name the layer behind "
-    "it with layers=[…]",
-)
-_RECURRENT = _Why(
-    "a recurrent layer reads the input at every step together with its own state",
-    "Put an nn.Linear in front of it, or name another layer with layers=[…]",
-)
-_ATTENTION = _Why(
-    "it holds several projections of the input in one operation",
-    "Put an nn.Linear (an embedding of the input) in front of it, or name another layer with "
-    "layers=[…]",
-)
-_BILINEAR = _Why(
-    "a bilinear form is not linear in one matrix of rows",
-    "Put an nn.Linear in front of it, or name another layer with layers=[…]",
-)
-_PRODUCT = _Why(
-    "it multiplies the input with a raw parameter, where rows and columns can't be told for sure",
-    "Write it as torch.nn.functional.linear(x, weight) or nn.Linear, and trace before any "
-    "decomposition; or name another layer with layers=[…]",
-)
-_ARITHMETIC = _Why(
-    "it combines the input with a trained parameter before any linear layer reads it",
-    "Make the parameter a buffer, or name the layer behind it with layers=[…]",
-)
-_NESTED = _Why(
-    "it is a graph or module of its own with parameters inside",
-    "Trace or export the model so that this part is inlined, or name a layer with layers=[…]",
-)
-_UNKNOWN = _Why("it has parameters and is neither a linear layer nor a convolution", _NAME_A_LAYER)
-
-_BY_MODULE: tuple[tuple[tuple[type[nn.Module], ...], _Why], ...] = (
-    ((nn.modules.conv._ConvTransposeNd,), _TRANSPOSED),
-    ((nn.Embedding, nn.EmbeddingBag), _LOOKUP),
-    ((nn.RNNBase, nn.RNNCellBase), _RECURRENT),
-    ((nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer), _ATTENTION),
-    ((nn.Bilinear,), _BILINEAR),
-    ((nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU), _AFFINE),
-    ((fx.GraphModule, nn.Sequential), _NESTED),
-)
-_BY_FUNCTION: tuple[tuple[tuple[str, ...], _Why], ...] = (
-    (("conv_transpose", "conv_tbc", "convolution"), _TRANSPOSED),
-    (("embedding",), _LOOKUP),
-    (("lstm", "gru", "rnn"), _RECURRENT),
-    (("multi_head_attention", "transformer"), _ATTENTION),
-    (("bilinear",), _BILINEAR),
-    (("norm", "prelu"), _AFFINE),
-    (("matmul", "einsum", "mm", "bmm", "addmm", "mv", "dot", "tensordot", "inner"), _PRODUCT),
-    (("add", "sub", "mul", "div", "addcmul", "iadd", "imul", "pow", "cat", "where"), _ARITHMETIC),
-    (("wrap_", "cond", "while_loop", "scan", "checkpoint", "invoke"), _NESTED),
-)
-_EXACT = {"mm", "bmm", "mv", "dot", "inner", "add", "sub", "mul", "div", "pow", "cat", "where"}
-_OPERATORS: dict[Any, str] = {operator.matmul: "matmul", operator.truediv: "div"}
-
-
 def refuse_operation(
-    node: Node, path: tuple[str, ...], module: nn.Module | None, why: str | None = None
+    node: Node, path: tuple[str, ...], module: nn.Module | None, why: Why | None = None
 ) -> Refusal:
     """Make the refusal of an operation that meets the input.
 
@@ -236,18 +182,20 @@ def refuse_operation(
         The refusal, with a way out.
     """
     op = operation_name(node, module)
-    kind = _kind(node, module, op) if why is None else _Why(why, remedy_for(why))
+    kind = why or _kind(node, module, op)
     return Refusal(
         node.name, op, path, kind.reason, kind.remedy, kind.competes, module=module_path(node)
     )
 
 
-def _kind(node: Node, module: nn.Module | None, op: str) -> _Why:
+def _kind(node: Node, module: nn.Module | None, op: str) -> Why:
     if module is not None:
-        return next((why for kinds, why in _BY_MODULE if isinstance(module, kinds)), _UNKNOWN)
+        return next(
+            (why for kinds, why in _BY_MODULE if isinstance(module, kinds)), reasons.UNKNOWN
+        )
     target: Any = node.target
     name = _OPERATORS.get(target, op).strip("_")
     for names, why in _BY_FUNCTION:
         if any(name == n if n in _EXACT else n in name for n in names):
             return why
-    return _UNKNOWN
+    return reasons.UNKNOWN

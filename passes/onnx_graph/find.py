@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from tract_fx.errors import UnsupportedModelError
+from tract_fx.modules import Why
 from tract_fx.passes.onnx_graph import reasons
 from tract_fx.passes.onnx_graph.calls import Layout, OnnxCall, match_call
 from tract_fx.passes.onnx_graph.layers import layer_record
@@ -25,7 +26,6 @@ from tract_fx.passes.onnx_graph.parameters import (
     is_training_graph,
     training_parameters,
 )
-from tract_fx.passes.onnx_graph.reasons import Why
 from tract_fx.passes.onnx_graph.rewrite import present_lambdas
 from tract_fx.passes.onnx_graph.step_names import has_update
 from tract_fx.passes.onnx_graph.values import (
@@ -38,6 +38,7 @@ from tract_fx.passes.onnx_graph.values import (
     operands,
     static_shape,
 )
+from tract_fx.passes.reasons import INPUT_IS_WEIGHT, WEIGHT_FROM_INPUT
 from tract_fx.passes.records import Findings, InputLayer, Refusal
 
 __all__ = ["LocatedOnnx", "find_onnx_input_layers", "locate"]
@@ -259,16 +260,16 @@ class _Walk:
         if path and record is not None:
             self.layers.append((record, call))
         elif content.path:
-            self._refuse(node, content.path, why or reasons.INPUT_IS_WEIGHT)
+            self._refuse(node, content.path, why or INPUT_IS_WEIGHT)
 
     def _why_not(self, call: OnnxCall) -> Why | None:
         """Say why a call can't be treated."""
         x, weight = self._content(call.input), self._content(call.weight)
         if weight.path or weight.from_layers:
             if not x.parameters or x.path:
-                return reasons.WEIGHT_FROM_INPUT
+                return WEIGHT_FROM_INPUT
             is_matmul = call.node.op_type == "MatMul"
-            return reasons.WEIGHT_ON_THE_LEFT if is_matmul else reasons.INPUT_IS_WEIGHT
+            return reasons.WEIGHT_ON_THE_LEFT if is_matmul else INPUT_IS_WEIGHT
         if weight.quantised:
             return reasons.QUANTISED
         if call.layout is Layout.CONVOLUTION or call.node.op_type == "Gemm":

@@ -9,8 +9,8 @@ import onnx_ir as ir
 from tract_fx.passes.onnx_graph.calls import Layout, OnnxCall
 from tract_fx.passes.onnx_graph.geometry import conv_geometry
 from tract_fx.passes.onnx_graph.values import Content, static_shape
-from tract_fx.passes.records import InputLayer
-from tract_fx.preconditioner import PatchGeometry
+from tract_fx.passes.records import InputLayer, layer_name
+from tract_fx.preconditioner import PatchGeometry, op_name
 
 __all__ = ["layer_record", "module_of"]
 
@@ -33,18 +33,17 @@ def layer_record(
     shape = static_shape(call.weight)
     parameters = weight.trainable or weight.parameters
     geometry: PatchGeometry | None = PatchGeometry()
-    op = "linear"
+    dims: int | None = 0
     if call.layout is Layout.CONVOLUTION:
         geometry = conv_geometry(call.node, call.input, call.weight)
         dims = _convolution_dims(shape, geometry)
-        op = "convolution" if dims is None else f"conv{dims}d"
     elif call.layout is Layout.IN_OUT and shape is not None:
         shape = shape[::-1]
     module = _layer_module(call.node, parameters)
     return InputLayer(
-        name=module or _layer_name(name, parameters),
+        name=module or layer_name(name, parameters),
         node=name,
-        op=op,
+        op=op_name(dims),
         weight=parameters,
         weight_shape=shape,
         geometry=geometry,
@@ -87,15 +86,3 @@ def _layer_module(node: ir.Node, weight: tuple[str, ...]) -> str | None:
     own = (f"{path}.weight", f"{path}.parametrizations.weight.")
     is_layer = kind.startswith(("torch.nn.modules.linear.", "torch.nn.modules.conv."))
     return path if is_layer or any(name.startswith(own) for name in weight) else None
-
-
-def _layer_name(node_name: str, weight: tuple[str, ...]) -> str:
-    """Name a layer by its weight: as torch names modules, else by the parameter itself."""
-    if not weight:
-        return node_name
-    module, _, rest = weight[0].partition(".parametrizations.")
-    if not rest:
-        module, _, name = weight[0].rpartition(".")
-        if not name.startswith("weight"):
-            return weight[0]
-    return module or node_name

@@ -2,104 +2,59 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import onnx_ir as ir
 
+from tract_fx.modules import Why
+from tract_fx.passes import reasons
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.layers import module_of
+from tract_fx.passes.reasons import OR_ANOTHER, OR_BEHIND
 from tract_fx.passes.records import Refusal
 
 __all__ = [
     "BATCHED",
     "BIASED_FILTER",
-    "INPUT_IS_WEIGHT",
     "QUANTISED",
     "UNKNOWN_RANK",
     "VECTOR",
-    "WEIGHT_FROM_INPUT",
     "WEIGHT_ON_THE_LEFT",
-    "Why",
     "is_quantised_layer",
     "makes_quantised",
     "operation_name",
     "refuse_operation",
 ]
 
-
-@dataclass(frozen=True)
-class Why:
-    """Reason, way out, and whether the operation competes with an input layer."""
-
-    reason: str
-    remedy: str
-    competes: bool = True
-
-
-_NAME_A_LAYER = "Name the layer to treat with layers=[…]"
-
 BIASED_FILTER = Why(
-    "its weight is a constant, and its bias is trained before a linear layer reads the input",
-    "Leave the bias out of the trainable parameters, or name the layer behind it with layers=[…]",
-)
-INPUT_IS_WEIGHT = Why("the input is its weight or bias", _NAME_A_LAYER)
-WEIGHT_FROM_INPUT = Why(
-    "its weight is computed from the input, not from parameters alone", _NAME_A_LAYER
+    reasons.BIASED_FILTER, f"Leave the bias out of the trainable parameters{OR_BEHIND}"
 )
 WEIGHT_ON_THE_LEFT = Why(
     "its weight stands on the left, so that the columns of the input are the rows",
-    "Write it as MatMul(x, weight) with both operands transposed, or name another layer with "
-    "layers=[…]",
+    f"Write it as MatMul(x, weight) with both operands transposed{OR_ANOTHER}",
 )
-VECTOR = Why(
-    "its weight is a vector, not a matrix",
-    "Give the weight an axis for its one output, (n, 1), or name another layer with layers=[…]",
-)
+VECTOR = Why(reasons.VECTOR, f"Give the weight an axis for its one output, (n, 1){OR_ANOTHER}")
 BATCHED = Why(
     "its weight has more than two axes: a matrix of its own for each entry of the batch axes",
-    "Write it as one MatMul with a matrix, or name another layer with layers=[…]",
+    f"Write it as one MatMul with a matrix{OR_ANOTHER}",
 )
 UNKNOWN_RANK = Why(
     "the graph does not tell the number of axes of its weight",
-    "Run onnx.shape_inference.infer_shapes on the model first, or name another layer with "
-    "layers=[…]",
+    f"Run onnx.shape_inference.infer_shapes on the model first{OR_ANOTHER}",
 )
 QUANTISED = Why(
     "its weight is quantised, and a gradient needs real numbers",
-    "Give the model as it was before quantisation, or name another layer with layers=[…]",
+    f"Give the model as it was before quantisation{OR_ANOTHER}",
 )
 
-_TRANSPOSED = Why(
-    "a transposed convolution spreads its input over the output, so that its weight gradient has "
-    "no rows of patches",
-    _NAME_A_LAYER,
-)
-_LOOKUP = Why(
-    "it looks rows of a table up and multiplies the input with nothing",
-    "TrAct has nothing to do here; if another layer should be treated, name it with layers=[…]",
-    competes=False,
-)
-_AFFINE = Why(
-    "it scales or shifts the input by trained parameters before any linear layer reads it",
-    "Leave them out of the trainable parameters, or name the layer behind it with layers=[…]",
-)
-_RECURRENT = Why(
-    "a recurrent layer reads the input at every step together with its own state",
-    "Put a linear layer in front of it, or name another layer with layers=[…]",
-)
+_AFFINE = Why(reasons.AFFINE, f"Leave them out of the trainable parameters{OR_BEHIND}")
+_RECURRENT = Why(reasons.RECURRENT, f"Put a linear layer in front of it{OR_ANOTHER}")
 _ATTENTION = Why(
-    "it holds several projections of the input in one operation",
-    "Put a linear layer (an embedding of the input) in front of it, or name another layer with "
-    "layers=[…]",
+    reasons.ATTENTION, f"Put a linear layer (an embedding of the input) in front of it{OR_ANOTHER}"
 )
 _PRODUCT = Why(
     "it multiplies the input with a parameter, where rows and columns can't be told for sure",
-    "Write it as MatMul(x, weight), or name another layer with layers=[…]",
+    f"Write it as MatMul(x, weight){OR_ANOTHER}",
 )
-_ARITHMETIC = Why(
-    "it combines the input with a trained parameter before any linear layer reads it",
-    "Leave that out of the trainable parameters, or name the layer behind it with layers=[…]",
-)
+_ARITHMETIC = Why(reasons.ARITHMETIC, f"Leave that out of the trainable parameters{OR_BEHIND}")
 _CONTROL_FLOW = Why(
     "it runs graphs of its own that read the input and trained parameters",
     "Export the model so that no control flow is in front of the input layer, or name a layer "
@@ -107,15 +62,13 @@ _CONTROL_FLOW = Why(
 )
 _FUSED = Why(
     "it is an operator of ONNX Runtime's own, as its graph optimisations make them",
-    "Give the model as it was exported, before those optimisations, or name another layer with "
-    "layers=[…]",
+    f"Give the model as it was exported, before those optimisations{OR_ANOTHER}",
 )
-_UNKNOWN = Why("it has parameters and is neither a linear layer nor a convolution", _NAME_A_LAYER)
 
 _BY_OPERATOR: dict[str, Why] = {
-    "ConvTranspose": _TRANSPOSED,
-    "DeformConv": _UNKNOWN,
-    **dict.fromkeys(("Gather", "GatherND", "GatherElements"), _LOOKUP),
+    "ConvTranspose": reasons.TRANSPOSED,
+    "DeformConv": reasons.UNKNOWN,
+    **dict.fromkeys(("Gather", "GatherND", "GatherElements"), reasons.LOOKUP),
     **dict.fromkeys(("LSTM", "GRU", "RNN"), _RECURRENT),
     **dict.fromkeys(
         ("Attention", "MultiHeadAttention", "PackedAttention", "QAttention"), _ATTENTION
@@ -202,4 +155,4 @@ def _kind(node: ir.Node) -> Why:
         return _BY_OPERATOR[node.op_type]
     if "Norm" in node.op_type or node.op_type == "PRelu":
         return _AFFINE
-    return _FUSED if node.domain.startswith(("com.microsoft", "com.ms.")) else _UNKNOWN
+    return _FUSED if node.domain.startswith(("com.microsoft", "com.ms.")) else reasons.UNKNOWN

@@ -5,31 +5,16 @@ Every loss is a torch function of (output, *targets).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tract_fx.errors import UnsupportedTrainingError
+from tract_fx.loss_kinds import LOSSES, loss_kind
 
-__all__ = ["LOSSES", "Loss", "TargetSpec", "describe_loss", "loss_function", "loss_targets"]
-
-LOSSES: Mapping[str, Callable[..., Tensor]] = {
-    "cross_entropy": F.cross_entropy,
-    "mse": F.mse_loss,
-    "bce_with_logits": F.binary_cross_entropy_with_logits,
-    "l1": F.l1_loss,
-}
-_CLASS_INDICES = {"cross_entropy", F.cross_entropy, nn.CrossEntropyLoss, nn.NLLLoss, F.nll_loss}
-_SAME_SHAPE = {
-    *("mse", "bce_with_logits", "l1"),
-    *(F.mse_loss, F.binary_cross_entropy_with_logits, F.l1_loss),
-    *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCEWithLogitsLoss, nn.BCELoss),
-    *(F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy),
-}
+__all__ = ["Loss", "TargetSpec", "describe_loss", "loss_function", "loss_targets"]
 
 Loss = str | Callable[..., Tensor]
 
@@ -65,18 +50,13 @@ def loss_function(loss: Loss) -> Callable[..., Tensor]:
         UnsupportedTrainingError: If the name is not known, the value is neither a name nor
             callable, or a module has parameters to train.
     """
-    if isinstance(loss, str):
-        if loss not in LOSSES:
-            raise UnsupportedTrainingError(
-                f"loss={loss!r}",
-                "no loss has that name",
-                f"Use one of {', '.join(map(repr, LOSSES))}, or a callable loss(output, target)",
-            )
-        return LOSSES[loss]
-    if not callable(loss):
+    if isinstance(loss, str) and loss in LOSSES:
+        return LOSSES[loss].function
+    if isinstance(loss, str) or not callable(loss):
+        named = isinstance(loss, str)
         raise UnsupportedTrainingError(
-            f"loss={loss!r}, a {type(loss).__name__}",
-            "a loss is a name or a callable",
+            f"loss={loss!r}" if named else f"loss={loss!r}, a {type(loss).__name__}",
+            "no loss has that name" if named else "a loss is a name or a callable",
             f"Use one of {', '.join(map(repr, LOSSES))}, or a callable loss(output, target)",
         )
     if isinstance(loss, nn.Module):
@@ -126,9 +106,8 @@ def loss_targets(loss: Loss, outputs: Sequence[Tensor]) -> tuple[TargetSpec, ...
     Raises:
         UnsupportedTrainingError: If only the user can know.
     """
-    key: Any = type(loss) if isinstance(loss, nn.Module) else loss
-    indices, same = key in _CLASS_INDICES, key in _SAME_SHAPE
-    if not (indices or same):
+    kind = loss_kind(loss)
+    if kind is None:
         raise UnsupportedTrainingError(
             f"the loss {describe_loss(loss)} came without example targets",
             "what a callable takes beside the output can't be known",
@@ -141,18 +120,18 @@ def loss_targets(loss: Loss, outputs: Sequence[Tensor]) -> tuple[TargetSpec, ...
             "Name it (output=…), or give a callable loss(*outputs, *targets)",
         )
     output = outputs[0]
-    if indices and output.dim() == 0:
+    if kind.classes and output.dim() == 0:
         raise UnsupportedTrainingError(
             f"the output of shape () has no classes, and the loss is {describe_loss(loss)}",
             "class scores are along dimension 1",
             "Use another output or loss",
         )
     kept = list(range(output.dim()))
-    if indices:
+    if kind.classes:
         kept.remove(1 if output.dim() > 1 else 0)
     sizes = [output.shape[d] for d in kept]
     count = torch.Size(sizes).numel()
-    if indices:
+    if kind.classes:
         classes = output.shape[1 if output.dim() > 1 else 0]
         example = (torch.arange(count) % max(classes, 1)).reshape(sizes)
         ignored = getattr(loss, "ignore_index", -100)

@@ -8,21 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from torch import nn
-from torch.nn import functional as F
 
 from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.export.losses import Loss, describe_loss
+from tract_fx.loss_kinds import loss_kind
 from tract_fx.passes.onnx_graph.calls import is_standard
 
 __all__ = ["default_output", "logits_of"]
 
-_CROSS_ENTROPY = {"cross_entropy", F.cross_entropy, nn.CrossEntropyLoss}
-_BINARY = {
-    "bce_with_logits",
-    F.binary_cross_entropy_with_logits,
-    nn.BCEWithLogitsLoss,
-}
 _UNCHANGED = ("Identity", "Cast")
 _RESHAPED = ("Squeeze", "Unsqueeze", "Reshape", "Flatten", "Transpose")
 _ACTIVATIONS = ("Softmax", "LogSoftmax", "Sigmoid")
@@ -161,10 +154,8 @@ def _kind(loss: Loss) -> str | None:
     Returns:
         "classes" for softmax, "binary" for sigmoid, None for neither.
     """
-    key = type(loss) if isinstance(loss, nn.Module) else loss
-    if key in _CROSS_ENTROPY:
-        return "classes"
-    return "binary" if key in _BINARY else None
+    kind = loss_kind(loss)
+    return {"softmax": "classes", "sigmoid": "binary"}.get(str(kind and kind.inside))
 
 
 def _refused(output: str, what: str, remedy: str, loss: Loss) -> UnsupportedTrainingError:

@@ -23,7 +23,7 @@ from tract_fx.importer.shapes import pad_sides, wrapped_indices
 from tract_fx.importer.table import OPERATORS
 from tract_fx.passes.onnx_graph.node_names import described
 from tract_fx.passes.onnx_graph.values import ancestors, operands, static_shape
-from tract_fx.preconditioner import precondition_grad
+from tract_fx.preconditioner import LAYER_KINDS, precondition_grad
 
 __all__ = ["Imported", "import_graph"]
 
@@ -339,8 +339,7 @@ def _convolution(
         weight = graph.call_function(
             precondition_grad, (weight, x), {"lambda_": builder.lambdas[str(node.name)], **geometry}
         )
-    function = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-    return graph.call_function(function, (x, weight, *(bias or [None])), geometry)
+    return graph.call_function(LAYER_KINDS[dims].function, (x, weight, *(bias or [None])), geometry)
 
 
 def _matmul(

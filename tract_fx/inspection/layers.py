@@ -109,7 +109,7 @@ def _padding_mode(record: InputLayer, model: nn.Module) -> str:
         layer = model.get_submodule(record.module or "")
     except AttributeError:  # an exported graph keeps parameters, and no modules
         return ""
-    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or layer.padding_mode == "zeros":
+    if not isinstance(layer, nn.modules.conv._ConvNd) or layer.padding_mode == "zeros":
         return ""
     return layer.padding_mode if any(layer._reversed_padding_repeated_twice) else ""
 

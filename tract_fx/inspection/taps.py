@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from tract_fx import torch_private
@@ -19,27 +18,9 @@ from tract_fx.modules import copy_tree
 from tract_fx.passes.fx_graph.calls import match_function, match_module
 from tract_fx.passes.fx_graph.regions import graphs
 from tract_fx.passes.records import InputLayer
+from tract_fx.preconditioner import LAYER_CALLS, OPERANDS
 
 __all__ = ["TappedCall", "Taps", "no_such_call", "tap"]
-
-_aten = torch.ops.aten
-_PRODUCTS = frozenset(
-    {
-        functional.linear,
-        functional.conv1d,
-        functional.conv2d,
-        functional.conv3d,
-        _aten.linear.default,
-        _aten.conv1d.default,
-        _aten.conv2d.default,
-        _aten.conv3d.default,
-        _aten.conv1d.padding,
-        _aten.conv2d.padding,
-        _aten.conv3d.padding,
-        _aten.convolution.default,
-    }
-)
-_OPERANDS = ("input", "weight", "bias")
 
 
 @dataclass
@@ -165,11 +146,11 @@ class _Product(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func not in _PRODUCTS:
+        if func not in LAYER_CALLS:
             return func(*args, **kwargs)
-        operands = dict(zip(_OPERANDS, args, strict=False))
-        operands |= {name: kwargs.pop(name) for name in _OPERANDS if name in kwargs}
-        geometry = args[len(_OPERANDS) :]
+        operands = dict(zip(OPERANDS, args, strict=False))
+        operands |= {name: kwargs.pop(name) for name in OPERANDS if name in kwargs}
+        geometry = args[len(OPERANDS) :]
 
         def operation(x: Tensor, weight: Tensor) -> Tensor:
             product: Tensor = func(x, weight, None, *geometry, **kwargs)

@@ -7,13 +7,16 @@ from tract_fx.modules.layer import (
     to_plain,
     to_tract,
     tract_lambda,
-    why_not,
 )
+from tract_fx.modules.reasons import TORCH_TRACT, Why, is_of_torch_tract, why_not
 from tract_fx.modules.tree import copy_tree, named_tensors, still_reaches
 
 __all__ = [
+    "TORCH_TRACT",
     "TractLayer",
+    "Why",
     "copy_tree",
+    "is_of_torch_tract",
     "is_standard",
     "named_tensors",
     "plain_class",

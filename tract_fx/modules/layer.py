@@ -8,18 +8,16 @@ on working, also those that are added later.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from tract_fx.modules.op_on_weight import OpOnWeight, refuse_frozen_value
-from tract_fx.preconditioner import multiply, refuse_script
+from tract_fx.preconditioner import GEOMETRY, LAYER_KINDS, multiply, refuse_script
 
 __all__ = [
     "TractLayer",
@@ -29,15 +27,9 @@ __all__ = [
     "to_plain",
     "to_tract",
     "tract_lambda",
-    "why_not",
 ]
 
-_FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.Linear: functional.linear,
-    nn.Conv1d: functional.conv1d,
-    nn.Conv2d: functional.conv2d,
-    nn.Conv3d: functional.conv3d,
-}
+_FUNCTIONS = {kind.module: kind.function for kind in LAYER_KINDS}
 
 
 class TractLayer(nn.Module):
@@ -133,7 +125,7 @@ def _run_standard(layer: Any, lambda_: float, input: Tensor) -> Tensor:  # noqa:
     (function,) = (f for base, f in _FUNCTIONS.items() if isinstance(layer, base))
     geometry: dict[str, Any] = {}
     if not isinstance(layer, nn.Linear):
-        geometry = {k: getattr(layer, k) for k in ("stride", "padding", "dilation", "groups")}
+        geometry = {k: getattr(layer, k) for k in GEOMETRY}
         if layer.padding_mode != "zeros":
             pads = layer._reversed_padding_repeated_twice
             input = functional.pad(input, pads, mode=layer.padding_mode)  # noqa: A001
@@ -254,27 +246,6 @@ def to_plain(module: nn.Module) -> None:
         vars(module).pop("tract_lambda", None)
         if "forward" in vars(module):
             vars(module)["forward"] = own_forward(module)
-
-
-def why_not(module: nn.Module) -> str | None:
-    """Say why a module can't become a TrAct layer.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        The reason, None where it can.
-    """
-    cls = plain_class(type(module)) if isinstance(module, TractLayer) else type(module)
-    if any(base.__module__.partition(".")[0] == "torch_tract" for base in cls.__mro__):
-        return "it is wrapped by torch-tract already, which a graph would lose"
-    if not issubclass(cls, tuple(_FUNCTIONS)):
-        return "it is neither nn.Linear nor nn.Conv1d, nn.Conv2d or nn.Conv3d"
-    if any(is_lazy(p) for p in module.parameters(recurse=False)):
-        return "its parameters are not initialised yet (run one batch through the model first)"
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "it only keeps the weight, which the module around it uses without calling it"
-    return None
 
 
 def own_forward(module: nn.Module) -> Any:

@@ -7,28 +7,19 @@ standardise as it likes; what it returns is what it returns without TrAct.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from tract_fx import torch_private
 from tract_fx.errors import UnsupportedLayerError, UnsupportedTransformError
-from tract_fx.preconditioner import multiply
+from tract_fx.preconditioner import LAYER_KINDS, multiply
 
 __all__ = ["OpOnWeight", "refuse_frozen_value"]
 
-_LINEAR = ("input", "weight", "bias")
-_CONV = (*_LINEAR, "stride", "padding", "dilation", "groups")
-_ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
-    functional.linear: _LINEAR,
-    functional.conv1d: _CONV,
-    functional.conv2d: _CONV,
-    functional.conv3d: _CONV,
-}
+_ARGUMENTS = {kind.function: kind.arguments for kind in LAYER_KINDS}
 
 
 class OpOnWeight(TorchFunctionMode):

@@ -6,6 +6,14 @@ Imports nothing from the rest of the package but errors and the list of private 
 from tract_fx.preconditioner.direct import is_quicker
 from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.gram_matrix import GramWork, gram, gram_algorithm, gram_work
+from tract_fx.preconditioner.layer_kinds import (
+    GEOMETRY,
+    LAYER_CALLS,
+    LAYER_KINDS,
+    OPERANDS,
+    kind_of,
+    op_name,
+)
 from tract_fx.preconditioner.op import multiply, precondition_grad, refuse_script
 from tract_fx.preconditioner.operators import PRECONDITION_GRAD_OPERATOR, to_training_graph
 from tract_fx.preconditioner.settings import check_lambda
@@ -17,6 +25,10 @@ from tract_fx.preconditioner.solve import (
 )
 
 __all__ = [
+    "GEOMETRY",
+    "LAYER_CALLS",
+    "LAYER_KINDS",
+    "OPERANDS",
     "PRECONDITION_GRAD_OPERATOR",
     "GramWork",
     "PatchGeometry",
@@ -26,7 +38,9 @@ __all__ = [
     "gram_algorithm",
     "gram_work",
     "is_quicker",
+    "kind_of",
     "multiply",
+    "op_name",
     "plan_solve",
     "precondition_by_plan",
     "precondition_grad",

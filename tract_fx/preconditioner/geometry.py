@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from tract_fx.preconditioner.layer_kinds import kind_of
+
 __all__ = ["PatchGeometry"]
 
 
@@ -96,9 +98,9 @@ class PatchGeometry:
         """
         if isinstance(module, nn.Linear):
             return cls()
-        if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if kind_of(module) is None or not isinstance(module, nn.modules.conv._ConvNd):
             raise TypeError(f"{type(module).__name__} is neither linear nor a convolution")
-        padding: str | tuple[int, ...] = module.padding
+        padding = module.padding
         if module.padding_mode != "zeros":
             padding = "valid"
         return cls.of_convolution(

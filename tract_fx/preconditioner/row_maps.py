@@ -10,17 +10,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tract_fx.preconditioner.geometry import PatchGeometry
+from tract_fx.preconditioner.layer_kinds import LAYER_KINDS
 
 __all__ = ["apply_rows", "apply_rows_transposed", "outer_rows"]
-
-_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {
-    1: functional.conv1d,
-    2: functional.conv2d,
-    3: functional.conv3d,
-}
 
 
 def apply_rows(x: Tensor, weight: Tensor, geometry: PatchGeometry) -> Tensor:
@@ -42,7 +36,7 @@ def apply_rows(x: Tensor, weight: Tensor, geometry: PatchGeometry) -> Tensor:
             weight.unflatten(0, (geometry.groups, -1)),
         ).flatten(1)
     x = geometry.padded(x)
-    convolution = _CONVOLUTIONS[len(geometry.kernel)]
+    convolution = LAYER_KINDS[len(geometry.kernel)].function
     return convolution(x, weight, None, geometry.stride, 0, geometry.dilation, geometry.groups)
 
 

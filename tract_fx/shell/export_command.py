@@ -10,6 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from tract_fx.errors import TractError, UnsupportedTrainingError
+from tract_fx.loss_kinds import LOSSES, LossKind
 from tract_fx.passes.records import Findings
 from tract_fx.shell.arguments import (
     InputShapes,
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 __all__ = ["export"]
 
 
+def _described(loss: LossKind) -> str:
+    return f"{loss.name} (class indices)" if loss.classes else str(loss.name)
+
+
 @reporting
 def export(
     model: Annotated[
@@ -47,8 +52,8 @@ def export(
         str,
         typer.Option(
             metavar="NAME",
-            help="cross_entropy (class indices), mse, bce_with_logits or l1; none where the model "
-            "returns its loss.",
+            help=f"{', '.join(map(_described, LOSSES.values()))}; none where the model returns "
+            "its loss.",
         ),
     ] = "cross_entropy",
     optimizer: Annotated[Literal["adamw", "sgd"], typer.Option()] = "adamw",

@@ -160,18 +160,17 @@ def _evaluation(trainer: OrtTrainer, arrays: Arrays, batch_size: int) -> str:
 
 
 def _right_classes(trainer: OrtTrainer, batch: Arrays) -> tuple[int, int]:
-    """Count the labels that have the highest score, and all labels; none for other losses."""
+    """Count the labels that have the highest score, and all labels; none for other targets."""
     targets = trainer.manifest.targets
-    classes = trainer.manifest.loss.lower().replace("_", "").startswith("crossentropy")
-    if not classes or len(targets) != 1 or targets[0].dtype != "int64":
+    if len(targets) != 1 or targets[0].classes is None:
         return 0, 0
-    labels = batch[targets[0].name]
+    labels, ignored = batch[targets[0].name], targets[0].ignore_index
     inputs = {spec.name: batch[spec.name] for spec in trainer.manifest.inputs}
     outputs = trainer.predict(**inputs)
     for scores in outputs if isinstance(outputs, tuple) else (outputs,):
         is_scores = scores.dtype.kind == "f" and scores.ndim == labels.ndim + 1
         if is_scores and (scores.shape[0], *scores.shape[2:]) == labels.shape:
-            known = labels >= 0  # what the loss ignores is negative by default
+            known = labels != (-1 if ignored is None else ignored)
             found = scores.argmax(axis=1) == labels
             return int((found & known).sum()), int(known.sum())
     return 0, 0
