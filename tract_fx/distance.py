@@ -16,11 +16,13 @@ An error of NaN or ∞ is within no tolerance: ask `error <= tolerance`, never `
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # arrays come from ONNX Runtime alone, and numpy with it
+    import numpy as np
 
 __all__ = ["Agreeing", "distance", "norm", "relative_error"]
 
@@ -30,7 +32,7 @@ Agreeing: TypeAlias = Literal["numbers", "infinities", "all"]
 NaN says of gradients that nothing is known. Of a model's results it may be what they are: the
 variance of a single image."""
 
-Values: TypeAlias = Tensor | np.ndarray[Any, Any]
+Values: TypeAlias = "Tensor | np.ndarray[Any, Any]"
 
 
 def distance(found: Values, expected: Values, agreeing: Agreeing = "numbers") -> float:
@@ -93,5 +95,5 @@ def norm(values: Values) -> float:
 def _wide(values: Values) -> Tensor:
     if isinstance(values, Tensor):
         return values.detach().to(torch.complex128 if values.is_complex() else torch.float64)
-    dtype = np.complex128 if np.iscomplexobj(values) else np.float64
-    return torch.from_numpy(np.array(values, dtype, order="C"))
+    dtype = "complex128" if values.dtype.kind == "c" else "float64"
+    return torch.from_numpy(values.astype(dtype, order="C", copy=True))
