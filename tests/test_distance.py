@@ -105,6 +105,8 @@ def test_all_dtypes_are_compared_in_float64() -> None:
         assert distance(found, torch.from_numpy(expected)) == 1.0
     near = np.array([1 + 1e-12]), np.array([1.0], np.float32)
     assert distance(*near) == pytest.approx(1e-12, rel=1e-3)
+    tensors = torch.tensor([1 + 1e-12], dtype=torch.float64), torch.ones(1)
+    assert distance(*tensors) == pytest.approx(1e-12, rel=1e-3)
     large = torch.full((2,), 6e4, dtype=torch.float16)  # whose norm float16 does not hold
     assert norm(large) == pytest.approx(6e4 * 2**0.5, rel=1e-3)
     assert distance(np.array([1 + 2j]), np.array([1.0])) == 2.0

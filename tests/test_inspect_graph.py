@@ -251,6 +251,29 @@ def test_loss_that_fails(net: Net, images: Tensor) -> None:
         inspect_graph(model, images, loss=Loss())
 
 
+def test_loss_that_fails_on_gradients_of_the_batch(net: Net, images: Tensor) -> None:
+    """It reads the batch out of the output, as what it is not where its gradient is asked for."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.net(x), x
+
+    def weighted(output: tuple[Tensor, Tensor]) -> Tensor:
+        scores, x = output
+        return scores.square().mean() * float(x.numpy().std())
+
+    model = tract_pass(torch.fx.symbolic_trace(Both()))
+    inspection = inspect_graph(model, images, loss=weighted, backward=None, statistics=False)
+    assert inspection.verification is not None and inspection.verification.passed
+    note = inspection.verification.note
+    assert "gradients of the batch itself are not compared" in note
+    assert "fails (RuntimeError: Can't call numpy() on Tensor that requires grad" in note
+
+
 def test_loss_goes_by_its_own_name(net: Net, images: Tensor) -> None:
     class Spread(nn.Module):
         def forward(self, scores: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from tract_fx import extras
 from tract_fx.errors import UnsupportedModelError, UntraceableModelError
 from tract_fx.inspection.backward import backward as show_backward
 from tract_fx.inspection.forward_diff import graph_diff, module_diff
-from tract_fx.inspection.given import LossWatch, check_arguments, describe, running
+from tract_fx.inspection.given import check_arguments, describe, running
 from tract_fx.inspection.inspection import Inspection
 from tract_fx.inspection.layers import layer_reports, read_layers
 from tract_fx.inspection.records import ForwardDiff
@@ -154,10 +154,9 @@ def _inspect_on_batch(
     plain = remove_tract(model)
     calls = read_layers(graph, model)
     verification = measured = None
-    watch = LossWatch()
-    with running(model, watch):
+    with running(model):
         if options.verify or options.statistics:
-            runs = observe(model, plain, calls.taken, args, kwargs, watch.around(loss))
+            runs = observe(model, plain, calls.taken, args, kwargs, loss)
             observed = runs.calls
             if options.verify:
                 lost = lost_marks(model, calls.taken)

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from tract_fx.errors import TractError, UnsupportedFormatError, UnsupportedModelError
 
-__all__ = ["LossWatch", "check_arguments", "describe", "running"]
+__all__ = ["FailedLossError", "call_loss", "check_arguments", "describe", "running"]
 
 _ONNX_PACKAGES = frozenset({"onnx", "onnx_ir", "onnxscript"})
 
@@ -86,72 +86,42 @@ def _as_a_batch(value: object) -> str:
     return "Give one of those"
 
 
-class LossWatch:
-    """Tells the failure of the user's loss from that of the model."""
-
-    def __init__(self) -> None:
-        self.failure: Exception | None = None
-        self.output = ""
-
-    def around(self, loss: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
-        """Wrap a loss.
-
-        Args:
-            loss: The user's loss, a module or another callable; None for none.
-
-        Returns:
-            One that does the same under the same name, and whose failure is kept.
-        """
-        if loss is None:
-            return None
-        if isinstance(loss, nn.Module):
-            kind = type(type(loss).__name__, (_WatchedLoss,), {})  # a module goes by its class
-            module: nn.Module = kind(loss, self)
-            return module
-
-        def call(output: Any) -> Any:
-            return self.call(loss, output)
-
-        call.__name__ = getattr(loss, "__name__", type(loss).__name__)
-        return call
-
-    def call(self, loss: Callable[[Any], Any], output: Any) -> Any:
-        """Call a loss.
-
-        Args:
-            loss: The loss.
-            output: The model's output.
-
-        Returns:
-            What the loss gives.
-        """
-        try:
-            return loss(output)
-        except Exception as error:  # whatever the user's code raises
-            self.failure, self.output = error, type(output).__name__
-            raise
+class FailedLossError(UnsupportedModelError):
+    """The user's loss fails on the model's output."""
 
 
-class _WatchedLoss(nn.Module):
-    """A loss that is a module: it stays one, so that its state is guarded like the model's."""
+def call_loss(loss: Callable[[Any], Any], output: Any) -> Any:
+    """Call the user's loss.
 
-    def __init__(self, loss: nn.Module, watch: LossWatch) -> None:
-        super().__init__()
-        self.loss = loss
-        self.watch = watch
+    Args:
+        loss: The loss.
+        output: The model's output.
 
-    def forward(self, output: Any) -> Any:
-        """Call the loss."""
-        return self.watch.call(self.loss, output)
+    Returns:
+        What the loss gives.
+
+    Raises:
+        FailedLossError: It has failed.
+        TractError: The library itself has refused something; left as it is.
+    """
+    try:
+        return loss(output)
+    except TractError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise FailedLossError(
+            f"the loss ({_message(error)})",
+            f"it fails on the model's output, of class {type(output).__name__}",
+            "Give a function of that output which returns a number",
+        ) from error
 
 
 @contextmanager
-def running(model: nn.Module, watch: LossWatch) -> Iterator[None]:
-    """Say what failed where the user's model or loss can't be run on the user's batch.
+def running(model: nn.Module) -> Iterator[None]:
+    """Say what failed where the user's model can't be run on the user's batch.
 
     Args:
         model: The model.
-        watch: What is around the loss.
 
     Yields:
         Nothing.
@@ -165,12 +135,6 @@ def running(model: nn.Module, watch: LossWatch) -> Iterator[None]:
     except TractError:
         raise
     except Exception as error:  # whatever the user's code raises
-        if error is watch.failure:
-            raise UnsupportedModelError(
-                f"the loss ({_message(error)})",
-                f"it fails on the model's output, of class {watch.output}",
-                "Give a function of that output which returns a number",
-            ) from error
         reason, remedy = _of_the_model(error)
         raise UnsupportedModelError(
             f"{type(model).__name__} on the example inputs ({_message(error)})", reason, remedy

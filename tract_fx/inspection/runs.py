@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tract_fx import torch_private
 from tract_fx.errors import TractError, UnsupportedModelError, UnsupportedTrainingError
 from tract_fx.inspection.batch import Batch, dtype_name, has_gradient, tensors_in
+from tract_fx.inspection.given import FailedLossError, call_loss
 from tract_fx.inspection.observed import ObservedCall
 from tract_fx.inspection.taps import TappedCall, Taps, no_such_call, tap
 from tract_fx.inspection.undisturbed import undisturbed
@@ -121,17 +122,18 @@ def observe(
     """  # noqa: DOC502 (some are raised by what it calls)
     try:
         return _observe(rewritten, plain, records, (args, kwargs), loss)
-    except TractError:
-        raise
     except Exception as error:
-        if not any(has_gradient(tensor) for _, tensor in tensors_in((args, kwargs), "")):
+        refused = isinstance(error, TractError) and not isinstance(error, FailedLossError)
+        if refused or not any(has_gradient(t) for _, t in tensors_in((args, kwargs), "")):
             raise
-        # On a batch that gathers no gradients, as in training, the model may do what it else can't.
+        # On a batch that gathers no gradients, as in training, model and loss may do what they else
+        # can't.
         runs = _observe(rewritten, plain, records, (args, kwargs), loss, of_the_batch=False)
-        message = (str(error).strip() or "no message").splitlines()[0].rstrip(".")
+        cause = error.__cause__ if isinstance(error, FailedLossError) else error
+        message = (str(cause).strip() or "no message").splitlines()[0].rstrip(".")
         left_out = (
             "The gradients of the batch itself are not compared, for with them the model fails "
-            f"({type(error).__name__}: {message})"
+            f"({type(cause).__name__}: {message})"
         )
         return replace(runs, note=f"{runs.note}. {left_out}")
 
@@ -307,7 +309,7 @@ def _terms(weight: Tensor, call: ObservedCall, parameters: Mapping[str, Tensor])
 def _loss(output: Any, outputs: Mapping[str, Tensor], loss: Loss | None) -> tuple[Tensor, str]:
     """Compute the loss, and say which it is."""
     if loss is not None:
-        value = loss(output)
+        value = call_loss(loss, output)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
             shape = tuple(value.shape) if isinstance(value, Tensor) else None
             raise UnsupportedTrainingError(
