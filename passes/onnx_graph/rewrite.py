@@ -14,6 +14,7 @@ from tract_fx.passes.onnx_graph.subgraph import write_tract
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient, find_weight_gradient
 from tract_fx.passes.onnx_graph.writer import NodeWriter
+from tract_fx.preconditioner import LAMBDA_REMEDY
 
 __all__ = [
     "PREFIX",
@@ -126,7 +127,7 @@ def _in_float32(lambda_: float) -> np.ndarray:
         raise InvalidLambdaError(
             f"lambda_={lambda_!r}",
             "in the graph λ is a float32, which that number is outside of",
-            "The paper uses 0.05, 0.1 (the default) and 0.2",
+            LAMBDA_REMEDY,
         )
     return value
 

@@ -55,9 +55,7 @@ def import_onnx(model: Model, *, trainable: Iterable[str] | None = None) -> fx.G
 
 
 def _imported(model: Model, trainable: Iterable[str] | None) -> Imported:
-    forward = read_forward(
-        read_model(model), lambda_=0.1, layers=None, trainable=trainable, plain=True
-    )
+    forward = read_forward(read_model(model), choice=None, trainable=trainable)
     outputs = [str(value.name) for value in forward.graph.graph.outputs]
     return import_graph(
         forward.graph,

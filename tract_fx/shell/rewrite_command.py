@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tract_fx.errors import ArtifactsExistError, ArtifactsWriteError, UnsupportedModelError
+from tract_fx.preconditioner import DEFAULT_LAMBDA
 from tract_fx.shell.arguments import Lambda, Layers, layer_choice, refuse_existing
 from tract_fx.shell.reporting import Debug, Overwrite, output, reporting, status, wrong_usage
 
@@ -63,7 +64,7 @@ def rewrite(
         if remove:
             result = remove_tract_onnx(training_model)
         else:
-            value = 0.1 if lambda_ is None else lambda_
+            value = DEFAULT_LAMBDA if lambda_ is None else lambda_
             result = tract_onnx_pass(training_model, lambda_=value, layers=chosen)
         after = _treated(result)
         _write(result, training_model, place, overwrite=overwrite or in_place)

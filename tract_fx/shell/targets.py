@@ -19,6 +19,7 @@ from tract_fx.modules import tract_lambda
 from tract_fx.passes.fx_graph import find_input_layers, locate, tract_pass
 from tract_fx.passes.records import Findings
 from tract_fx.program import arguments, capture
+from tract_fx.preconditioner import DEFAULT_LAMBDA
 
 __all__ = [
     "DIRECTORY_HELP",
@@ -193,7 +194,7 @@ def put_tract(
     assert not isinstance(model, Path)
     if lambda_ is None and layers is None and _has_tract(model):
         return model
-    value = 0.1 if lambda_ is None else lambda_
+    value = DEFAULT_LAMBDA if lambda_ is None else lambda_
     if isinstance(model, (ExportedProgram, fx.GraphModule)):
         return tract_pass(model, lambda_=value, layers=layers)
     graph = _traced(model)
