@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tract_fx.errors import ArtifactsExistError, ArtifactsWriteError, UnsupportedModelError
+from tract_fx.atomic import write_file
+from tract_fx.errors import ArtifactsExistError, UnsupportedModelError
 from tract_fx.preconditioner import DEFAULT_LAMBDA
 from tract_fx.shell.arguments import Lambda, Layers, layer_choice, refuse_existing
 from tract_fx.shell.reporting import Debug, Overwrite, output, reporting, status, wrong_usage
@@ -109,7 +107,7 @@ def _check_place(place: Path, *, overwrite: bool) -> None:
 
 
 def _write(model: onnx.ModelProto, source: Path, place: Path, *, overwrite: bool) -> None:
-    """Write a model beside its place and rename it, so that it is never there in half."""
+    """Write a model, whole or not at all."""
     import onnx
 
     try:
@@ -123,24 +121,5 @@ def _write(model: onnx.ModelProto, source: Path, place: Path, *, overwrite: bool
             f"its rewritten form can't be one file ({error})",
             "Write it into the directory where its weights lie",
         ) from error
-    temporary = place.parent / f".{place.name}.tract-fx-{secrets.token_hex(6)}.tmp"
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if place.is_file():
-            shutil.copymode(place, temporary)
-        _check_place(place, overwrite=overwrite)  # again: it may have come in the meantime
-        os.replace(temporary, place)
-    except OSError as error:
-        if isinstance(error, ArtifactsExistError):
-            raise
-        raise ArtifactsWriteError(
-            str(place),
-            f"the system refuses: {error.strerror or error}",
-            "Check that the folder can be written and the disk has room",
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Checked again: something may have come in the meantime.
+    write_file(place, data, lambda: _check_place(place, overwrite=overwrite))
