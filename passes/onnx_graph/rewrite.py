@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tract_fx.errors import InvalidLambdaError, UnsupportedLayerError, UnsupportedModelError
-from tract_fx.passes.onnx_graph.calls import OnnxCall
+from tract_fx.passes.onnx_graph.calls import OnnxCall, opset_of
 from tract_fx.passes.onnx_graph.subgraph import write_tract
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient, find_weight_gradient
@@ -110,7 +110,7 @@ def insert(
 
 
 def _check_version(model: ir.Model) -> None:
-    version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+    version = opset_of(model)
     if version < _OLDEST_OPSET:
         raise UnsupportedModelError(
             f"a training graph in opset {version}",

@@ -94,10 +94,12 @@ def _treated(model: Path | onnx.ModelProto) -> list[str]:
 
 def _check_place(place: Path, *, overwrite: bool) -> None:
     """Refuse to write over a file, or into artifacts whose checksums it would break."""
+    from tract_fx.export.manifest import MANIFEST_FILE
+
     refuse_existing(place, overwrite)
     if place.is_dir():
         raise ArtifactsExistError(str(place), "it is a directory", "Choose a file")
-    if (place.parent / "manifest.json").exists() and place.suffix == ".onnx":
+    if (place.parent / MANIFEST_FILE).exists() and place.suffix == ".onnx":
         raise ArtifactsExistError(
             str(place),
             "the directory holds artifacts of tract_fx, whose manifest has the graph's checksum "
