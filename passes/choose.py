@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tract_fx.errors import (
@@ -16,30 +17,50 @@ from tract_fx.errors import (
     UnsupportedLayerError,
 )
 from tract_fx.passes.records import Findings, InputLayer
-from tract_fx.preconditioner import check_lambda, op_name
+from tract_fx.preconditioner import DEFAULT_LAMBDA, check_lambda, op_name
 
-__all__ = ["LayerChoice", "choose", "named_lambdas", "warn_of_frozen", "warn_of_passed"]
+__all__ = [
+    "Choice",
+    "LayerChoice",
+    "choose",
+    "read_choice",
+    "warn_of_frozen",
+    "warn_of_passed",
+]
 
 LayerChoice = str | Iterable[str] | Mapping[str, float] | None
 """What `layers=` takes: names, or names with a λ each, or None for the one input layer."""
 
 
-def named_lambdas(layers: LayerChoice, lambda_: float) -> dict[str, float] | None:
-    """Bring `layers=` and `lambda_=` to one form, both checked.
+@dataclass(frozen=True)
+class Choice:
+    """What the user says of λ and of layers, checked.
+
+    Attributes:
+        lambda_: λ of layers without one of their own.
+        by_name: λ by name, None where the user named no layers.
+    """
+
+    lambda_: float
+    by_name: Mapping[str, float] | None
+
+
+def read_choice(lambda_: float = DEFAULT_LAMBDA, layers: LayerChoice = None) -> Choice:
+    """Check `lambda_=` and `layers=`, and bring them to one form.
 
     Args:
-        layers: What the user gave.
         lambda_: λ of layers named without one.
+        layers: Which layers, as the user gave them.
 
     Returns:
-        λ by name, None where the user named no layers.
+        The choice.
 
     Raises:
         UnknownLayerError: `layers` is empty or holds something else than names.
     """
     lambda_ = check_lambda(lambda_)
     if layers is None:
-        return None
+        return Choice(lambda_, None)
     given: Any = [layers] if isinstance(layers, str) else layers
     names = list(given) if isinstance(given, Iterable) else []
     if not names or not all(isinstance(name, str) for name in names):
@@ -49,16 +70,11 @@ def named_lambdas(layers: LayerChoice, lambda_: float) -> dict[str, float] | Non
             "Give names of layers, a mapping of name to λ, or leave it out",
         )
     if isinstance(layers, Mapping):
-        return {name: check_lambda(layers[name]) for name in names}
-    return dict.fromkeys(names, lambda_)
+        return Choice(lambda_, {name: check_lambda(layers[name]) for name in names})
+    return Choice(lambda_, dict.fromkeys(names, lambda_))
 
 
-def choose(
-    findings: Findings,
-    eligible: Iterable[InputLayer],
-    lambda_: float,
-    layers: LayerChoice,
-) -> dict[str, float]:
+def choose(findings: Findings, eligible: Iterable[InputLayer], choice: Choice) -> dict[str, float]:
     """Choose the calls to treat.
 
     Without names: the TrAct calls that the graph has already, else the one layer that consumes the
@@ -67,13 +83,12 @@ def choose(
     Args:
         findings: What locating found.
         eligible: Every call that could be treated.
-        lambda_: λ of layers without one of their own.
-        layers: The user's choice: module paths, weights' names or nodes' names.
+        choice: The user's choice, by module paths, weights' names or nodes' names.
 
     Returns:
         λ by name of the calling node.
     """
-    lambda_, by_name = check_lambda(lambda_), named_lambdas(layers, lambda_)
+    lambda_, by_name = choice.lambda_, choice.by_name
     eligible = list(eligible)
     present = {r.node: r.lambda_ for r in eligible if r.lambda_ is not None}
     if by_name is not None:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from reference import Inputs, arguments
-from tract_fx.passes.choose import choose
+from tract_fx.passes.choose import choose, read_choice
 from tract_fx.passes.onnx_graph.find import LocatedOnnx
 
 Initializers = Mapping[str, Sequence[int] | np.ndarray[Any, Any]]
@@ -143,5 +143,5 @@ def training_graph(
 def as_chosen(located: LocatedOnnx, layers: tuple[str, ...] | None = None) -> set[str]:
     """Names of the layers that the pass would take, or its error."""
     records = [record for record, _ in located.eligible]
-    chosen = choose(located.findings, records, 0.1, layers)
+    chosen = choose(located.findings, records, read_choice(0.1, layers))
     return {record.name for record in records if record.node in chosen}

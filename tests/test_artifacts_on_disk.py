@@ -415,7 +415,7 @@ def test_killed_while_writing(tmp_path: Path, overwrite: str) -> None:
     place = tmp_path / "a"
     if overwrite == "overwrite":
         write(place, "old")
-    ended = run_script(TESTS / "killed_writer.py", str(place), overwrite)
+    ended = run_script(TESTS / "killed_writer.py", str(place), "writing", overwrite)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     (left,) = beside(place)
     assert left.startswith(".a.tract-fx-")

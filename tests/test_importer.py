@@ -441,12 +441,16 @@ def test_names_of_initializers(name: str) -> None:
         onnx.helper.make_graph(
             [
                 onnx.helper.make_node("MatMul", ["x", name], ["h"]),
-                onnx.helper.make_node("Add", ["h", "a.b.c"], ["y"]),
+                onnx.helper.make_node("Reshape", ["h", "sizes"], ["r"]),
+                onnx.helper.make_node("Add", ["r", "a.b.c"], ["y"]),
             ],
             "named",
             [onnx.helper.make_tensor_value_info("x", 1, ["N", 4])],
             [onnx.helper.make_tensor_value_info("y", 1, ["N", 4])],
-            [onnx.numpy_helper.from_array(array, key) for key, array in weights.items()],
+            [
+                onnx.numpy_helper.from_array(array, key)
+                for key, array in {**weights, "sizes": np.array([-1, 4])}.items()
+            ],
         ),
         ir_version=9,
         opset_imports=[onnx.helper.make_opsetid("", 18)],
@@ -459,6 +463,19 @@ def test_names_of_initializers(name: str) -> None:
     found = {t.name: onnx.numpy_helper.to_array(t) for t in back.graph.initializer}
     for key, array in weights.items():
         np.testing.assert_array_equal(found[key], array + 1)
+
+
+def test_weights_beside_what_can_t_be_imported() -> None:
+    text = """agraph (float[N, 4] x) => (float[N, 4] y, string[1] s, float z)
+    { y = MatMul (x, forward) s = Constant <value_strings = ["a"]> () z = Det (forward) }"""
+    proto = ir.to_proto(graph(text, {"forward": np.eye(4, dtype=np.float32)}))
+    for output in ("'s' of", "Det"):
+        with pytest.raises(UnsupportedTrainingError, match=output):
+            import_onnx(proto)
+        proto.graph.output.remove(proto.graph.output[1])
+    weight = 2 * np.eye(4, dtype=np.float32)
+    back = with_weights(proto, {"forward_": weight})
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(back.graph.initializer[0]), weight)
 
 
 def test_what_can_t_be_imported_is_named() -> None:

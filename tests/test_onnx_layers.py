@@ -20,7 +20,7 @@ from onnx_models import (
 from tract_fx import (
     AmbiguousInputLayerError,
 )
-from tract_fx.passes.choose import choose
+from tract_fx.passes.choose import choose, read_choice
 from tract_fx.passes.onnx_graph.find import find_onnx_input_layers, locate
 from tract_fx.passes.onnx_graph.models import as_ir_model
 
@@ -73,7 +73,8 @@ def test_present_lambda() -> None:
     graph = as_ir(by_hand("[a] h = MatMul (x, W) [b] y = MatMul (h, V)", {**W, "V": (4, 4)}))
     located = locate(graph, {"W", "V"}, (), {"a": 0.3})
     assert [record.lambda_ for record, _ in located.eligible] == [0.3, None]
-    assert choose(located.findings, [r for r, _ in located.eligible], 0.1, None) == {"a": 0.1}
+    eligible = [record for record, _ in located.eligible]
+    assert choose(located.findings, eligible, read_choice(0.1)) == {"a": 0.1}
 
 
 def test_a_frozen_layer_and_a_filter() -> None:

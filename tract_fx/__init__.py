@@ -4,7 +4,6 @@ Petersen, Borgelt, Ermon: TrAct: Making First-layer Pre-Activations Trainable, N
 2410.23970.
 """
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from tract_fx import extras, torch_version  # noqa: F401 (its import checks the version)
@@ -45,6 +44,7 @@ from tract_fx.passes import (
     tract_pass,
 )
 from tract_fx.preconditioner import PatchGeometry, precondition_grad
+from tract_fx.version import __version__
 
 if TYPE_CHECKING:
     from tract_fx.export import SGD, AdamW, LossScale, TrainingArtifacts, export_training
@@ -62,11 +62,6 @@ _EXTRAS = {
     "load_trainer": "tract_fx.trainers",
     "with_weights": "tract_fx.importer",
 }
-
-try:
-    __version__ = version("tract_fx")
-except PackageNotFoundError:  # run from a folder that was never installed
-    __version__ = "0+unknown"
 
 __all__ = [
     "SGD",

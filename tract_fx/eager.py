@@ -17,10 +17,11 @@ from tract_fx.errors import (
 )
 from tract_fx.modules import copy_tree, is_standard, still_reaches, to_tract, tract_lambda, why_not
 from tract_fx.passes.fx_graph import (
+    Choice,
     LayerChoice,
     choose,
     locate,
-    named_lambdas,
+    read_choice,
     refuse_wrapped,
     tract_pass,
     warn_of_frozen,
@@ -28,7 +29,7 @@ from tract_fx.passes.fx_graph import (
     weight_parameters,
 )
 from tract_fx.passes.records import InputLayer
-from tract_fx.preconditioner import check_lambda
+from tract_fx.preconditioner import DEFAULT_LAMBDA
 from tract_fx.program import TrainedTensors, arguments, capture, held_at
 
 __all__ = ["tract_module"]
@@ -44,7 +45,7 @@ def tract_module(
     model: ModuleT,
     example_inputs: Any = None,
     *,
-    lambda_: float = 0.1,
+    lambda_: float = DEFAULT_LAMBDA,
     layers: LayerChoice = None,
 ) -> ModuleT:
     """Make a model's input layer train with TrAct's gradient, without tracing the model for use.
@@ -73,15 +74,16 @@ def tract_module(
             model.
         UnknownLayerError: A name in `layers` names no module.
     """  # noqa: DOC502 (some are raised by what it calls)
-    lambda_, by_name = check_lambda(lambda_), named_lambdas(layers, lambda_)
     if isinstance(model, fx.GraphModule):
-        return tract_pass(model, lambda_=lambda_, layers=by_name)  # type: ignore[return-value]
+        return tract_pass(model, lambda_=lambda_, layers=layers)  # type: ignore[return-value]
+    choice = read_choice(lambda_, layers)
     _check_model(model)
+    by_name = choice.by_name
     present = [name for name, m in model.named_modules() if tract_lambda(m) is not None]
     if by_name is None and present:
-        by_name = dict.fromkeys(present, lambda_)
+        by_name = dict.fromkeys(present, choice.lambda_)
     elif by_name is None:
-        by_name = _locate(model, example_inputs, lambda_)
+        by_name = _locate(model, example_inputs, choice)
     result = copy_tree(model)
     given: dict[nn.Module, float] = {}
     for name, value in by_name.items():
@@ -112,12 +114,12 @@ def _check_model(model: object) -> None:
     )
 
 
-def _locate(model: nn.Module, example_inputs: Any, lambda_: float) -> dict[str, float]:
+def _locate(model: nn.Module, example_inputs: Any, choice: Choice) -> dict[str, float]:
     """Find the module that consumes the input; its path with λ."""
     graph = _export(model, example_inputs)
     located = locate(graph)
     records = [record for record, _ in located.eligible]
-    chosen = choose(located.findings, records, lambda_, None)
+    chosen = choose(located.findings, records, choice)
     warn_of_passed(located.passed, [r for r in records if r.node in chosen])
     treated: dict[nn.Module, str] = {}
     for record in records:
@@ -135,7 +137,7 @@ def _locate(model: nn.Module, example_inputs: Any, lambda_: float) -> dict[str, 
                 "in an eager model TrAct would apply to both calls",
                 f"{_USE_A_GRAPH}; or take both with layers=[{path!r}]",
             )
-    return dict.fromkeys(treated.values(), lambda_)
+    return dict.fromkeys(treated.values(), choice.lambda_)
 
 
 def _no_module(model: nn.Module, graph: fx.GraphModule, record: InputLayer) -> TractError:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tract_fx import torch_private
 from tract_fx.errors import UnsupportedModelError
+from tract_fx.function_mode import FunctionMode
 
 __all__ = ["TrainedTensors", "arguments", "capture", "held_at"]
 
@@ -68,7 +68,7 @@ def capture(
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
 
-class TrainedTensors(TorchFunctionMode):
+class TrainedTensors(FunctionMode):
     """Notes, while a model runs or is exported, which trained tensors its functions get to see.
 
     torch.export makes constants of those that the model has not registered: of layers in a plain
@@ -79,13 +79,13 @@ class TrainedTensors(TorchFunctionMode):
         super().__init__()
         self._seen: dict[int | None, torch.Tensor] = {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    def _call(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad and leaf.is_leaf:
                 self._seen.setdefault(torch_private.storage_of(leaf), leaf)
-        return func(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
     def put_back(self, graph: fx.GraphModule) -> set[str]:
         """Put trained tensors in the place of the constants that were made of them.

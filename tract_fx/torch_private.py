@@ -1,11 +1,15 @@
-"""Every private function of PyTorch in use, in one place, with the reason.
+"""PyTorch's own state: traces and transforms under way, what lies beneath a tensor, precision.
 
-Tested with the torch versions that pyproject.toml names.
+Most of it is told and set by private functions of PyTorch, which are called here alone, and
+autocast, which is public, goes with the rest of what products are computed in. What makes ONNX of a
+graph is private too, and in `tract_fx.step.exporter`. Tested with the versions of torch that
+`tract_fx.torch_version` names.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -39,6 +43,7 @@ __all__ = [
     "is_of_cpu",
     "joint_graph",
     "kept_translations",
+    "no_printed_graphs",
     "operators_are_seen",
     "post_accumulate_hooks",
     "product_rounding",
@@ -54,6 +59,8 @@ __all__ = [
 
 WrappedHook = _WrappedHook
 """What a module's load_state_dict hooks are kept in: with a weak reference to the module."""
+
+_PRINTING = ("torch.fx.graph_module", "torch.export._trace")
 
 # Asked once, for Dynamo can't trace the question in torch 2.11.
 _AUTOCAST = {
@@ -352,6 +359,23 @@ def kept_translations() -> Iterator[None]:
         yield
     finally:
         setattr(ONNXRegistry, name, stock)
+
+
+@contextmanager
+def no_printed_graphs() -> Iterator[None]:
+    """Let PyTorch raise alone in the places where it also prints the graph at which it fails.
+
+    Yields:
+        Nothing.
+    """
+    places = [vars(importlib.import_module(name)) for name in _PRINTING]
+    try:
+        for names in places:
+            names["print"] = lambda *_, **__: None
+        yield
+    finally:
+        for names in places:
+            names.pop("print", None)
 
 
 def record_run(function: Callable[..., Any], *inputs: Any) -> fx.GraphModule:

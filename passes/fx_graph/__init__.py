@@ -1,9 +1,10 @@
 """The pass on torch.fx graphs: locate → choose → rewrite, each usable alone."""
 
 from tract_fx.passes.choose import (
+    Choice,
     LayerChoice,
     choose,
-    named_lambdas,
+    read_choice,
     warn_of_frozen,
     warn_of_passed,
 )
@@ -15,13 +16,14 @@ from tract_fx.passes.fx_graph.rewrite import PROVENANCE, rewrite_graph
 
 __all__ = [
     "PROVENANCE",
+    "Choice",
     "LayerChoice",
     "Located",
     "choose",
     "find_input_layers",
     "is_tract",
     "locate",
-    "named_lambdas",
+    "read_choice",
     "refuse_wrapped",
     "remove_tract",
     "rewrite_graph",

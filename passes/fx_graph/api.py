@@ -12,7 +12,7 @@ from tract_fx.modules import copy_tree, still_reaches, to_plain, tract_lambda
 from tract_fx.passes.choose import (
     LayerChoice,
     choose,
-    named_lambdas,
+    read_choice,
     warn_of_frozen,
     warn_of_passed,
 )
@@ -21,6 +21,7 @@ from tract_fx.passes.fx_graph.models import as_graph_module, refuse_wrapped
 from tract_fx.passes.fx_graph.regions import graphs
 from tract_fx.passes.fx_graph.rewrite import remove_from_graph, rewrite_graph
 from tract_fx.passes.records import Findings
+from tract_fx.preconditioner import DEFAULT_LAMBDA
 
 __all__ = ["find_input_layers", "is_tract", "remove_tract", "tract_pass"]
 
@@ -46,7 +47,7 @@ def find_input_layers(gm: fx.GraphModule | ExportedProgram) -> Findings:
 def tract_pass(
     gm: fx.GraphModule | ExportedProgram,
     *,
-    lambda_: float = 0.1,
+    lambda_: float = DEFAULT_LAMBDA,
     layers: LayerChoice = None,
 ) -> fx.GraphModule:
     """Rewrite a model so that its input layer trains with TrAct's gradient.
@@ -76,15 +77,15 @@ def tract_pass(
         UnsupportedLayerError: What consumes the input can't be treated exactly.
         UnknownLayerError: A name in `layers` matches nothing that can be treated.
     """  # noqa: DOC502 (raised by what it calls)
-    by_name = named_lambdas(layers, lambda_)
+    choice = read_choice(lambda_, layers)
     gm = as_graph_module(gm)
     located = locate(gm)
     records = [record for record, _ in located.eligible]
-    chosen = choose(located.findings, records, lambda_, by_name)
+    chosen = choose(located.findings, records, choice)
     result = rewrite_graph(gm, chosen)
     taken = [r for r in records if r.node in chosen]
     warn_of_frozen(r.name for r in taken if r.frozen)
-    if by_name is None and not any(r.lambda_ is not None for r in taken):
+    if choice.by_name is None and not any(r.lambda_ is not None for r in taken):
         warn_of_passed(located.passed, taken)
     return result
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from tract_fx.passes.choose import LayerChoice, choose, named_lambdas, warn_of_frozen
+from tract_fx.passes.choose import LayerChoice, choose, read_choice, warn_of_frozen
 from tract_fx.passes.onnx_graph.find import locate
 from tract_fx.passes.onnx_graph.models import as_ir_model
 from tract_fx.passes.onnx_graph.node_names import named_nodes
 from tract_fx.passes.onnx_graph.parameters import training_parameters
 from tract_fx.passes.onnx_graph.rewrite import insert_tract, present_lambdas, remove_from_graph
+from tract_fx.preconditioner import DEFAULT_LAMBDA
 
 __all__ = ["remove_tract_onnx", "tract_onnx_pass"]
 
@@ -20,7 +21,7 @@ __all__ = ["remove_tract_onnx", "tract_onnx_pass"]
 def tract_onnx_pass(
     model: onnx.ModelProto | ir.Model | str | Path,
     *,
-    lambda_: float = 0.1,
+    lambda_: float = DEFAULT_LAMBDA,
     layers: LayerChoice = None,
 ) -> onnx.ModelProto:
     """Make an ONNX training graph train its input layer with TrAct's gradient.
@@ -50,13 +51,14 @@ def tract_onnx_pass(
         UnsupportedLayerError: What consumes the input can't be treated exactly.
         UnknownLayerError: A name in `layers` matches nothing that can be treated.
     """  # noqa: DOC502 (raised by what it calls)
+    choice = read_choice(lambda_, layers)
     graph = as_ir_model(model)
     inputs = training_parameters(graph)
     named_nodes(graph)
     present = present_lambdas(graph)
     located = locate(graph, inputs.trainable, inputs.frozen, present)
     eligible = [record for record, _ in located.eligible]
-    chosen = choose(located.findings, eligible, lambda_, named_lambdas(layers, lambda_))
+    chosen = choose(located.findings, eligible, choice)
     calls = {record.node: call for record, call in located.eligible}
     calls.update(located.calls)
     remove_from_graph(graph)

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-__all__ = ["Layout", "OnnxCall", "is_standard", "match_call"]
+__all__ = ["MICROSOFT", "RANDOM", "Layout", "OnnxCall", "is_standard", "match_call", "opset_of"]
+
+MICROSOFT = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+
+RANDOM = (
+    *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
+    *("Bernoulli", "Multinomial"),
+)
+"""ONNX's random number generators. Dropout is none: it can be told not to draw."""
 
 
 class Layout(enum.Enum):
@@ -53,6 +62,18 @@ def is_standard(node: ir.Node, *op_types: str) -> bool:
         Whether it is.
     """
     return node.domain in {"", "ai.onnx"} and node.op_type in op_types
+
+
+def opset_of(model: ir.Model) -> int:
+    """Tell a model's version of ONNX's own operators.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The version, 0 where it has none.
+    """
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
 
 
 def match_call(node: ir.Node) -> OnnxCall | None:

@@ -8,12 +8,13 @@ import numpy as np
 import onnx_ir as ir
 
 from tract_fx.errors import InvalidLambdaError, UnsupportedLayerError, UnsupportedModelError
-from tract_fx.passes.onnx_graph.calls import OnnxCall
+from tract_fx.passes.onnx_graph.calls import OnnxCall, opset_of
 from tract_fx.passes.onnx_graph.provenance import Provenance, provenance_of
 from tract_fx.passes.onnx_graph.subgraph import write_tract
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient, find_weight_gradient
 from tract_fx.passes.onnx_graph.writer import NodeWriter
+from tract_fx.preconditioner import LAMBDA_REMEDY
 
 __all__ = ["PREFIX", "insert", "insert_tract", "present_lambdas", "remove_from_graph"]
 
@@ -98,7 +99,7 @@ def insert(
 
 
 def _check_version(model: ir.Model) -> None:
-    version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+    version = opset_of(model)
     if version < _OLDEST_OPSET:
         raise UnsupportedModelError(
             f"a training graph in opset {version}",
@@ -115,7 +116,7 @@ def _in_float32(lambda_: float) -> np.ndarray:
         raise InvalidLambdaError(
             f"lambda_={lambda_!r}",
             "in the graph λ is a float32, which that number is outside of",
-            "The paper uses 0.05, 0.1 (the default) and 0.2",
+            LAMBDA_REMEDY,
         )
     return value
 

@@ -17,12 +17,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from tract_fx.errors import UnsupportedLayerError
-from tract_fx.passes.onnx_graph.calls import Layout, OnnxCall, is_standard
+from tract_fx.passes.onnx_graph.calls import MICROSOFT, Layout, OnnxCall, is_standard
 from tract_fx.passes.onnx_graph.geometry import conv_geometry
 
 __all__ = ["WeightGradient", "find_weight_gradient"]
-
-MICROSOFT = "com.microsoft"
 
 
 @dataclass(frozen=True)

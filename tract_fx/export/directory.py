@@ -1,7 +1,7 @@
 """A directory of training artifacts: complete or absent, and checked when it is read.
 
-It is written beside its place, under a name that says so, and renamed. A process that is killed
-leaves such a folder, `.NAME.tract-fx-….tmp`, which nothing reads and which may be deleted.
+It is written beside its place and renamed (`tract_fx.atomic`, which also says what a process that
+is killed leaves behind).
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from tract_fx.errors import ArtifactsExistError, ArtifactsWriteError, DamagedArtifactsError
+from tract_fx.atomic import OLD, beside, clear_left, flush, system_errors
+from tract_fx.errors import ArtifactsExistError, DamagedArtifactsError
 from tract_fx.export.manifest import MANIFEST_FILE, FileRecord, Manifest
 
 __all__ = [
@@ -78,21 +77,20 @@ def write_directory(
         ValueError: If the block did not set a manifest.
     """  # noqa: DOC502 (raised by what it calls)
     place = Path(directory).resolve()
-    with _system_errors(place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with _one_writer(place.parent):
-            _refuse_to_replace(place, overwrite)
-        new = NewDirectory(_beside(place))
-        new.path.mkdir()
-    try:
+    with contextlib.ExitStack() as stack:
+        with system_errors(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            clear_left(place, _remove_artifacts)
+            with _one_writer(place.parent):
+                _refuse_to_replace(place, overwrite)
+            new = NewDirectory(stack.enter_context(beside(place)))
+            new.path.mkdir()
         yield new
         if new.manifest is None:
             raise ValueError("no manifest was set")
-        with _system_errors(place):
+        with system_errors(place):
             new.manifest = _seal(new.path, new.manifest)
             _put_in_place(new.path, place, overwrite)
-    finally:
-        shutil.rmtree(new.path, ignore_errors=True)
 
 
 def read_directory(directory: str | os.PathLike[str]) -> Manifest:
@@ -202,10 +200,10 @@ def _seal(folder: Path, manifest: Manifest) -> Manifest:
     records = {n: FileRecord(_sha256(f), f.stat().st_size) for n, f in files.items()}
     manifest = dataclasses.replace(manifest, files=records)
     for file in files.values():
-        _flush(file)
+        flush(file)
     (folder / MANIFEST_FILE).write_bytes(manifest.to_json().encode())
-    _flush(folder / MANIFEST_FILE)
-    _flush(folder)
+    flush(folder / MANIFEST_FILE)
+    flush(folder)
     return manifest
 
 
@@ -213,7 +211,7 @@ def _put_in_place(new: Path, place: Path, overwrite: bool) -> None:
     """Rename the folder to its place, and take away what was there."""
     with _one_writer(place.parent):
         _refuse_to_replace(place, overwrite)  # again: it may have come in the meantime
-        old = _move_aside(place) if overwrite else None
+        old = _move_aside(place, new.with_name(OLD)) if overwrite else None
         try:
             os.rename(new, place)
         except OSError:
@@ -222,7 +220,7 @@ def _put_in_place(new: Path, place: Path, overwrite: bool) -> None:
             elif os.path.lexists(place):  # somebody else's, who knows no lock
                 _refuse_to_replace(place, overwrite=False)
             raise
-        _flush(place.parent)
+        flush(place.parent)
     if old is not None:
         _remove_artifacts(old)
 
@@ -248,9 +246,8 @@ def _one_writer(parent: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _move_aside(place: Path) -> Path | None:
+def _move_aside(place: Path, old: Path) -> Path | None:
     """Give what is in the place another name."""
-    old = _beside(place)
     try:
         os.rename(place, old)
     except FileNotFoundError:
@@ -268,22 +265,6 @@ def _remove_artifacts(folder: Path) -> None:
         folder.rmdir()
 
 
-def _beside(place: Path) -> Path:
-    """Make a name for a temporary folder, on the same file system as the place."""
-    return place.parent / f".{place.name}.tract-fx-{secrets.token_hex(6)}.tmp"
-
-
-def _flush(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to the disk."""
-    if path.is_dir() and os.name == "nt":  # folders can't be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sha256(file: Path) -> str:
     """Hash a file."""
     digest = hashlib.sha256()
@@ -291,18 +272,3 @@ def _sha256(file: Path) -> str:
         while block := stream.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _system_errors(place: Path) -> Iterator[None]:
-    """Give the system's refusals the three parts of our errors."""
-    try:
-        yield
-    except (ArtifactsExistError, ArtifactsWriteError):
-        raise
-    except OSError as error:
-        raise ArtifactsWriteError(
-            str(place),
-            f"the system refuses: {error.strerror or error}",
-            "Check that the parent folder can be written and the disk has room",
-        ) from error

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tract_fx.errors import ExportError
 from tract_fx.export.no_dropout import no_dropout
+from tract_fx.function_mode import FunctionMode
 from tract_fx.modules import named_tensors
 
 __all__ = ["call_on_copies", "observed_output"]
@@ -69,21 +69,17 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-class _NoGradientHooks(TorchFunctionMode):
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+class _NoGradientHooks(FunctionMode):
+    def _call(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if func in {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}:
+        if function in {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}:
             raise ExportError(
-                f"{func.__name__} in the model's forward",
+                f"{function.__name__} in the model's forward",
                 "the training graph runs no Python, so that the hook would be lost",
                 "Write what it does with PyTorch's operators, or train in PyTorch",
             )
-        return func(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def _numbers(module: nn.Module) -> dict[str, int | float]:

@@ -26,7 +26,8 @@ from tract_fx.importer.forward_model import ForwardModel, read_forward, read_mod
 from tract_fx.importer.ml_operators import read_with_scores
 from tract_fx.importer.modes import evaluation_mode
 from tract_fx.modules import copy_tree
-from tract_fx.passes.choose import LayerChoice
+from tract_fx.passes.choose import LayerChoice, read_choice
+from tract_fx.preconditioner import DEFAULT_LAMBDA
 from tract_fx.program import arguments
 
 __all__ = ["OnnxSource", "onnx_source"]
@@ -72,7 +73,7 @@ def onnx_source(
         loss: The loss, which decides between logits and probabilities.
         output: Name of the value that the loss reads.
         plain: Whether TrAct is left out.
-        lambda_: λ, 0.1 if None.
+        lambda_: λ, None for the default.
         layers: Layers to treat.
         trainable: Initializers to train.
         dynamic_batch: Whether a model for batches of one fixed size is opened for any.
@@ -95,13 +96,9 @@ def onnx_source(
         whole = open_batch(whole, inputs, feeds, _read_by(whole, loss, output))
         inputs = list(whole.graph.inputs)
     feeds = _feeds(inputs, example_inputs)
-    forward = read_forward(
-        whole,
-        lambda_=0.1 if lambda_ is None else lambda_,
-        layers=layers,
-        trainable=trainable,
-        plain=plain,
-    )
+    lambda_ = DEFAULT_LAMBDA if lambda_ is None else lambda_
+    choice = None if plain else read_choice(lambda_, layers)
+    forward = read_forward(whole, choice=choice, trainable=trainable)
     evaluation = forward.graph.clone()
     evaluation_mode(evaluation)
     if loss is not None and output is None:

@@ -15,6 +15,9 @@ __all__ = ["remove_unused", "warn_of_left_out"]
 def remove_unused(model: ir.Model) -> None:
     """Remove nodes whose outputs nothing reads, in place.
 
+    `onnx_ir.passes.common.RemoveUnusedNodesPass` takes initializers along, which stay in the
+    state_dict, and outputs of the nodes that are left.
+
     Args:
         model: A graph.
     """

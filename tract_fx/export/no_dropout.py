@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
+from tract_fx.function_mode import FunctionMode
 from tract_fx.modules import copy_tree
 
 __all__ = ["no_dropout", "without_attention_dropout"]
@@ -65,26 +65,21 @@ def no_dropout(module: nn.Module) -> Iterator[nn.Module]:
         yield module
 
 
-class _NoDropout(TorchFunctionMode):
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+class _NoDropout(FunctionMode):
+    def _call(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in _FUNCTIONS and _share(args, kwargs) != 1:
+        if function in _FUNCTIONS and _share(args, kwargs) != 1:
             return args[0] if args else kwargs["input"]
-        if func is functional.multi_head_attention_forward:
+        if function is functional.multi_head_attention_forward:
             kwargs["training"] = False  # which there stands for dropout alone
-        elif func is functional.scaled_dot_product_attention:
+        elif function is functional.scaled_dot_product_attention:
             args = tuple(0.0 if index == 4 else value for index, value in enumerate(args))
             if len(args) < 5:
                 kwargs["dropout_p"] = 0.0
-        elif func in _RECURRENT:
+        elif function in _RECURRENT:
             args = (*args[:_BETWEEN_LAYERS], 0.0, *args[_BETWEEN_LAYERS + 1 :])
-        return func(*args, **kwargs)
+        return function(*args, **kwargs)
 
 
 def _share(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

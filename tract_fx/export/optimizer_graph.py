@@ -27,15 +27,15 @@ import onnx_ir as ir
 
 from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.export.optimizers import SGD, AdamW, OptimizerConfig
+from tract_fx.passes.onnx_graph.calls import MICROSOFT
 
 __all__ = ["build_optimizer"]
 
 _Attribute: TypeAlias = float | ir.Graph
 
-_MICROSOFT = "com.microsoft"
 _IR_VERSION = 10
 # ONNX Runtime 1.19.2 has no CUDA kernel for the Equal of opset 19.
-_OPSETS = {"": 18, _MICROSOFT: 1}
+_OPSETS = {"": 18, MICROSOFT: 1}
 # Up to here 1 - beta, as the kernel computes it in float32, is right to 3e-4.
 _LARGEST_BETA = 0.9999
 
@@ -132,7 +132,7 @@ def _prepare(graph: _UpdateGraph, config: OptimizerConfig, parameters: int) -> i
         )
     if config.max_grad_norm is not None:
         gradients = graph.node(
-            "InplaceClipGradNorm", gradients, domain=_MICROSOFT, max_norm=config.max_grad_norm
+            "InplaceClipGradNorm", gradients, domain=MICROSOFT, max_norm=config.max_grad_norm
         )
     if isinstance(config, AdamW):
         return gradients
@@ -223,11 +223,11 @@ class _UpdateGraph:
 
     def sgd(self, gradients: ir.Value) -> ir.Value:
         inputs = (self.learning_rate, self.parameters, gradients)
-        return self._flag("SGDOptimizerV2", *inputs, domain=_MICROSOFT)
+        return self._flag("SGDOptimizerV2", *inputs, domain=MICROSOFT)
 
     def adamw(self, gradients: ir.Value, **attributes: _Attribute) -> ir.Value:
         inputs = (self.learning_rate, self.step, self.parameters, gradients, *self.moments)
-        return self._flag("AdamWOptimizer", *inputs, domain=_MICROSOFT, **attributes)
+        return self._flag("AdamWOptimizer", *inputs, domain=MICROSOFT, **attributes)
 
     def _flag(
         self, op: str, *inputs: ir.Value, domain: str = "", **attributes: _Attribute

@@ -17,7 +17,6 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tract_fx.distance import distance, norm
@@ -30,6 +29,7 @@ from tract_fx.export.torch_loss import TorchLoss
 from tract_fx.export.torch_model import TorchModel
 from tract_fx.export.training_session import StockSession, TrainingSession, open_session
 from tract_fx.export.verify_tract import verify_tract
+from tract_fx.function_mode import FunctionMode
 from tract_fx.modules import named_tensors
 from tract_fx.step.names import output_names
 
@@ -271,19 +271,15 @@ def _wide(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-class _Widening(TorchFunctionMode):
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+class _Widening(FunctionMode):
+    def _call(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        name = getattr(func, "__name__", "")
+        name = getattr(function, "__name__", "")
         in_place = name.endswith("_") or name == "__set__"  # of the first argument: no copy of it
         first, others = (args[:1], args[1:]) if in_place else ((), args)
-        others, kwargs = pytree.tree_map(_widened, (others, kwargs or {}))
-        return func(*first, *others, **kwargs)
+        others, kwargs = pytree.tree_map(_widened, (others, kwargs))
+        return function(*first, *others, **kwargs)
 
 
 def _widened(value: Any) -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
 import onnx
 import torch
 
 from tract_fx import ort_training
+from tract_fx.version import __version__
 
 __all__ = ["versions"]
 
@@ -18,12 +17,8 @@ def versions() -> dict[str, str]:
     Returns:
         Version by package.
     """
-    try:
-        own = version("tract_fx")
-    except PackageNotFoundError:  # run from a folder that was never installed
-        own = "0+unknown"
     return {
-        "tract_fx": own,
+        "tract_fx": __version__,
         "torch": str(torch.__version__),
         "onnx": onnx.__version__,
         "onnxruntime": ort_training.any_runtime().__version__,

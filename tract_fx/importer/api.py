@@ -55,9 +55,7 @@ def import_onnx(model: Model, *, trainable: Iterable[str] | None = None) -> fx.G
 
 
 def _imported(model: Model, trainable: Iterable[str] | None) -> Imported:
-    forward = read_forward(
-        read_model(model), lambda_=0.1, layers=None, trainable=trainable, plain=True
-    )
+    forward = read_forward(read_model(model), choice=None, trainable=trainable)
     outputs = [str(value.name) for value in forward.graph.graph.outputs]
     return import_graph(
         forward.graph,
@@ -103,9 +101,6 @@ def with_weights(model: Model, state: Mapping[str, Any]) -> onnx.ModelProto:
 def _keys(model: Model) -> Mapping[str, str]:
     """The state_dict's keys of the initializers whose names are no keys."""
     whole = read_model(model)
-    names = list(whole.graph.initializers)
-    outputs = list(whole.graph.outputs)
-    try:
-        return import_graph(whole, trained=names, needed=()).keys if outputs else {}
-    except Exception:  # a model that was trained by its own nodes alone
-        return {}
+    held = whole.graph.initializers.items()
+    trained = [name for name, value in held if value.dtype == ir.DataType.FLOAT]
+    return import_graph(whole, trained=trained).keys

@@ -257,7 +257,10 @@ class _Builder:
         is_sizes = array.dtype.kind in "iu" and not value.is_graph_output()
         if small and (is_sizes or (readers and readers <= _NUMBERS)):
             return _Numbers(array.tolist(), torch.from_numpy(np.array(array)).dtype)
-        tensor = torch.from_numpy(np.array(array))
+        try:
+            tensor = torch.from_numpy(np.array(array))
+        except TypeError as error:  # text, say
+            raise UnsupportedTrainingError(f"{name!r} of {array.dtype}", "", "") from error
         key = _place(self.root, name, tensor, name in self.trained)
         self.keys[name] = key
         return self.graph.get_attr(key)

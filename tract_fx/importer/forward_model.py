@@ -16,7 +16,7 @@ from tract_fx.importer.ml_operators import read_with_scores, standardised_prepro
 from tract_fx.importer.operands import unread_operands
 from tract_fx.importer.permutations import identity_permutations
 from tract_fx.importer.versions import supported_versions
-from tract_fx.passes.choose import LayerChoice, choose, named_lambdas
+from tract_fx.passes.choose import Choice, choose
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.find import locate
 from tract_fx.passes.onnx_graph.node_names import named_nodes
@@ -81,10 +81,8 @@ class ForwardModel:
 def read_forward(
     model: ir.Model,
     *,
-    lambda_: float,
-    layers: LayerChoice,
+    choice: Choice | None,
     trainable: Iterable[str] | None,
-    plain: bool,
 ) -> ForwardModel:
     """Tell what of an ONNX model trains, and choose the layers that TrAct goes on.
 
@@ -96,10 +94,8 @@ def read_forward(
 
     Args:
         model: What `read_model` has given. Not changed.
-        lambda_: λ of layers without one of their own.
-        layers: Names of the layers to treat, or names with λ; None for the one input layer.
+        choice: The layers that TrAct goes on, None for none.
         trainable: Names of the initializers to train; None for the usual ones.
-        plain: Whether TrAct goes on nothing.
 
     Returns:
         The model.
@@ -117,11 +113,10 @@ def read_forward(
     moving = moving or [n for n in norms if any(v and v.name in names for v in n.inputs[1:3])]
     drops = [node for node in model.graph if is_standard(node, "Dropout") and _may_drop(node)]
     lambdas: dict[str, float] = {}
-    if not plain:
+    if choice is not None:
         located = locate(model, names, frozen)
         eligible = [record for record, _ in located.eligible]
-        by_name = named_lambdas(layers, lambda_)
-        lambdas = choose(located.findings, eligible, lambda_, by_name)
+        lambdas = choose(located.findings, eligible, choice)
     trains = frozenset(str(node.name) for node in (*moving, *drops))
     return ForwardModel(model, names, frozen, trains, lambdas)
 

@@ -7,19 +7,10 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from tract_fx.errors import ExportError
-from tract_fx.passes.onnx_graph.calls import is_standard
+from tract_fx.passes.onnx_graph.calls import RANDOM, is_standard
 from tract_fx.passes.onnx_graph.node_names import described
 
 __all__ = ["evaluation_mode", "random_free", "random_operators", "train_batch_norm"]
-
-RANDOM = (
-    "RandomNormal",
-    "RandomNormalLike",
-    "RandomUniform",
-    "RandomUniformLike",
-    "Bernoulli",
-    "Multinomial",
-)
 
 
 def evaluation_mode(model: ir.Model) -> int:

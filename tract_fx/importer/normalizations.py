@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from tract_fx.importer.replacement import Replacement, known_dtype, known_rank
-from tract_fx.passes.onnx_graph.calls import is_standard
+from tract_fx.passes.onnx_graph.calls import is_standard, opset_of
 
 __all__ = ["normalizations_as_primitives"]
 
@@ -26,7 +26,7 @@ def normalizations_as_primitives(model: ir.Model) -> int:
     Raises:
         ExportError: If the rank or the dtype of an input is not known.
     """  # noqa: DOC502 - raised by known_rank and known_dtype
-    opset = model.opset_imports.get("") or model.opset_imports.get("ai.onnx") or 0
+    opset = opset_of(model)
     changed = 0
     for node in list(model.graph):
         if is_standard(node, "InstanceNormalization"):

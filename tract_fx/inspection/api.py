@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
@@ -25,6 +24,7 @@ from tract_fx.inspection.verify import lost_marks
 from tract_fx.inspection.verify import verify as compare
 from tract_fx.passes.fx_graph import refuse_wrapped, remove_tract
 from tract_fx.program import arguments, capture
+from tract_fx.version import __version__
 
 __all__ = ["inspect_graph"]
 
@@ -217,8 +217,4 @@ def _subject(model: nn.Module) -> str:
 
 
 def _versions() -> dict[str, str]:
-    try:
-        own = version("tract_fx")
-    except PackageNotFoundError:  # run from a folder that was never installed
-        own = "0+unknown"
-    return {"tract_fx": own, "torch": str(torch.__version__)}
+    return {"tract_fx": __version__, "torch": str(torch.__version__)}

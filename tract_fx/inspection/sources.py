@@ -10,17 +10,17 @@ from __future__ import annotations
 import linecache
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.overrides import TorchFunctionMode
 
 import tract_fx
 from tract_fx import passes
+from tract_fx.function_mode import FunctionMode
 from tract_fx.inspection.records import SourceLine
 
 __all__ = ["SourceLines", "source_in", "source_of"]
@@ -77,7 +77,7 @@ def _is_users(file: str) -> bool:
     return not path.startswith(_OWN) and not _INSTALLED.search(path)
 
 
-class SourceLines(TorchFunctionMode):
+class SourceLines(FunctionMode):
     """Records the user's line, and the module that it runs in, on the nodes of a trace.
 
     For tracers that preserve a node's metadata (`torch.fx.traceback.preserve_node_meta`) and run
@@ -106,19 +106,15 @@ class SourceLines(TorchFunctionMode):
         self._outermost = None
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+    def _call(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         meta = fx.traceback.get_current_meta()
         before = {key: meta[key] for key in _RECORDED if key in meta}
         if "stack_trace" not in before:
             meta.update({**self._look_back(sys._getframe(1)), **before})
         try:
-            return func(*args, **(kwargs or {}))
+            return function(*args, **kwargs)
         finally:
             for key in _RECORDED:
                 meta.pop(key, None)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
 from tract_fx import torch_private
 from tract_fx.errors import UnsupportedLayerError, UnsupportedModelError
+from tract_fx.function_mode import FunctionMode
 from tract_fx.inspection.observed import ObservedCall
 from tract_fx.modules import copy_tree
 from tract_fx.passes.fx_graph.calls import match_function, match_module
@@ -134,7 +134,7 @@ class Taps:
         return tapped
 
 
-class _Product(TorchFunctionMode):
+class _Product(FunctionMode):
     """Listens to one call of a layer: to the linear function or convolution inside."""
 
     def __init__(self, record: InputLayer) -> None:
@@ -142,18 +142,17 @@ class _Product(TorchFunctionMode):
         self.record = record
         self.calls: list[TappedCall] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    def _call(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func not in LAYER_CALLS:
-            return func(*args, **kwargs)
+        if function not in LAYER_CALLS:
+            return function(*args, **kwargs)
         operands = dict(zip(OPERANDS, args, strict=False))
         operands |= {name: kwargs.pop(name) for name in OPERANDS if name in kwargs}
         geometry = args[len(OPERANDS) :]
 
         def operation(x: Tensor, weight: Tensor) -> Tensor:
-            product: Tensor = func(x, weight, None, *geometry, **kwargs)
+            product: Tensor = function(x, weight, None, *geometry, **kwargs)
             return product
 
         x, weight = operands["input"], operands["weight"]
@@ -165,7 +164,7 @@ class _Product(TorchFunctionMode):
             _rounding(x, weight),
         )
         self.calls.append(call)
-        output: Tensor = func(x, call.weight, operands.get("bias"), *geometry, **kwargs)
+        output: Tensor = function(x, call.weight, operands.get("bias"), *geometry, **kwargs)
         if output.requires_grad:
             output.register_hook(call.keep)
         return output

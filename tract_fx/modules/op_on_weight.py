@@ -7,14 +7,15 @@ standardise as it likes; what it returns is what it returns without TrAct.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.overrides import TorchFunctionMode
 
 from tract_fx import torch_private
 from tract_fx.errors import UnsupportedLayerError, UnsupportedTransformError
+from tract_fx.function_mode import FunctionMode
 from tract_fx.preconditioner import LAYER_KINDS, multiply
 
 __all__ = ["OpOnWeight", "refuse_frozen_value"]
@@ -22,7 +23,7 @@ __all__ = ["OpOnWeight", "refuse_frozen_value"]
 _ARGUMENTS = {kind.function: kind.arguments for kind in LAYER_KINDS}
 
 
-class OpOnWeight(TorchFunctionMode):
+class OpOnWeight(FunctionMode):
     """A context in which a layer's forward method runs.
 
     Args:
@@ -39,20 +40,19 @@ class OpOnWeight(TorchFunctionMode):
         self.lambda_ = lambda_
         self.calls = 0
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    def _call(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        kwargs = kwargs or {}
-        names = _ARGUMENTS.get(func)
+        names = _ARGUMENTS.get(function)
         if names is None:
-            return func(*args, **kwargs)
+            return function(*args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
         if not self._is_trained(weight):
-            return func(*args, **kwargs)
+            return function(*args, **kwargs)
         self.calls += 1
         refuse_frozen_value(self.layer, weight, x)
-        return multiply(func, x, weight, bias, lambda_=self.lambda_, **given)
+        return multiply(function, x, weight, bias, lambda_=self.lambda_, **given)
 
     def _is_trained(self, weight: Any) -> bool:
         """Tell the layer's weight, or what is computed from it, from a constant filter."""

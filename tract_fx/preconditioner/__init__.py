@@ -16,7 +16,7 @@ from tract_fx.preconditioner.layer_kinds import (
 )
 from tract_fx.preconditioner.op import multiply, precondition_grad, refuse_script
 from tract_fx.preconditioner.operators import PRECONDITION_GRAD_OPERATOR, to_training_graph
-from tract_fx.preconditioner.settings import check_lambda
+from tract_fx.preconditioner.settings import DEFAULT_LAMBDA, LAMBDA_REMEDY, check_lambda
 from tract_fx.preconditioner.solve import (
     SolvePlan,
     plan_solve,
@@ -25,7 +25,9 @@ from tract_fx.preconditioner.solve import (
 )
 
 __all__ = [
+    "DEFAULT_LAMBDA",
     "GEOMETRY",
+    "LAMBDA_REMEDY",
     "LAYER_CALLS",
     "LAYER_KINDS",
     "OPERANDS",

@@ -14,7 +14,10 @@ from torch import Tensor
 from tract_fx.errors import InvalidLambdaError
 from tract_fx.preconditioner.geometry import PatchGeometry
 
-__all__ = ["CallSettings", "check_lambda", "read_settings"]
+__all__ = ["DEFAULT_LAMBDA", "LAMBDA_REMEDY", "CallSettings", "check_lambda", "read_settings"]
+
+DEFAULT_LAMBDA = 0.1
+LAMBDA_REMEDY = f"The paper uses 0.05, {DEFAULT_LAMBDA} (the default) and 0.2"
 
 
 def check_lambda(value: object) -> float:
@@ -36,7 +39,7 @@ def check_lambda(value: object) -> float:
         if math.isfinite(number) and number > 0:
             return number
         found, reason = f"lambda_={value!r}", "λ has to be finite and above zero"
-    raise InvalidLambdaError(found, reason, "The paper uses 0.05, 0.1 (the default) and 0.2")
+    raise InvalidLambdaError(found, reason, LAMBDA_REMEDY)
 
 
 def _as_float(value: Real) -> float:

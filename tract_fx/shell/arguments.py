@@ -12,6 +12,7 @@ import typer
 from torch import Tensor
 
 from tract_fx.errors import ArtifactsExistError
+from tract_fx.preconditioner import DEFAULT_LAMBDA
 
 __all__ = [
     "InputShapes",
@@ -24,7 +25,9 @@ __all__ = [
 
 Lambda = Annotated[
     float | None,
-    typer.Option("--lambda", help="λ of layers without one of their own.", show_default="0.1"),
+    typer.Option(
+        "--lambda", help="λ of layers without one of their own.", show_default=f"{DEFAULT_LAMBDA}"
+    ),
 ]
 Layers = Annotated[
     list[str] | None,
@@ -65,7 +68,7 @@ def layer_choice(layers: Sequence[str] | None, lambda_: float | None) -> dict[st
         name, equals, value = text.rpartition("=")
         try:
             chosen[name if equals else text] = (
-                float(value) if equals else 0.1 if lambda_ is None else lambda_
+                float(value) if equals else DEFAULT_LAMBDA if lambda_ is None else lambda_
             )
         except ValueError as error:
             raise typer.BadParameter(f"--layer {text}: {value!r} is not a number") from error

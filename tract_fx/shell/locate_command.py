@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tract_fx.passes.choose import choose
+from tract_fx.passes.choose import choose, read_choice
 from tract_fx.shell.arguments import InputShapes, example_inputs
 from tract_fx.shell.reporting import Debug, output, printing, reporting, status, users_code
 from tract_fx.shell.tables import findings_tables
@@ -64,4 +64,4 @@ def locate(
     with printing():
         for table in findings_tables(findings):
             output().print(table)
-    choose(findings, findings.layers, 0.1, None)  # the error that the pass would end with
+    choose(findings, findings.layers, read_choice())  # the error that the pass would end with

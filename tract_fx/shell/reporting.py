@@ -7,13 +7,14 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any, NoReturn, TextIO, TypeVar
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from tract_fx import torch_private
 from tract_fx.errors import (
     ArtifactsWriteError,
     TractError,
@@ -87,7 +88,7 @@ def reporting(command: Command) -> Command:
             command(*args, **options)
             return
         try:
-            with _quiet(), redirect_stderr(_WithoutTorch(sys.stderr)):
+            with _quiet(), torch_private.no_printed_graphs():
                 command(*args, **options)
         except TractError as error:
             _print_line("error", str(error), "red")
@@ -99,28 +100,6 @@ def reporting(command: Command) -> Command:
 def _print_line(kind: str, message: str, colour: str) -> None:
     line = escape(" ".join(message.split()))
     messages().print(f"[{colour}]{kind}:[/] {line}", soft_wrap=True)
-
-
-class _WithoutTorch:
-    """The standard error without what PyTorch prints, such as the graph at which it fails."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        """Write, unless the line of code that does is PyTorch's own.
-
-        Args:
-            text: What to write.
-
-        Returns:
-            How many characters were dealt with.
-        """
-        writer = str(sys._getframe(1).f_globals.get("__name__"))
-        return len(text) if writer.startswith("torch.") else self._stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 @contextmanager

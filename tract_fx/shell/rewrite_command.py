@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tract_fx.errors import ArtifactsExistError, ArtifactsWriteError, UnsupportedModelError
+from tract_fx.atomic import write_file
+from tract_fx.errors import ArtifactsExistError, UnsupportedModelError
+from tract_fx.preconditioner import DEFAULT_LAMBDA
 from tract_fx.shell.arguments import Lambda, Layers, layer_choice, refuse_existing
 from tract_fx.shell.reporting import Debug, Overwrite, output, reporting, status, wrong_usage
 
@@ -63,7 +62,7 @@ def rewrite(
         if remove:
             result = remove_tract_onnx(training_model)
         else:
-            value = 0.1 if lambda_ is None else lambda_
+            value = DEFAULT_LAMBDA if lambda_ is None else lambda_
             result = tract_onnx_pass(training_model, lambda_=value, layers=chosen)
         after = _treated(result)
         _write(result, training_model, place, overwrite=overwrite or in_place)
@@ -95,10 +94,12 @@ def _treated(model: Path | onnx.ModelProto) -> list[str]:
 
 def _check_place(place: Path, *, overwrite: bool) -> None:
     """Refuse to write over a file, or into artifacts whose checksums it would break."""
+    from tract_fx.export.manifest import MANIFEST_FILE
+
     refuse_existing(place, overwrite)
     if place.is_dir():
         raise ArtifactsExistError(str(place), "it is a directory", "Choose a file")
-    if (place.parent / "manifest.json").exists() and place.suffix == ".onnx":
+    if (place.parent / MANIFEST_FILE).exists() and place.suffix == ".onnx":
         raise ArtifactsExistError(
             str(place),
             "the directory holds artifacts of tract_fx, whose manifest has the graph's checksum "
@@ -108,7 +109,7 @@ def _check_place(place: Path, *, overwrite: bool) -> None:
 
 
 def _write(model: onnx.ModelProto, source: Path, place: Path, *, overwrite: bool) -> None:
-    """Write a model beside its place and rename it, so that it is never there in half."""
+    """Write a model, whole or not at all."""
     import onnx
 
     try:
@@ -122,24 +123,5 @@ def _write(model: onnx.ModelProto, source: Path, place: Path, *, overwrite: bool
             f"its rewritten form can't be one file ({error})",
             "Write it into the directory where its weights lie",
         ) from error
-    temporary = place.parent / f".{place.name}.tract-fx-{secrets.token_hex(6)}.tmp"
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if place.is_file():
-            shutil.copymode(place, temporary)
-        _check_place(place, overwrite=overwrite)  # again: it may have come in the meantime
-        os.replace(temporary, place)
-    except OSError as error:
-        if isinstance(error, ArtifactsExistError):
-            raise
-        raise ArtifactsWriteError(
-            str(place),
-            f"the system refuses: {error.strerror or error}",
-            "Check that the folder can be written and the disk has room",
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Checked again: something may have come in the meantime.
+    write_file(place, data, lambda: _check_place(place, overwrite=overwrite))

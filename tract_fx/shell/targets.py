@@ -13,11 +13,13 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from tract_fx import extras
 from tract_fx.eager import tract_module
 from tract_fx.errors import UnsupportedModelError, UntraceableModelError
 from tract_fx.modules import tract_lambda
 from tract_fx.passes.fx_graph import find_input_layers, locate, tract_pass
 from tract_fx.passes.records import Findings
+from tract_fx.preconditioner import DEFAULT_LAMBDA
 from tract_fx.program import arguments, capture
 
 __all__ = [
@@ -115,11 +117,12 @@ def graph_in(directory: Path) -> Path:
     Raises:
         UnsupportedModelError: There is none.
     """
-    file = directory / "training_model.onnx"
+    name = extras.load("tract_fx.export.directory", "TRAINING_MODEL")
+    file: Path = directory / name
     if not file.is_file():
         raise UnsupportedModelError(
             f"the directory {str(directory)!r}",
-            "there is no training_model.onnx in it",
+            f"there is no {name} in it",
             "Give a directory that tract-fx export wrote, or a model's file",
         )
     return file
@@ -193,7 +196,7 @@ def put_tract(
     assert not isinstance(model, Path)
     if lambda_ is None and layers is None and _has_tract(model):
         return model
-    value = 0.1 if lambda_ is None else lambda_
+    value = DEFAULT_LAMBDA if lambda_ is None else lambda_
     if isinstance(model, (ExportedProgram, fx.GraphModule)):
         return tract_pass(model, lambda_=value, layers=layers)
     graph = _traced(model)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from tract_fx.errors import ExportError
+from tract_fx.function_mode import FunctionMode
 from tract_fx.recurrent import Cell, Weights, elman, gru, lstm, run_layer
 from tract_fx.step.sampling import affine_grid, grid_sample
 
@@ -82,15 +82,15 @@ def _layers(
     return x.transpose(0, 1) if batch_first else x, ends
 
 
-class SizesUnread(TorchFunctionMode):
+class SizesUnread(FunctionMode):
     """Runs what asks for sizes before it calls an operator, the batch's among them, without."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    def _call(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if func is F.affine_grid:
-            return aten.affine_grid_generator(*_affine_arguments(*args, **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
+        if function is F.affine_grid:
+            return aten.affine_grid_generator(*_affine_arguments(*args, **kwargs))
+        return function(*args, **kwargs)
 
 
 def _affine_arguments(

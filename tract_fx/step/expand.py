@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tract_fx.errors import ExportError
-from tract_fx.passes.onnx_graph.calls import OnnxCall, match_call
+from tract_fx.passes.onnx_graph.calls import MICROSOFT, OnnxCall, match_call
 from tract_fx.passes.onnx_graph.rewrite import insert
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient
@@ -48,7 +48,7 @@ def expand_markers(model: ir.Model, float64: bool) -> None:
         _name_call(model.graph, _forward(weight, name), name)
     model.opset_imports.pop(MARKER_DOMAIN, None)
     if markers:
-        model.opset_imports.setdefault("com.microsoft", 1)
+        model.opset_imports.setdefault(MICROSOFT, 1)
         model.graph.sort()
 
 

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
-from tract_fx.passes.onnx_graph.calls import Layout, OnnxCall, is_standard, match_call
+from tract_fx.passes.onnx_graph.calls import MICROSOFT, Layout, OnnxCall, is_standard, match_call
 from tract_fx.step.names import free_name
-from tract_fx.step.schemas import MICROSOFT
 
 __all__ = ["name_gradients", "own_output_gradient", "read_transposed"]
 

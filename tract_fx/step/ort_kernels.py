@@ -13,8 +13,8 @@ from onnxscript import opset18
 from onnxscript.values import Opset
 from torch import Tensor
 
+from tract_fx.passes.onnx_graph.calls import MICROSOFT
 from tract_fx.step.formulas import FORMULAS, each
-from tract_fx.step.schemas import MICROSOFT
 
 __all__ = ["KERNELS", "KERNEL_FORMULAS"]
 

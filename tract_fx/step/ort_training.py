@@ -16,13 +16,12 @@ from onnx_ir.passes import common as passes
 from torch import Tensor
 
 from tract_fx.errors import ExportError
+from tract_fx.passes.onnx_graph.calls import MICROSOFT
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.step.trace import StepTrace
 
 __all__ = ["CheckpointTensors", "hold_tensors", "to_evaluation_graph", "to_training_graph"]
-
-_MICROSOFT = "com.microsoft"
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def collect_results(
     for name, value in statistics.items():
         _accumulate(graph, given[name], value, always, f"{name}_updated")
     graph.inputs[:] = [*inputs, *accumulators, reset]
-    model.opset_imports[_MICROSOFT] = 1
+    model.opset_imports[MICROSOFT] = 1
 
 
 def hold_tensors(
@@ -192,7 +191,7 @@ def _accumulate(
     graph: ir.Graph, buffer: ir.Value, value: ir.Value, reset: ir.Value, name: str
 ) -> None:
     node = ir.Node(
-        _MICROSOFT, "InPlaceAccumulatorV2", [buffer, value, reset], name=f"{name}_accumulate"
+        MICROSOFT, "InPlaceAccumulatorV2", [buffer, value, reset], name=f"{name}_accumulate"
     )
     done = node.outputs[0]
     done.name = f"{name}.accumulation.out"

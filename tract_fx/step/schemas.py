@@ -8,9 +8,10 @@ from typing import Any
 
 import onnx
 
-__all__ = ["MARKER", "MARKER_DOMAIN", "MICROSOFT", "WEIGHT_MARKER", "known_operators"]
+from tract_fx.passes.onnx_graph.calls import MICROSOFT
 
-MICROSOFT = "com.microsoft"
+__all__ = ["MARKER", "MARKER_DOMAIN", "WEIGHT_MARKER", "known_operators"]
+
 MARKER_DOMAIN, MARKER, WEIGHT_MARKER = "tract_fx.step", "Precondition", "TreatedWeight"
 
 _Operator = tuple[str, str, str, dict[str, str]]

@@ -8,11 +8,12 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from tract_fx.importer.metadata import strip_exporter_metadata
+from tract_fx.passes.onnx_graph.calls import MICROSOFT
 from tract_fx.step import exporter
 from tract_fx.step.expand import expand_markers
 from tract_fx.step.gradient_names import name_gradients
 from tract_fx.step.names import BATCH, free_name
-from tract_fx.step.schemas import MICROSOFT, known_operators
+from tract_fx.step.schemas import known_operators
 from tract_fx.step.trace import StepTrace
 
 __all__ = ["write_step"]

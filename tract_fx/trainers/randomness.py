@@ -18,21 +18,13 @@ from collections.abc import Iterator
 import onnx
 
 from tract_fx.ort_training import any_runtime
+from tract_fx.passes.onnx_graph.calls import RANDOM
 
 __all__ = ["OWN_GENERATOR", "SHARED_GENERATOR", "operators", "seed_of", "seeded"]
 
 # Operators that draw from the process's generators, and those that each have one of their own.
 SHARED_GENERATOR = frozenset({"BiasDropout", "BitmaskBiasDropout", "BitmaskDropout", "Dropout"})
-OWN_GENERATOR = frozenset(
-    {
-        "Bernoulli",
-        "Multinomial",
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
-        "RandomUniformLike",
-    }
-)
+OWN_GENERATOR = frozenset(RANDOM)
 
 _ONE_AT_A_TIME = threading.Lock()
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from tract_fx.errors import DamagedArtifactsError, UnsupportedTrainingError
+from tract_fx.export.directory import EVAL_MODEL
+from tract_fx.export.graph_runs import cut
 from tract_fx.export.manifest import Manifest
 from tract_fx.ort_training import Device, inference_session, ort_value, run_session
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
@@ -136,12 +137,10 @@ def _cut(model: bytes, outputs: Sequence[str]) -> tuple[bytes, set[str]]:
     missing = [name for name in outputs if name not in known]
     if missing:
         raise DamagedArtifactsError(
-            f"eval_model.onnx has no output {missing[0]!r}",
+            f"{EVAL_MODEL} has no output {missing[0]!r}",
             "the manifest names it as a prediction",
             "Export the model again",
         )
-    whole.graph.outputs[:] = [known[name] for name in outputs]
-    RemoveUnusedNodesPass()(whole)
-    used = [value for value in whole.graph.inputs if value.uses() or value.is_graph_output()]
-    whole.graph.inputs[:] = used
-    return ir.to_proto(whole).SerializeToString(), {str(value.name) for value in used}
+    cut(whole.graph, [known[name] for name in outputs])
+    needed = {str(value.name) for value in whole.graph.inputs}
+    return ir.to_proto(whole).SerializeToString(), needed

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from tract_fx import extras
-from tract_fx.errors import ArtifactsWriteError, UnsupportedFormatError
+from tract_fx.atomic import write_file
+from tract_fx.errors import UnsupportedFormatError
 from tract_fx.inspection.inspection import Inspection
 from tract_fx.inspection.records import GraphView
 from tract_fx.inspection.render.data import to_data
@@ -40,15 +38,8 @@ def save(inspection: Inspection, path: Path) -> Path:
             f"an inspection is not written as {path.suffix or 'a file without a suffix'}",
             f"Give the file one of the suffixes {', '.join(_WRITERS)}",
         )
-    text = write(inspection)
-    try:
-        _replace(path, text)
-    except (OSError, ValueError) as error:  # ValueError: a name with a null character
-        raise ArtifactsWriteError(
-            f"the file {str(path)!r}",
-            f"it can't be written ({getattr(error, 'strerror', None) or error})",
-            "Choose another place",
-        ) from error
+    # A name may hold half a surrogate pair, which UTF-8 has no form for.
+    write_file(path, write(inspection).encode("utf-8", "backslashreplace"))
     return path
 
 
@@ -90,17 +81,3 @@ def _view(inspection: Inspection) -> GraphView:
     if backward is None:
         return inspection.forward.view
     return backward.expanded or backward.short
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write beside the place, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
-    try:
-        # A name may hold half a surrogate pair, which UTF-8 has no form for.
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
-        if path.is_file():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
