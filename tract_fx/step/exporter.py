@@ -69,12 +69,18 @@ def _registry() -> Any:
         return _exporter()._registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
 
 
-def decompositions() -> dict[Any, Callable[..., Any]]:
+def decompositions() -> Mapping[Any, Callable[..., Any]]:
     """Give PyTorch's decompositions of what has no exact translation.
 
     Returns:
         Decompositions by operator.
     """
+    return _decompositions(len(torch._decomp.decomposition_table))
+
+
+@cache
+def _decompositions(known: int) -> Mapping[Any, Callable[..., Any]]:
+    """Make the table, a fifth of a small export's time, anew only where there are other formulas."""
     core = torch.export.default_decompositions()
     table = {
         operator: core[operator]
