@@ -80,7 +80,7 @@ def decompositions() -> Mapping[Any, Callable[..., Any]]:
 
 @cache
 def _decompositions(known: int) -> Mapping[Any, Callable[..., Any]]:
-    """Make the table, a fifth of a small export's time, anew only where there are other formulas."""
+    """Make the table, a fifth of a small export's time, anew only for other formulas."""
     core = torch.export.default_decompositions()
     table = {
         operator: core[operator]
