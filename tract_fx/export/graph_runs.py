@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
 from tract_fx import ort_training
-from tract_fx.errors import ExportError
+from tract_fx.errors import ExportError, TractError
 from tract_fx.passes.onnx_graph.node_names import name_in_file
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
 from tract_fx.passes.onnx_graph.values import operands
@@ -21,6 +22,8 @@ __all__ = [
     "run_training_graph",
     "training_feeds",
 ]
+
+Refused: TypeAlias = Callable[[Exception], TractError]
 
 
 def accumulated_gradients(training: ir.Model) -> dict[str, str]:
@@ -64,40 +67,6 @@ def cut(graph: ir.Graph, outputs: Sequence[ir.Value]) -> None:
     graph.inputs[:] = [value for value in graph.inputs if value in read]
 
 
-def run_graph(
-    model: ir.Model, feeds: Mapping[str, np.ndarray], names: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Run a graph once on the CPU and read values inside it.
-
-    Args:
-        model: A graph. Not changed.
-        feeds: Its inputs; others are left out.
-        names: Names of the values to read.
-
-    Returns:
-        The values.
-
-    Raises:
-        ExportError: ONNX Runtime can't run the graph.
-    """  # noqa: DOC501, DOC502 (made by can_not_run)
-    model = ir.from_proto(ir.to_proto(model))
-    values = {v.name: v for node in model.graph for v in node.outputs}
-    read = [name for name in dict.fromkeys(names) if name in values]
-    cut(model.graph, [values[name] for name in read])
-    for value in model.graph.outputs:
-        value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
-    given = {str(v.name): feeds[str(v.name)] for v in model.graph.inputs}
-    for node in model.graph:
-        node.name = name_in_file(node)  # what ONNX Runtime calls it in its errors
-    proto = ir.to_proto(model)
-    try:
-        session = ort_training.inference_session(proto.SerializeToString())
-        results = dict(zip(read, session.run(read, given), strict=True))
-    except Exception as error:  # ONNX Runtime's own classes are not public
-        raise can_not_run(error) from error
-    return {name: results[name] if name in results else given[name] for name in names}
-
-
 def can_not_run(error: Exception) -> ExportError:
     """Make the error for a graph that ONNX Runtime does not take.
 
@@ -112,6 +81,44 @@ def can_not_run(error: Exception) -> ExportError:
         "it has an operator, or one in a dtype, that has no kernel there",
         "Write that part of the model otherwise, without autocast for one",
     )
+
+
+def run_graph(
+    model: ir.Model,
+    feeds: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    refused: Refused = can_not_run,
+) -> dict[str, np.ndarray]:
+    """Run a graph once on the CPU and read values inside it.
+
+    Args:
+        model: A graph. Not changed.
+        feeds: Its inputs; others are left out.
+        names: Names of the values to read.
+        refused: Makes the error of what ONNX Runtime has raised.
+
+    Returns:
+        The values.
+
+    Raises:
+        ExportError: ONNX Runtime can't run the graph; or what `refused` makes.
+    """  # noqa: DOC502 (made by can_not_run)
+    model = ir.from_proto(ir.to_proto(model))
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    read = [name for name in dict.fromkeys(names) if name in values]
+    cut(model.graph, [values[name] for name in read])
+    for value in model.graph.outputs:
+        value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
+    given = {str(v.name): feeds[str(v.name)] for v in model.graph.inputs}
+    for node in model.graph:
+        node.name = name_in_file(node)  # what ONNX Runtime calls it in its errors
+    proto = ir.to_proto(model)
+    try:
+        session = ort_training.inference_session(proto.SerializeToString())
+        results = dict(zip(read, session.run(read, given), strict=True))
+    except Exception as error:  # ONNX Runtime's own classes are not public
+        raise refused(error) from error
+    return {name: results[name] if name in results else given[name] for name in names}
 
 
 def training_feeds(
@@ -146,6 +153,7 @@ def run_training_graph(
     feeds: Mapping[str, np.ndarray],
     parameters: Mapping[str, np.ndarray],
     names: Sequence[str],
+    refused: Refused = can_not_run,
 ) -> dict[str, np.ndarray]:
     """Run a training graph once on the CPU, without accumulation, and read values inside it.
 
@@ -154,8 +162,9 @@ def run_training_graph(
         feeds: The model's inputs and targets.
         parameters: All tensors of the checkpoint. Not changed.
         names: Names of the values to read.
+        refused: As in `run_graph`.
 
     Returns:
         The values.
     """
-    return run_graph(training, training_feeds(training, feeds, parameters), names)
+    return run_graph(training, training_feeds(training, feeds, parameters), names, refused)

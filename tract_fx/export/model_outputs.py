@@ -6,6 +6,8 @@ Classifiers from other frameworks often end after a softmax or a sigmoid, which 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
@@ -44,7 +46,7 @@ def default_output(model: ir.Model, loss: Loss) -> str:
         if output.dtype in {None, ir.DataType.FLOAT} and _trains(output):
             candidates[output.name or ""] = output
     if len(candidates) > 1 and _kind(loss):
-        candidates = _without_doubles(model, candidates, loss)
+        candidates = _without_doubles(candidates, loss)
     if len(candidates) == 1:
         return next(iter(candidates))
     listed = ", ".join(f"{v.name}: {v.dtype}{v.shape}" for v in model.graph.outputs)
@@ -77,72 +79,98 @@ def logits_of(model: ir.Model, output: str, loss: Loss) -> str:
     Raises:
         UnsupportedTrainingError: If the output is of probabilities whose logits the loss can't
             take as they are.
-    """  # noqa: DOC501, DOC502 - made by _refused
-    kind = _kind(loss)
-    value = _find(model, output)
-    if kind is None:
-        return output
-    rank = None if value.shape is None else len(value.shape)
-    reshaped = False
-    start = value
-    while True:
-        node = value.producer()
-        if node is None or not node.inputs or node.inputs[0] is None:
-            return start.name or output
-        if is_standard(node, *_UNCHANGED):
-            value = node.inputs[0]
-        elif is_standard(node, *_RESHAPED):
-            value, reshaped = node.inputs[0], True
-        else:
-            break
+    """
+    found = _logits(_find(model, output), _kind(loss))
+    if isinstance(found, _NoLogits):
+        raise UnsupportedTrainingError(
+            f"the output {output} is {found.what}",
+            f"the loss {describe_loss(loss)} takes logits",
+            found.remedy,
+        )
+    return found.name or output
+
+
+@dataclass(frozen=True)
+class _NoLogits:
+    """What an output is instead, and what to do."""
+
+    what: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """The operator that an output's numbers come from.
+
+    Attributes:
+        node: The operator.
+        source: What it reads first.
+        rank: The rank of its result, None if not known.
+        reshaped: Whether the output has another shape than that result.
+    """
+
+    node: ir.Node
+    source: ir.Value
+    rank: int | None
+    reshaped: bool
+
+
+def _maker(output: ir.Value) -> _Maker | None:
+    """Look behind what leaves the numbers as they are; None for an input or a constant."""
+    value, rank, reshaped = output, None, False
+    while (node := value.producer()) is not None and node.inputs and node.inputs[0] is not None:
         if rank is None and not reshaped and value.shape is not None:
             rank = len(value.shape)
-    pair = _binary_pair(node)
-    source = node.inputs[0]
+        if not is_standard(node, *_UNCHANGED, *_RESHAPED):
+            return _Maker(node, node.inputs[0], rank, reshaped)
+        value, reshaped = node.inputs[0], reshaped or is_standard(node, *_RESHAPED)
+    return None
+
+
+def _logits(output: ir.Value, kind: str | None) -> ir.Value | _NoLogits:
+    """The logits behind an output; the output itself, where no activation is known in it."""
+    made = None if kind is None else _maker(output)
+    if made is None:
+        return output
+    pair = _binary_pair(made.node)
     if pair is not None:
-        if kind == "binary" and not reshaped:
-            return pair.name or ""
-        raise _refused(
-            output,
+        if kind == "binary" and not made.reshaped:
+            return pair
+        return _NoLogits(
             "1 − p and p of one sigmoid, the two classes of a binary classifier",
             f'Use loss="bce_with_logits", whose output is {pair.name} and whose target is float32 '
             f"of shape {pair.shape or '(batch, 1)'}",
-            loss,
         )
-    if is_standard(node, *_ACTIVATIONS):
-        expected = ("Sigmoid",) if kind == "binary" else ("Softmax", "LogSoftmax")
-        if node.op_type not in expected:
-            other = "cross_entropy" if kind == "binary" else "bce_with_logits"
-            raise _refused(
-                output,
-                f"what a {node.op_type} gives",
-                f'Use loss="{other}", or name the value that the loss reads: output={source.name}',
-                loss,
-            )
-        if reshaped:
-            raise _refused(
-                output,
-                f"a {node.op_type}'s result in another shape",
-                f"Name the logits, output={source.name}, with targets that fit their shape",
-                loss,
-            )
-        if kind == "classes" and not _over_classes(node, rank):
-            raise _refused(
-                output,
-                f"a {node.op_type}'s result along another dimension than the second",
-                "Give a callable that moves the classes to dimension 1, and the logits, "
-                f"output={source.name}",
-                loss,
-            )
-        return source.name or ""
-    if node.op_type == "Normalizer" or _divides_by_sum(node):
-        raise _refused(
-            output,
-            f"normalised by {node.op_type}, hence probabilities",
+    if is_standard(made.node, *_ACTIVATIONS):
+        return _read_by_activation(made, kind)
+    if made.node.op_type == "Normalizer" or _divides_by_sum(made.node):
+        return _NoLogits(
+            f"normalised by {made.node.op_type}, hence probabilities",
             "Name the logits (output=…), or give a callable that takes probabilities",
-            loss,
         )
-    return start.name or output
+    return output
+
+
+def _read_by_activation(made: _Maker, kind: str | None) -> ir.Value | _NoLogits:
+    """What a softmax or a sigmoid reads, if it is the loss's own."""
+    op, logits = made.node.op_type, f"output={made.source.name}"
+    if op not in (("Sigmoid",) if kind == "binary" else ("Softmax", "LogSoftmax")):
+        other = "cross_entropy" if kind == "binary" else "bce_with_logits"
+        return _NoLogits(
+            f"what a {op} gives",
+            f'Use loss="{other}", or name the value that the loss reads: {logits}',
+        )
+    if made.reshaped:
+        return _NoLogits(
+            f"a {op}'s result in another shape",
+            f"Name the logits, {logits}, with targets that fit their shape",
+        )
+    if kind == "classes" and not _over_classes(made.node, made.rank):
+        return _NoLogits(
+            f"a {op}'s result along another dimension than the second",
+            f"Give a callable that moves the classes to dimension 1, and the logits, {logits}",
+        )
+    return made.source
 
 
 def _kind(loss: Loss) -> str | None:
@@ -158,32 +186,10 @@ def _kind(loss: Loss) -> str | None:
     return {"softmax": "classes", "sigmoid": "binary"}.get(str(kind and kind.inside))
 
 
-def _refused(output: str, what: str, remedy: str, loss: Loss) -> UnsupportedTrainingError:
-    """Make the error for an output that is not of logits.
-
-    Args:
-        output: Its name.
-        what: What it holds.
-        remedy: What to do.
-        loss: The loss.
-
-    Returns:
-        The error.
-    """
-    return UnsupportedTrainingError(
-        f"the output {output} is {what}",
-        f"the loss {describe_loss(loss)} takes logits",
-        remedy,
-    )
-
-
-def _without_doubles(
-    model: ir.Model, candidates: dict[str, ir.Value], loss: Loss
-) -> dict[str, ir.Value]:
+def _without_doubles(candidates: dict[str, ir.Value], loss: Loss) -> dict[str, ir.Value]:
     """Take outputs for one that are logits and what a softmax or a sigmoid makes of them.
 
     Args:
-        model: The forward graph.
         candidates: Outputs by name.
         loss: The loss.
 
@@ -192,15 +198,13 @@ def _without_doubles(
     """
     chosen: dict[ir.Value, str] = {}
     for name, value in candidates.items():
-        try:
-            logits = logits_of(model, name, loss)
-        except UnsupportedTrainingError:
-            logits = name
-        source = value if logits == name else _find(model, logits)
+        found = _logits(value, _kind(loss))
+        source = value if isinstance(found, _NoLogits) else found
+        is_logits = source is value
         while (node := source.producer()) is not None and is_standard(node, "Identity"):
             assert node.inputs[0] is not None
             source = node.inputs[0]
-        if logits == name or source not in chosen:
+        if is_logits or source not in chosen:
             chosen[source] = name
     return {name: candidates[name] for name in chosen.values()}
 

@@ -102,7 +102,7 @@ def verify_torch(model: TorchModel, loss: TorchLoss, graphs: TorchGraphs) -> Non
         found = [run_graph(evaluation, {**graphs.initial, **feeds}, names)]
         if size != 1:  # in another session, the outputs alone
             found.append(run_graph(evaluation, {**graphs.initial, **feeds}, graphs.predictions))
-        _compare_evaluation(case, found, names)
+        _refuse(next(_evaluation_differences(case, found, names), None))
 
 
 def _verify_training(
@@ -116,16 +116,17 @@ def _verify_training(
 
     A ReLU or a max-pool whose operands are equal to rounding falls on one side or the other, and
     takes all gradients before it along. A mistake is one everywhere.
-    """  # noqa: DOC501
+    """
+    difference: str | None = None
     for place in range(_PLACES):
         moved = _moved(graphs.initial, graphs.tensors.trained, place)
-        value, *found = session.run(feeds, moved)
-        try:
-            own = dataclasses.replace(case, parameters=moved)
-            return _compare_training(own, _Results(np.asarray(value), *found), graphs, treated)
-        except ExportError:
-            if place == _PLACES - 1:
-                raise
+        value, *gradients = session.run(feeds, moved)
+        found = _Results(np.asarray(value), *gradients)
+        own = dataclasses.replace(case, parameters=moved)
+        difference = next(_training_differences(own, found, graphs, treated), None)
+        if difference is None:
+            return
+    _refuse(difference)
 
 
 def _moved(
@@ -287,10 +288,10 @@ def _widened(value: Any) -> Any:
     return value.double() if is_single else value
 
 
-def _compare_training(
+def _training_differences(
     case: _Case, found: _Results, graphs: TorchGraphs, treated: Collection[str]
-) -> None:
-    """Compare loss, gradients and running statistics with those of PyTorch."""
+) -> Iterator[str]:
+    """Say where loss, gradients and running statistics are not those of PyTorch."""
     exact = case.step(torch.float64)
     renamed = {graphs.aliases.get(name, name): value for name, value in exact.gradients.items()}
     if found.gradients.keys() != renamed.keys():
@@ -306,7 +307,7 @@ def _compare_training(
         """The same with rounded inputs and parameters, and in the model's own dtype."""
         return [case.step(torch.float64, 0), case.step(torch.float64, 1), case.step(torch.float32)]
 
-    _compare(
+    yield from _differences(
         "the loss in training mode",
         found.loss,
         exact.loss,
@@ -317,7 +318,7 @@ def _compare_training(
         base, most = (
             (TRACT_ROUNDING, MOST_TRACT_ROUNDING) if name in treated else (ROUNDING, MOST_ROUNDING)
         )
-        _compare(
+        yield from _differences(
             f"the gradient of {name}",
             found.gradients[graphs.aliases.get(name, name)],
             value,
@@ -328,7 +329,7 @@ def _compare_training(
         )
     for name in graphs.tensors.kept:
         if name in exact.states:
-            _compare(
+            yield from _differences(
                 f"the buffer {name} after a step",
                 found.states[name],
                 exact.states[name],
@@ -336,10 +337,10 @@ def _compare_training(
             )
 
 
-def _compare_evaluation(
+def _evaluation_differences(
     case: _Case, found: Sequence[Mapping[str, np.ndarray]], names: Sequence[str]
-) -> None:
-    """Compare the outputs of runs in evaluation mode."""
+) -> Iterator[str]:
+    """Say where the outputs of runs in evaluation mode are not those of PyTorch."""
     exact = case.outputs(torch.float64)
 
     @functools.cache
@@ -351,16 +352,15 @@ def _compare_evaluation(
         if name != names[0] and name not in exact:
             continue  # of an ONNX file: by its own nodes
         key = name if name in exact else _LOSS
-        what = f"the output {name} in evaluation mode"
-        _compare(
-            what,
+        yield from _differences(
+            f"the output {name} in evaluation mode",
             value,
             exact[key],
             functools.partial(lambda k: [other[k] for other in others()], key),
         )
 
 
-def _compare(
+def _differences(
     what: str,
     found: np.ndarray,
     expected: np.ndarray,
@@ -368,16 +368,21 @@ def _compare(
     base: float = ROUNDING,
     most: float = MOST_ROUNDING,
     negligible: float = 1e-6,
-) -> None:
-    """Compare with what is right; what is not finite has to be the same."""
+) -> Iterator[str]:
+    """Say how far a value is off from what is right, if it is; NaN may be what is right."""
     error, size = distance(found, expected, "all"), norm(expected)
     if error <= base * size + negligible:
         return
     *moved, single = (distance(other, expected, "all") for other in rounded())
     slack = max(min(_TIMES * max(moved), most * size), _TIMES_SINGLE * single)
     if not error <= base * size + negligible + slack:
+        yield f"{what}, which the exported graph has off by {error:.2e} of {size:.2e}"
+
+
+def _refuse(difference: str | None) -> None:
+    if difference is not None:
         raise ExportError(
-            f"{what}, which the exported graph has off by {error:.2e} of {size:.2e}",
+            difference,
             "the graph does not compute what the PyTorch model computes on the example batch",
             "Report the model; verify=False exports all the same",
         )

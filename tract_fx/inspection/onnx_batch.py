@@ -53,23 +53,25 @@ def make_batch(subject: OnnxSubject, example_inputs: Any) -> OnnxBatch:
     Raises:
         InvalidBatchError: It does not fit what the graph takes.
     """  # noqa: DOC502 (raised by what it calls)
-    given = _by_name(subject.inputs, example_inputs)
     generator = np.random.default_rng(_SEED)
-    noise = {
-        spec.name: _noise(spec, _shape(spec, subject.inputs, given), generator)
-        for spec in subject.inputs
-        if spec.name not in given
-    }
-    values = check_batch(subject.inputs, (), {**noise, **given}, "inspect_graph")
-    feeds = {spec.name: on_host(v) for spec, v in zip(subject.inputs, values, strict=True)}
-    parameters, made = subject.parameters, []
-    if noise:
-        made.append(f"Noise for {', '.join(noise)}")
+    feeds, missing = _feeds(subject.inputs, example_inputs, generator)
+    parameters, notes = subject.parameters, [f"Noise for {', '.join(missing)}"] if missing else []
     if parameters is None and subject.is_training:
         parameters = _random_parameters(subject, generator)
-        made.append("Random parameters, for there is no checkpoint beside the graph")
+        notes.append("Random parameters, for there is no checkpoint beside the graph")
     shapes = ", ".join(f"{name} {_words(array)}" for name, array in feeds.items())
-    return OnnxBatch(feeds, parameters or {}, shapes, ". ".join(made))
+    return OnnxBatch(feeds, parameters or {}, shapes, ". ".join(notes))
+
+
+def _feeds(
+    specs: Sequence[TensorSpec], example_inputs: Any, generator: np.random.Generator
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """What a graph takes, in its order, and the names of what is noise in it."""
+    given = _by_name(specs, example_inputs)
+    missing = [spec for spec in specs if spec.name not in given]
+    noise = {spec.name: _noise(spec, _shape(spec, specs, given), generator) for spec in missing}
+    values = check_batch(specs, (), {**noise, **given}, "inspect_graph")
+    return {spec.name: on_host(v) for spec, v in zip(specs, values, strict=True)}, list(noise)
 
 
 def _by_name(specs: Sequence[TensorSpec], example_inputs: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tract_fx import ort_training
-from tract_fx.errors import ExportError, FailedRunError
+from tract_fx.errors import FailedRunError
 from tract_fx.export.graph_runs import (
     accumulated_gradients,
     cut,
@@ -226,7 +226,7 @@ def run_form(
         session = ort_training.inference_session(proto.SerializeToString())
         return dict(zip(names, session.run(names, feeds), strict=True))
     except Exception as error:  # ONNX Runtime's own classes are not public
-        raise _failed(f"ONNX Runtime ({ort_training.message_of(error)})") from error
+        raise _failed(error) from error
 
 
 def _inline(graph: ir.Graph, result: str, branch: str) -> None:
@@ -251,16 +251,13 @@ def _run(
     more: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Run a graph and read values in it."""
-    try:
-        feeds = {**batch.feeds, **(more or {})}
-        return run_training_graph(model, feeds, batch.parameters, list(names))
-    except ExportError as error:
-        raise _failed(error.found) from error
+    feeds = {**batch.feeds, **(more or {})}
+    return run_training_graph(model, feeds, batch.parameters, list(names), _failed)
 
 
-def _failed(found: str) -> FailedRunError:
+def _failed(error: Exception) -> FailedRunError:
     return FailedRunError(
-        found.replace("the exported graph", "the training graph"),
+        f"ONNX Runtime can't run the training graph ({ort_training.message_of(error)})",
         "it has an operator that has no kernel there, or does not take the batch",
         "Give example_inputs of sizes and values that the model takes, and the training graph as "
         "it is trained",
