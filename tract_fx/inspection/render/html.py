@@ -53,6 +53,7 @@ class _Measured:
     """Statistics of one layer with their plots."""
 
     layer: LayerStatistics
+    facts: list[tuple[str, str, str]]
     plots: list[Markup]
 
 
@@ -175,7 +176,7 @@ def _measured(layer: LayerStatistics) -> _Measured:
     named = dataclasses.replace(layer, name=words.printable(layer.name))
     plots = [spectrum_plot(named)] if any(value > 0 for value in layer.eigenvalues) else []
     plots += [share_plot(named)] if layer.images else []
-    return _Measured(layer, [Markup(plot) for plot in plots])
+    return _Measured(layer, words.measured(layer), [Markup(plot) for plot in plots])
 
 
 def _ruler(weight: WeightCheck) -> list[tuple[str, float]]:

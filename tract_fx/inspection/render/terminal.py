@@ -25,6 +25,7 @@ from tract_fx.inspection.records import (
 from tract_fx.inspection.render.text import TRACT_MARK, GraphLine, graph_lines
 from tract_fx.inspection.render.words import (
     join_path,
+    measured,
     number,
     operation,
     place,
@@ -289,35 +290,11 @@ def _layer_statistics(layer: LayerStatistics) -> Table:
     grid.add_column(style=_DIM, no_wrap=True)
     grid.add_column(overflow="fold")
     grid.add_row("layer", _text(layer.name, "bold"))
-    count = plural(len(layer.eigenvalues), "eigenvalue", "eigenvalues")
-    if layer.eigenvalues:
-        ends = f", {number(layer.eigenvalues[-1])} … {number(layer.eigenvalues[0])}"
-    else:
-        ends = ""
-    zeros = f", and {layer.zeros:,} that are zero for want of rows" if layer.zeros else ""
-    grid.add_row("Gram", _text(f"{count}{ends}{zeros}"))
-    for label, text in _spectrum(layer):
-        grid.add_row(label, text)
-    grid.add_row(
-        "condition",
-        f"{number(layer.condition)} → {number(layer.regularised_condition)} with λ added",
-    )
-    grid.add_row(
-        "gradient",
-        f"norm {number(layer.plain_norm)} → {number(layer.tract_norm)}, "
-        f"cosine {number(layer.cosine)} between both",
-    )
-    if layer.images:
-        grid.add_row(
-            "images",
-            "correlation of contrast and share in the update "
-            f"{number(layer.plain_correlation)} → {number(layer.tract_correlation)}",
-        )
-    grid.add_row(
-        "input",
-        f"mean {number(layer.mean)}, std {number(layer.std)}, "
-        f"from {number(layer.minimum)} to {number(layer.maximum)}",
-    )
+    for label, value, note in measured(layer):
+        grid.add_row(label.lower(), f"{value} ({note})")
+        if label == "Eigenvalues":
+            for part, text in _spectrum(layer):
+                grid.add_row(part, text)
     return grid
 
 

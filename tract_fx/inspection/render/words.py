@@ -9,12 +9,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tract_fx.inspection.inspection import Inspection
-from tract_fx.inspection.records import Check, LayerReport, SourceLine, Verification
+from tract_fx.inspection.records import (
+    Check,
+    LayerReport,
+    LayerStatistics,
+    SourceLine,
+    Verification,
+)
 from tract_fx.passes.records import InputLayer
 
 __all__ = [
     "Verdict",
     "join_path",
+    "measured",
     "number",
     "operation",
     "place",
@@ -265,6 +272,35 @@ def operation(record: InputLayer) -> str:
         if groups > 1:
             parts.append(f"{groups} groups")
     return ", ".join(parts)
+
+
+def measured(layer: LayerStatistics) -> list[tuple[str, str, str]]:
+    """Say what was measured of a call.
+
+    Args:
+        layer: The call.
+
+    Returns:
+        What it is, the value, and how that is meant. The eigenvalues come first, if there are any.
+    """
+
+    def both(plain: float, tract: float) -> str:
+        return f"{number(plain)} → {number(tract)}"
+
+    found = []
+    if values := layer.eigenvalues:
+        zeros = f", and {layer.zeros:,} that are zero for want of rows" if layer.zeros else ""
+        ends = f"{number(values[-1])} … {number(values[0])}"
+        found.append(("Eigenvalues", ends, f"of the Gram, {len(values):,}{zeros}"))
+    condition = both(layer.condition, layer.regularised_condition)
+    found.append(("Condition number", condition, "with λ added"))
+    found.append(("Gradient norm", both(layer.plain_norm, layer.tract_norm), "plain → TrAct"))
+    found.append(("Cosine", number(layer.cosine), "between both gradients"))
+    if layer.images:
+        shares = both(layer.plain_correlation, layer.tract_correlation)
+        found.append(("Contrast and share", shares, "correlation in the update, plain → TrAct"))
+    ends = f"from {number(layer.minimum)} to {number(layer.maximum)}"
+    return [*found, ("Input", f"{number(layer.mean)} ± {number(layer.std)}", ends)]
 
 
 def _per_dimension(values: Sequence[int]) -> str:
