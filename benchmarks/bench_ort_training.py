@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from report import OUT, against, machine, save, table
 from timing import interleaved, pin_allocator
 from tract_fx import SGD, AdamW, export_training, load_trainer, tract_pass
-from tract_fx.export.record_json import encode
+from tract_fx.artifacts.record_json import encode
 from training_steps import training_step
 from whole_nets import NETS, QUICK_NETS, Net
 

@@ -12,7 +12,6 @@ from torch import nn
 from stems import FEW_ROWS, STEMS, Stem
 from tract_fx.passes.onnx_graph.call_sizes import CallSizes
 from tract_fx.passes.onnx_graph.calls import match_call
-from tract_fx.passes.onnx_graph.gram import write_gram
 from tract_fx.passes.onnx_graph.gram_forms import (
     GramForm,
     Tiles,
@@ -21,6 +20,7 @@ from tract_fx.passes.onnx_graph.gram_forms import (
     possible_gram_forms,
 )
 from tract_fx.passes.onnx_graph.provenance import Provenance
+from tract_fx.passes.onnx_graph.subgraph import write_gram
 from tract_fx.passes.onnx_graph.writer import NodeWriter
 
 _MOST = 5  # forms that are measured for a layer, besides the former one

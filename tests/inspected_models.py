@@ -14,10 +14,10 @@ from torch.nn.utils import parametrizations
 from nets import NETS
 from nets.huggingface import FAMILIES
 from tract_fx import remove_tract, tract_module, tract_pass
-from tract_fx.inspection.observed import ObservedCall
 from tract_fx.inspection.runs import observe_forward
 from tract_fx.passes.fx_graph import locate
 from tract_fx.program import capture
+from tract_fx.reference.observed import ObservedCall
 
 
 class ConvNet(nn.Module):

@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from tract_fx.artifacts.directory import write_directory
+from tract_fx.artifacts.manifest import Manifest
+from tract_fx.artifacts.optimizers import SGD
 from tract_fx.atomic import write_file
-from tract_fx.export.directory import write_directory
-from tract_fx.export.manifest import Manifest
-from tract_fx.export.optimizers import SGD
 
 EMPTY = Manifest(
     target="ort-training",

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from geometries import ConvNd
-from tract_fx.inspection.observed import ObservedCall
 from tract_fx.passes.records import InputLayer
+from tract_fx.reference.observed import ObservedCall
 
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 

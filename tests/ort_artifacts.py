@@ -18,8 +18,8 @@ import torch
 from onnxruntime.training import artifacts
 from torch import Tensor, nn
 
-from tract_fx.export.directory import write_directory
-from tract_fx.export.manifest import (
+from tract_fx.artifacts.directory import write_directory
+from tract_fx.artifacts.manifest import (
     MANIFEST_FILE,
     FileRecord,
     Manifest,
@@ -27,8 +27,8 @@ from tract_fx.export.manifest import (
     TensorSpec,
     TractLayer,
 )
+from tract_fx.artifacts.optimizers import SGD, AdamW
 from tract_fx.export.optimizer_graph import build_optimizer
-from tract_fx.export.optimizers import SGD, AdamW
 
 BATCH = 6
 CLASSES = 5

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from tract_fx import export_training, load_trainer, tract_pass
-from tract_fx.export.optimizers import SGD
+from tract_fx.artifacts.optimizers import SGD
 from tract_fx.trainers import OrtTrainer
 
 Array: TypeAlias = NDArray[Any]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from test_ort_optimizers import STEPS, Session, gradients_for
-from tract_fx.export.optimizers import SGD, AdamW, OptimizerConfig
-from tract_fx.export.record_json import decode
+from tract_fx.artifacts.optimizers import SGD, AdamW, OptimizerConfig
+from tract_fx.artifacts.record_json import decode
 
 RECORDS: dict[str, type[OptimizerConfig]] = {"SGD": SGD, "AdamW": AdamW}
 

@@ -20,14 +20,9 @@ pytest.importorskip("onnxruntime.training.api", reason="needs ONNX Runtime Train
 
 from forked import run_script
 from ort_artifacts import ConvNet, Mlp, batches, build, replace_file
-from tract_fx.errors import (
-    ArtifactsExistError,
-    ArtifactsWriteError,
-    DamagedArtifactsError,
-)
-from tract_fx.export import directory
-from tract_fx.export.directory import NewDirectory, read_directory, write_directory
-from tract_fx.export.manifest import (
+from tract_fx.artifacts import directory
+from tract_fx.artifacts.directory import NewDirectory, read_directory, write_directory
+from tract_fx.artifacts.manifest import (
     FORMAT_VERSION,
     FileRecord,
     Manifest,
@@ -35,7 +30,12 @@ from tract_fx.export.manifest import (
     TensorSpec,
     TractLayer,
 )
-from tract_fx.export.optimizers import SGD, AdamW
+from tract_fx.artifacts.optimizers import SGD, AdamW
+from tract_fx.errors import (
+    ArtifactsExistError,
+    ArtifactsWriteError,
+    DamagedArtifactsError,
+)
 from tract_fx.trainers import load_trainer
 
 TESTS = Path(__file__).parent
@@ -103,7 +103,7 @@ def altered(change: Callable[[dict[str, Any]], object]) -> str:
     entries = json.loads(FULL.to_json())
     del entries["checksum"]
     change(entries)
-    from tract_fx.export import manifest
+    from tract_fx.artifacts import manifest
 
     return json.dumps(entries | {"checksum": manifest._checksum(entries)})
 

@@ -19,9 +19,9 @@ pytest.importorskip("fcntl", reason="needs POSIX")
 from forked import run_script
 from killed_writer import EMPTY
 from tract_fx import atomic
+from tract_fx.artifacts.directory import read_directory, write_directory
 from tract_fx.atomic import beside, clear_left, write_file
 from tract_fx.errors import ArtifactsExistError, ArtifactsWriteError
-from tract_fx.export.directory import read_directory, write_directory
 
 SCRIPT = Path(__file__).parent / "killed_writer.py"
 pytestmark = pytest.mark.skipif(atomic._boot() is None, reason="needs the name of a system's boot")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tract_fx.distance import Agreeing, distance, norm, relative_error
+from tract_fx.reference.distance import Agreeing, distance, norm, relative_error
 
 INF, NAN = math.inf, math.nan
 LEVELS: tuple[Agreeing, ...] = ("numbers", "infinities", "all")

@@ -24,7 +24,7 @@ from tract_fx.export.reference_model import NoReferenceError
 from tract_fx.export.torch_graphs import TorchGraphs
 from tract_fx.export.verify_torch import verify_torch
 from tract_fx.importer import build, table
-from tract_fx.inspection.onnx_calls import without_tract
+from tract_fx.passes.onnx_graph.treated import without_tract
 
 
 def foreign() -> Any:

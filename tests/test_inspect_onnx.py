@@ -22,12 +22,12 @@ from tract_fx.errors import (
     UnsupportedModelError,
 )
 from tract_fx.inspection.inspection import Inspection
-from tract_fx.inspection.onnx_batch import make_batch
-from tract_fx.inspection.onnx_inspection import inspect_onnx
-from tract_fx.inspection.onnx_subject import read_subject
+from tract_fx.inspection.onnx.batch import make_batch
+from tract_fx.inspection.onnx.inspection import inspect_onnx
+from tract_fx.inspection.onnx.subject import read_subject
 from tract_fx.inspection.records import GraphView
 from tract_fx.passes import remove_tract_onnx, tract_onnx_pass
-from tract_fx.passes.onnx_graph.rewrite import PREFIX
+from tract_fx.passes.onnx_graph.provenance import PREFIX
 
 
 @pytest.fixture(scope="module")

@@ -23,18 +23,17 @@ from onnx_models import by_hand
 from onnx_training import NETS, Training, batch_for, trained
 from oracle import Spec, precondition, relative_error, rows, tract_gradient, weight_gradient
 from tract_fx import export_training, load_trainer, tract_pass
+from tract_fx.artifacts.directory import read_directory
 from tract_fx.errors import DamagedArtifactsError, UnsupportedModelError
-from tract_fx.export.directory import read_directory
-from tract_fx.inspection.onnx_batch import make_batch
-from tract_fx.inspection.onnx_calls import treated_calls, without_tract
-from tract_fx.inspection.onnx_inspection import inspect_onnx
-from tract_fx.inspection.onnx_runs import run_with_tract
-from tract_fx.inspection.onnx_subject import read_subject
+from tract_fx.inspection.onnx.batch import make_batch
+from tract_fx.inspection.onnx.inspection import inspect_onnx
+from tract_fx.inspection.onnx.runs import run_with_tract
+from tract_fx.inspection.onnx.subject import read_subject
 from tract_fx.inspection.records import Verification
 from tract_fx.passes import remove_tract_onnx, tract_onnx_pass
 from tract_fx.passes.onnx_graph.find import locate
-from tract_fx.passes.onnx_graph.provenance import PROVENANCE
-from tract_fx.passes.onnx_graph.rewrite import PREFIX
+from tract_fx.passes.onnx_graph.provenance import PREFIX, PROVENANCE
+from tract_fx.passes.onnx_graph.treated import treated_calls, without_tract
 
 CLASSES = 5
 # Float32's gradients against float64, through a system of condition ~100.

@@ -15,13 +15,13 @@ from geometries import ConvNd, drawn
 from observed_calls import observed, with_gradient
 from oracle import Array, gram, precondition, rows, weight_gradient
 from photographs import photographs
-from tract_fx.inspection import observed as observed_module
 from tract_fx.inspection import shares as shares_module
 from tract_fx.inspection import spectrum as spectrum_module
-from tract_fx.inspection.observed import ObservedCall
 from tract_fx.inspection.records import LayerStatistics
 from tract_fx.inspection.shares import correlation
 from tract_fx.inspection.statistics import statistics
+from tract_fx.reference import observed as observed_module
+from tract_fx.reference.observed import ObservedCall
 
 Layer: TypeAlias = nn.Linear | ConvNd
 

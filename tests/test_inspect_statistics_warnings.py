@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from geometries import ConvNd
 from observed_calls import observed, with_gradient
 from photographs import photograph_range_255, photographs
-from tract_fx.inspection.observed import ObservedCall
 from tract_fx.inspection.statistics import statistics
+from tract_fx.reference.observed import ObservedCall
 
 LAYERS: dict[str, nn.Linear | ConvNd] = {
     "3x3": nn.Conv2d(3, 8, 3, padding=1),

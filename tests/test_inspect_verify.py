@@ -71,7 +71,7 @@ def test_definition_does_not_depend_on_the_size_of_chunks(monkeypatch: pytest.Mo
     (whole,) = runs_of(model, x).calls
     assert len(list(whole.chunks())) == 1
     gram, own = whole.gram, whole.own_gradient
-    monkeypatch.setattr("tract_fx.inspection.observed._ENTRIES", 1)
+    monkeypatch.setattr("tract_fx.reference.observed._ENTRIES", 1)
     (by_image,) = runs_of(model, x).calls
     assert len(list(by_image.chunks())) == len(x)
     assert oracle.relative_error(by_image.gram, gram) < 1e-13

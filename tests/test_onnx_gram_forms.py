@@ -24,7 +24,6 @@ from oracle import Spec, relative_error, rows
 from photographs import photographs
 from tract_fx.passes.onnx_graph.call_sizes import CallSizes
 from tract_fx.passes.onnx_graph.calls import match_call
-from tract_fx.passes.onnx_graph.gram import write_gram
 from tract_fx.passes.onnx_graph.gram_forms import (
     GramForm,
     Tiles,
@@ -33,6 +32,7 @@ from tract_fx.passes.onnx_graph.gram_forms import (
     possible_gram_forms,
 )
 from tract_fx.passes.onnx_graph.provenance import Provenance
+from tract_fx.passes.onnx_graph.subgraph import write_gram
 from tract_fx.passes.onnx_graph.writer import NodeWriter
 
 NOISE = 1e-5

@@ -38,7 +38,7 @@ from tract_fx import (
 )
 from tract_fx.errors import UnsupportedModelError
 from tract_fx.passes import remove_tract_onnx, tract_onnx_pass
-from tract_fx.passes.onnx_graph.rewrite import present_lambdas
+from tract_fx.passes.onnx_graph.provenance import present_lambdas
 
 BOUND = 1e-5  # as in test_onnx_pass_geometries
 

@@ -14,10 +14,15 @@ import pytest
 from onnx_models import by_hand
 from onnx_training import NETS, all_nodes, batch_for, initializers, same, trained
 from tract_fx.inspection.inspection import Inspection
-from tract_fx.inspection.onnx_inspection import inspect_onnx
+from tract_fx.inspection.onnx.inspection import inspect_onnx
 from tract_fx.passes import remove_tract_onnx, tract_onnx_pass
-from tract_fx.passes.onnx_graph.provenance import PROVENANCE, Provenance, provenance_of
-from tract_fx.passes.onnx_graph.rewrite import PREFIX, present_lambdas
+from tract_fx.passes.onnx_graph.provenance import (
+    PREFIX,
+    PROVENANCE,
+    Provenance,
+    present_lambdas,
+    provenance_of,
+)
 
 STAGES = ("Gram", "factorisation", "solve")
 

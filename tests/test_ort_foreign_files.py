@@ -32,8 +32,8 @@ from tract_fx import (
     export_training,
     load_trainer,
 )
+from tract_fx.artifacts.manifest import Manifest
 from tract_fx.errors import ExportError, UnsupportedModelError
-from tract_fx.export.manifest import Manifest
 
 
 @pytest.fixture(autouse=True)

@@ -27,9 +27,7 @@ from onnxruntime.training.api import CheckpointState, Module, Optimizer
 
 from cuda_kernels import missing_cuda_kernels
 from forked import run_script
-from tract_fx.errors import UnsupportedTrainingError
-from tract_fx.export.optimizer_graph import build_optimizer
-from tract_fx.export.optimizers import (
+from tract_fx.artifacts.optimizers import (
     SGD,
     AdamW,
     OptimizerConfig,
@@ -37,7 +35,9 @@ from tract_fx.export.optimizers import (
     refuse_patterns,
     weight_decay_of,
 )
-from tract_fx.export.record_json import decode, encode
+from tract_fx.artifacts.record_json import decode, encode
+from tract_fx.errors import UnsupportedTrainingError
+from tract_fx.export.optimizer_graph import build_optimizer
 
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -32,9 +32,9 @@ from ort_reference import (
     without_dropout,
 )
 from tract_fx import remove_tract, tract_module, tract_pass
+from tract_fx.artifacts.optimizers import SGD, AdamW
 from tract_fx.errors import ExportError, FrozenLayerWarning, TractError
 from tract_fx.export import torch_graphs
-from tract_fx.export.optimizers import SGD, AdamW
 from tract_fx.step import expand
 from tract_fx.trainers import OrtTrainer
 

@@ -44,7 +44,7 @@ from ort_reference import (
 )
 from photographs import photographs
 from tract_fx import remove_tract, tract_module
-from tract_fx.export.optimizers import SGD
+from tract_fx.artifacts.optimizers import SGD
 
 STEPS = 20
 MOMENTUM = 0.9

@@ -21,7 +21,7 @@ from oracle import Spec, relative_error, tract_gradient
 from tract_fx import SGD, AdamW, MissingRuntimeError, export_training, extras, load_trainer
 from tract_fx.passes import tract_onnx_pass
 from tract_fx.passes.onnx_graph.models import as_ir_model
-from tract_fx.passes.onnx_graph.rewrite import present_lambdas
+from tract_fx.passes.onnx_graph.provenance import present_lambdas
 from tract_fx.shell.app import app
 from tract_fx.trainers.ort_trainer import OrtTrainer
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from ort_reference import seeded
 from tract_fx import SGD, AdamW, LossScale, export_training, load_trainer, tract_module
+from tract_fx.artifacts.loss_scaling import loss_scale_from
 from tract_fx.errors import ExportError, MissingRuntimeError, UnsupportedTrainingError
-from tract_fx.export.loss_scaling import loss_scale_from
 from tract_fx.export.reference_kernels import KERNELS
 
 BOUND = 1e-5

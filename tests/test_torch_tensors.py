@@ -22,11 +22,11 @@ from torch.overrides import TorchFunctionMode
 
 from ort_reference import seeded
 from tract_fx import SGD, AdamW, export_training, load_trainer, tract_module
+from tract_fx.artifacts.batches import check_batch
+from tract_fx.artifacts.manifest import TensorSpec
 from tract_fx.errors import InvalidBatchError, MissingRuntimeError, StateMismatchError
-from tract_fx.export.manifest import TensorSpec
 from tract_fx.ort_training import CPU, Device
 from tract_fx.trainers import OrtTrainer, dlpack, sessions, stock_run
-from tract_fx.trainers.batches import check_batch
 from tract_fx.trainers.dlpack import ort_value_of, own_value, shared_tensors
 
 CLASSES = 5

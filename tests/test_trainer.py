@@ -23,6 +23,8 @@ pytest.importorskip("onnxruntime.training.api", reason="needs ONNX Runtime Train
 from forked import run_script  # noqa: E402
 from ort_artifacts import BATCH, CLASSES, ConvNet, Mlp, batches, build, replace_file  # noqa: E402
 from tract_fx import ort_training  # noqa: E402
+from tract_fx.artifacts.manifest import TensorSpec  # noqa: E402
+from tract_fx.artifacts.optimizers import SGD, AdamW  # noqa: E402
 from tract_fx.errors import (  # noqa: E402
     DamagedArtifactsError,
     FailedRunError,
@@ -33,8 +35,6 @@ from tract_fx.errors import (  # noqa: E402
     TrainerStateError,
     UnsupportedTrainingError,
 )
-from tract_fx.export.manifest import TensorSpec  # noqa: E402
-from tract_fx.export.optimizers import SGD, AdamW  # noqa: E402
 from tract_fx.trainers import OrtTrainer, load_trainer  # noqa: E402
 
 TESTS = Path(__file__).parent

@@ -9,10 +9,11 @@ from tract_fx.passes.choose import (
     warn_of_passed,
 )
 from tract_fx.passes.fx_graph.api import find_input_layers, is_tract, remove_tract, tract_pass
+from tract_fx.passes.fx_graph.calls import PROVENANCE
 from tract_fx.passes.fx_graph.find import Located, locate
 from tract_fx.passes.fx_graph.models import refuse_wrapped
 from tract_fx.passes.fx_graph.owners import weight_parameters
-from tract_fx.passes.fx_graph.rewrite import PROVENANCE, rewrite_graph
+from tract_fx.passes.fx_graph.rewrite import rewrite_graph
 
 __all__ = [
     "PROVENANCE",

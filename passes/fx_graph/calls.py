@@ -25,7 +25,17 @@ from tract_fx.preconditioner import (
     precondition_grad,
 )
 
-__all__ = ["LayerCall", "is_precondition_grad", "match_function", "match_module"]
+__all__ = [
+    "PROVENANCE",
+    "LayerCall",
+    "is_precondition_grad",
+    "match_function",
+    "match_module",
+    "read_lambda",
+]
+
+PROVENANCE = "tract"
+"""Key in `node.meta["custom"]` of every node that the pass made or changed."""
 
 
 @dataclass(frozen=True)
@@ -105,3 +115,15 @@ def match_function(node: Node) -> LayerCall | None:
         assert isinstance(weight, Node)
     geometry = {k: arguments[k] for k in GEOMETRY if k in arguments}
     return LayerCall(node, op, x, weight, geometry, precondition)
+
+
+def read_lambda(op: Node) -> float:
+    """Read λ off a node of TrAct's op.
+
+    Args:
+        op: The node, function or operator.
+
+    Returns:
+        λ.
+    """
+    return float(op.args[2] if op.target is PRECONDITION_GRAD_OPERATOR else op.kwargs["lambda_"])  # type: ignore[arg-type]

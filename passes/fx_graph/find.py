@@ -21,12 +21,12 @@ from tract_fx.passes.fx_graph.calls import (
     is_precondition_grad,
     match_function,
     match_module,
+    read_lambda,
 )
 from tract_fx.passes.fx_graph.entering import entering_values
 from tract_fx.passes.fx_graph.memory import effects
 from tract_fx.passes.fx_graph.owners import layer_module, weight_parameters
 from tract_fx.passes.fx_graph.regions import Region, region_of
-from tract_fx.passes.fx_graph.rewrite import read_lambda
 from tract_fx.passes.fx_graph.values import (
     Value,
     Values,

@@ -9,14 +9,15 @@ from torch.fx import Node
 
 from tract_fx.errors import UnsupportedLayerError
 from tract_fx.modules import TractLayer, copy_tree, to_tract
-from tract_fx.passes.fx_graph.calls import is_precondition_grad, match_function
+from tract_fx.passes.fx_graph.calls import (
+    PROVENANCE,
+    is_precondition_grad,
+    match_function,
+)
 from tract_fx.passes.fx_graph.regions import graphs
-from tract_fx.preconditioner import PRECONDITION_GRAD_OPERATOR, precondition_grad
+from tract_fx.preconditioner import precondition_grad
 
-__all__ = ["PROVENANCE", "read_lambda", "remove_from_graph", "rewrite_graph"]
-
-PROVENANCE = "tract"
-"""Key in `node.meta["custom"]` of every node that the pass made or changed."""
+__all__ = ["remove_from_graph", "rewrite_graph"]
 
 
 def rewrite_graph(gm: fx.GraphModule, lambdas: Mapping[str, float]) -> fx.GraphModule:
@@ -93,18 +94,6 @@ def _rewrite_function_call(graph: fx.Graph, node: Node, lambda_: float) -> None:
         node.update_kwarg("weight", op)
     else:
         node.update_arg(1, op)
-
-
-def read_lambda(op: Node) -> float:
-    """Read λ off a node of TrAct's op.
-
-    Args:
-        op: The node, function or operator.
-
-    Returns:
-        λ.
-    """
-    return float(op.args[2] if op.target is PRECONDITION_GRAD_OPERATOR else op.kwargs["lambda_"])  # type: ignore[arg-type]
 
 
 def _mark(node: Node, lambda_: float) -> None:

@@ -12,7 +12,8 @@ from tract_fx.passes.onnx_graph.find import locate
 from tract_fx.passes.onnx_graph.models import as_ir_model
 from tract_fx.passes.onnx_graph.node_names import named_nodes
 from tract_fx.passes.onnx_graph.parameters import training_parameters
-from tract_fx.passes.onnx_graph.rewrite import insert_tract, present_lambdas, remove_from_graph
+from tract_fx.passes.onnx_graph.provenance import present_lambdas
+from tract_fx.passes.onnx_graph.rewrite import insert_tract, remove_from_graph
 from tract_fx.preconditioner import DEFAULT_LAMBDA
 
 __all__ = ["remove_tract_onnx", "tract_onnx_pass"]

@@ -26,7 +26,7 @@ from tract_fx.passes.onnx_graph.parameters import (
     is_training_graph,
     training_parameters,
 )
-from tract_fx.passes.onnx_graph.rewrite import present_lambdas
+from tract_fx.passes.onnx_graph.provenance import present_lambdas
 from tract_fx.passes.onnx_graph.step_names import has_update
 from tract_fx.passes.onnx_graph.values import (
     FEATURES,

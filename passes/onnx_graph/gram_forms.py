@@ -4,7 +4,7 @@ All are exact, and none has the batch's size in it:
 
 - `Tiles` of X: for a linear layer, and for patches that tile the image where they are large. X is
   the input or a permuted copy of it, and only the tiles on and above the Gram's diagonal are
-  products (gram_tiles.py).
+  products.
 - `Unfolding` of whole patches, by one Conv with unit kernels (`is_plain`): for small patches that
   tile the image, and where neighbours share little, as 3x3/2: there the other one copies as much as
   it saves in products.

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 
+import numpy as np
 import onnx_ir as ir
 
 __all__ = ["PROVENANCE", "Provenance", "provenance_of"]
 
 PROVENANCE = "tract_fx"
 """Key in `metadata_props` of every node that the pass made."""
+
+PREFIX = "tract/"
+"""What the names of every node, value and constant that the pass made begin with."""
 
 
 @dataclass(frozen=True)
@@ -70,3 +74,27 @@ def provenance_of(node: ir.Node) -> Provenance | None:
     """
     text = node.metadata_props.get(PROVENANCE)
     return None if text is None else Provenance.from_json(text)
+
+
+def present_lambdas(model: ir.Model) -> dict[str, float]:
+    """Read which calls of a training graph have TrAct, and with which λ.
+
+    Args:
+        model: A training graph.
+
+    Returns:
+        λ by the name of each call's node, as it stands in the graph's initializer.
+    """
+    names = dict.fromkeys(record.call for record in made_nodes(model).values())
+    lambdas = {}
+    for name in names:
+        constant = model.graph.initializers[f"{PREFIX}{name}/lambda"].const_value
+        assert constant is not None
+        lambdas[name] = float(str(np.float32(constant.numpy())))  # 0.1, not 0.10000000149
+    return lambdas
+
+
+def made_nodes(model: ir.Model) -> dict[ir.Node, Provenance]:
+    """The nodes that the pass made in the main graph, in its order, with their records."""
+    records = ((node, provenance_of(node)) for node in model.graph)
+    return {node: record for node, record in records if record is not None}

@@ -9,19 +9,16 @@ import onnx_ir as ir
 
 from tract_fx.errors import InvalidLambdaError, UnsupportedLayerError, UnsupportedModelError
 from tract_fx.passes.onnx_graph.calls import OnnxCall, opset_of
-from tract_fx.passes.onnx_graph.provenance import Provenance, provenance_of
+from tract_fx.passes.onnx_graph.provenance import PREFIX, Provenance, made_nodes
 from tract_fx.passes.onnx_graph.subgraph import write_tract
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient, find_weight_gradient
 from tract_fx.passes.onnx_graph.writer import NodeWriter
 from tract_fx.preconditioner import LAMBDA_REMEDY
 
-__all__ = ["PREFIX", "insert", "insert_tract", "present_lambdas", "remove_from_graph"]
+__all__ = ["insert", "insert_tract", "remove_from_graph"]
 
 _OLDEST_OPSET = 13  # axes became inputs: ReduceSum, Squeeze, Unsqueeze
-
-PREFIX = "tract/"
-"""What the names of every node, value and constant that the pass made begin with."""
 
 
 def insert_tract(
@@ -138,31 +135,13 @@ def _weight_shape(call: OnnxCall) -> tuple[int, ...]:
     return shape
 
 
-def present_lambdas(model: ir.Model) -> dict[str, float]:
-    """Read which calls of a training graph have TrAct, and with which λ.
-
-    Args:
-        model: A training graph.
-
-    Returns:
-        λ by the name of each call's node, as it stands in the graph's initializer.
-    """
-    names = dict.fromkeys(record.call for record in _made(model).values())
-    lambdas = {}
-    for name in names:
-        constant = model.graph.initializers[f"{PREFIX}{name}/lambda"].const_value
-        assert constant is not None
-        lambdas[name] = float(str(np.float32(constant.numpy())))  # 0.1, not 0.10000000149
-    return lambdas
-
-
 def remove_from_graph(model: ir.Model) -> None:
     """Take TrAct's nodes and constants out of a training graph, in place.
 
     Args:
         model: A training graph, with TrAct or without.
     """
-    made = _made(model)
+    made = made_nodes(model)
     values = {value.name: value for node in model.graph for value in node.outputs}
     for call, name in dict.fromkeys((record.call, record.term) for record in made.values()):
         term, result = values[f"{PREFIX}{call}/plain_gradient"], values[name]
@@ -183,9 +162,3 @@ def _release_branches(node: ir.Node) -> None:
                 _release_branches(inner)
                 for index in range(len(inner.inputs)):
                     inner.replace_input_with(index, None)
-
-
-def _made(model: ir.Model) -> dict[ir.Node, Provenance]:
-    """The nodes that the pass made in the main graph, in its order, with their records."""
-    records = ((node, provenance_of(node)) for node in model.graph)
-    return {node: record for node, record in records if record is not None}

@@ -23,8 +23,8 @@ import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.call_sizes import CallSizes
 from tract_fx.passes.onnx_graph.calls import Layout
-from tract_fx.passes.onnx_graph.gram import write_gram
-from tract_fx.passes.onnx_graph.gram_forms import choose_gram_form
+from tract_fx.passes.onnx_graph.gram_blocks import write_tiled_gram, write_unfolded_gram
+from tract_fx.passes.onnx_graph.gram_forms import GramForm, Tiles, choose_gram_form
 from tract_fx.passes.onnx_graph.row_matrix import cast, row_matrix
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient
@@ -32,7 +32,7 @@ from tract_fx.passes.onnx_graph.wide_gram import in_float64, write_wide_gram
 from tract_fx.passes.onnx_graph.writer import NodeWriter
 from tract_fx.preconditioner.solve import MAX_FLOAT32_AMPLIFICATION
 
-__all__ = ["write_tract"]
+__all__ = ["write_gram", "write_tract"]
 
 
 Branch = Callable[[NodeWriter], ir.Value]
@@ -279,3 +279,20 @@ def _regularised_inverse(
     total = write.op("ReduceSum", [matrix, axes], "sum_of_entries", {"keepdims": 1})
     poison = write.op("Sub", [total, total], "zero_or_nan")
     return write.op("Add", [inverse, poison], "inverse")
+
+
+def write_gram(write: NodeWriter, sizes: CallSizes, form: GramForm) -> ir.Value:
+    """Write XᵀX.
+
+    Args:
+        write: Where the nodes go.
+        sizes: The call.
+        form: One of the call's possible forms.
+
+    Returns:
+        (n, n), or (groups, n, n) for a grouped convolution.
+    """
+    if isinstance(form, Tiles):
+        rows = row_matrix(write, sizes, grouped=False)
+        return write_tiled_gram(write, rows, sizes.columns, form.count)
+    return write_unfolded_gram(write, sizes, form)

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from tract_fx import ort_training
+from tract_fx.artifacts.directory import write_directory
+from tract_fx.artifacts.loss_scaling import LossScale, loss_scale_from
+from tract_fx.artifacts.manifest import ORT_TRAINING, STOCK, Manifest
+from tract_fx.artifacts.optimizers import OptimizerConfig, optimizer_from
 from tract_fx.errors import NoInputLayerError, UnsupportedTrainingError
-from tract_fx.export.directory import write_directory
 from tract_fx.export.forward import OnnxSource, onnx_source
-from tract_fx.export.loss_scaling import LossScale, loss_scale_from
 from tract_fx.export.losses import Loss
 from tract_fx.export.lost_in_graphs import refuse_other_parameters
 from tract_fx.export.lowered import lower_precision
-from tract_fx.export.manifest import ORT_TRAINING, STOCK, Manifest
 from tract_fx.export.optimizer_graph import build_optimizer
-from tract_fx.export.optimizers import OptimizerConfig, optimizer_from
 from tract_fx.export.torch_graphs import (
     Target,
     build_graphs,

@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 import onnx_ir as ir
 
-from tract_fx.export.graph_runs import cut
 from tract_fx.importer.modes import evaluation_mode
+from tract_fx.passes.onnx_graph.cutting import cut
 
 __all__ = ["append_outputs"]
 

@@ -10,14 +10,13 @@ import onnx_ir as ir
 
 from tract_fx import ort_training
 from tract_fx.errors import ExportError, TractError
+from tract_fx.passes.onnx_graph.cutting import cut
 from tract_fx.passes.onnx_graph.node_names import name_in_file
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
-from tract_fx.passes.onnx_graph.values import operands
 
 __all__ = [
     "accumulated_gradients",
     "can_not_run",
-    "cut",
     "run_graph",
     "run_training_graph",
     "training_feeds",
@@ -43,28 +42,6 @@ def accumulated_gradients(training: ir.Model) -> dict[str, str]:
         and node.inputs[1] is not None
         and str(node.inputs[0].name).endswith(BUFFER)
     }
-
-
-def cut(graph: ir.Graph, outputs: Sequence[ir.Value]) -> None:
-    """Leave in a graph what some values need: ONNX Runtime computes the rest too, read or not.
-
-    Args:
-        graph: The graph, edited in place.
-        outputs: Values in it, which become its outputs.
-    """
-    graph.outputs[:] = outputs
-    needed: set[ir.Node] = set()
-    read, pending = set(outputs), list(outputs)
-    while pending:
-        node = pending.pop().producer()
-        if node is not None and node not in needed:
-            needed.add(node)
-            given = {*operands(node), *(value for value in node.inputs if value is not None)}
-            new = [value for value in given if value not in read]
-            read.update(new)
-            pending += new
-    graph.remove([node for node in graph if node not in needed])
-    graph.inputs[:] = [value for value in graph.inputs if value in read]
 
 
 def can_not_run(error: Exception) -> ExportError:

@@ -10,10 +10,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
-from tract_fx.distance import relative_error
 from tract_fx.errors import ExportError
 from tract_fx.export.torch_graphs import TorchGraphs
 from tract_fx.passes.onnx_graph.step_names import LOSS_SCALE
+from tract_fx.reference.distance import relative_error
 from tract_fx.step.low_precision import lower_products, raise_products
 from tract_fx.step.trace import StepTrace
 from tract_fx.step.weight_gradient import WEIGHT_GRADIENT

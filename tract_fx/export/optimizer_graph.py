@@ -25,8 +25,8 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from tract_fx.artifacts.optimizers import SGD, AdamW, OptimizerConfig
 from tract_fx.errors import UnsupportedTrainingError
-from tract_fx.export.optimizers import SGD, AdamW, OptimizerConfig
 from tract_fx.passes.onnx_graph.calls import MICROSOFT
 
 __all__ = ["build_optimizer"]

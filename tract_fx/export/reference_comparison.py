@@ -7,9 +7,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tract_fx.distance import distance, norm
 from tract_fx.errors import ExportError
 from tract_fx.export.reference_model import ReferenceModel
+from tract_fx.reference.distance import distance, norm
 
 __all__ = ["compare_values"]
 

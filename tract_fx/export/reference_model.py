@@ -10,8 +10,8 @@ import onnx_ir as ir
 from onnx import AttributeProto, TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from tract_fx.export.graph_runs import cut
 from tract_fx.export.reference_kernels import KERNELS
+from tract_fx.passes.onnx_graph.cutting import cut
 
 __all__ = ["NoReferenceError", "ReferenceModel"]
 

@@ -15,8 +15,7 @@ from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
 from tract_fx import ort_training
-from tract_fx.errors import ExportError
-from tract_fx.export.directory import (
+from tract_fx.artifacts.directory import (
     CHECKPOINT,
     CONSTANTS,
     EVAL_MODEL,
@@ -25,18 +24,19 @@ from tract_fx.export.directory import (
     OPTIMIZER_TENSORS,
     TRAINING_MODEL,
 )
+from tract_fx.artifacts.loss_scaling import LossScale
+from tract_fx.artifacts.manifest import STOCK, Manifest, ParameterSpec, TensorSpec, TractLayer
+from tract_fx.artifacts.optimizers import OptimizerConfig, refuse_patterns
+from tract_fx.artifacts.tensor_files import write_tensors
+from tract_fx.artifacts.versions import versions
+from tract_fx.errors import ExportError
 from tract_fx.export.file_outputs import append_outputs
 from tract_fx.export.graph_runs import run_graph
 from tract_fx.export.left_out import warn_of_left_out
-from tract_fx.export.loss_scaling import LossScale
-from tract_fx.export.manifest import STOCK, Manifest, ParameterSpec, TensorSpec, TractLayer
 from tract_fx.export.optimizer_graph import build_optimizer
-from tract_fx.export.optimizers import OptimizerConfig, refuse_patterns
-from tract_fx.export.tensor_files import write_tensors
 from tract_fx.export.torch_loss import TorchLoss
 from tract_fx.export.torch_model import TorchModel
 from tract_fx.export.updates import update_of
-from tract_fx.export.versions import versions
 from tract_fx.importer.metadata import strip_exporter_metadata
 from tract_fx.modules import named_tensors
 from tract_fx.passes.onnx_graph.find import locate

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tract_fx.export.loss_scaling import LossScale, all_finite, next_scale, scale_states
-from tract_fx.export.optimizers import SGD, AdamW, OptimizerConfig, weight_decay_of
+from tract_fx.artifacts.loss_scaling import LossScale, all_finite, next_scale, scale_states
+from tract_fx.artifacts.optimizers import SGD, AdamW, OptimizerConfig, weight_decay_of
 from tract_fx.passes.onnx_graph.step_names import GRADIENT_SUM, IS_UPDATE, LEARNING_RATE, STEP
 from tract_fx.step.trace import Update
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from tract_fx.distance import distance, norm
 from tract_fx.errors import ExportError, TractWarning
 from tract_fx.export.forward import OnnxSource
 from tract_fx.export.graph_runs import run_graph
@@ -23,6 +22,7 @@ from tract_fx.importer.modes import (
     random_operators,
     train_batch_norm,
 )
+from tract_fx.reference.distance import distance, norm
 
 __all__ = ["verify_import"]
 

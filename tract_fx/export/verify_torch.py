@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tract_fx.distance import distance, norm
 from tract_fx.errors import ExportError
 from tract_fx.export.eager_forward import call_on_copies
 from tract_fx.export.graph_runs import run_graph
@@ -31,6 +30,7 @@ from tract_fx.export.training_session import StockSession, TrainingSession, open
 from tract_fx.export.verify_tract import verify_tract
 from tract_fx.function_mode import FunctionMode
 from tract_fx.modules import named_tensors
+from tract_fx.reference.distance import distance, norm
 from tract_fx.step.names import output_names
 
 __all__ = ["training_outputs", "verify_torch"]

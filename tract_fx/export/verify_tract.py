@@ -7,16 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from tract_fx.distance import relative_error
 from tract_fx.errors import ExportError
 from tract_fx.export.training_session import open_session
-from tract_fx.inspection.onnx_calls import (
-    observe_call,
-    to_weight_layout,
-    treated_calls,
-    without_tract,
-)
+from tract_fx.passes.onnx_graph.treated import treated_calls, without_tract
 from tract_fx.passes.records import InputLayer
+from tract_fx.reference.distance import relative_error
+from tract_fx.reference.onnx_calls import observe_call, to_weight_layout
 
 __all__ = ["verify_tract"]
 

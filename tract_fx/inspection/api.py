@@ -103,7 +103,7 @@ def _inspect_onnx(gm: object, example_inputs: Any, loss: object, options: _Optio
         raise UnsupportedModelError(
             "loss= with an ONNX model", "a training graph has its own loss", "Leave loss out"
         )
-    inspect_onnx = extras.load("tract_fx.inspection.onnx_inspection", "inspect_onnx")
+    inspect_onnx = extras.load("tract_fx.inspection.onnx.inspection", "inspect_onnx")
     inspection: Inspection = inspect_onnx(gm, example_inputs, **asdict(options))
     return inspection
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from tract_fx.inspection.expansion import expand, stage_of
 from tract_fx.inspection.joint_graph import JointGraph, trace_joint_graph
-from tract_fx.inspection.observed import ObservedCall
 from tract_fx.inspection.records import Backward, GraphView
 from tract_fx.inspection.views import graph_view
+from tract_fx.reference.observed import ObservedCall
 
 __all__ = ["backward"]
 

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
-from tract_fx.distance import norm, relative_error
 from tract_fx.inspection.records import Check
 from tract_fx.inspection.runs import Run
+from tract_fx.reference.distance import norm, relative_error
 
 __all__ = ["NEGLIGIBLE", "OTHER_TOLERANCE", "coarser", "coarsest", "compare_runs"]
 

@@ -14,7 +14,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tract_fx import torch_private
 from tract_fx.inspection.joint_graph import JointGraph, Role
-from tract_fx.inspection.observed import ObservedCall
 from tract_fx.passes.fx_graph import PROVENANCE
 from tract_fx.preconditioner import (
     PRECONDITION_GRAD_OPERATOR,
@@ -22,6 +21,7 @@ from tract_fx.preconditioner import (
     precondition_by_plan,
 )
 from tract_fx.preconditioner.settings import read_settings
+from tract_fx.reference.observed import ObservedCall
 
 __all__ = ["expand", "stage_of"]
 

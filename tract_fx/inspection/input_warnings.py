@@ -9,9 +9,9 @@ import math
 
 import torch
 
-from tract_fx.inspection.observed import ObservedCall
 from tract_fx.inspection.records import LayerStatistics
 from tract_fx.inspection.shares import Looks
+from tract_fx.reference.observed import ObservedCall
 
 __all__ = ["gradient_warning", "input_warning", "lambda_warning"]
 

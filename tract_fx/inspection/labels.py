@@ -12,8 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from tract_fx.inspection.expansion import stage_of
 from tract_fx.modules import plain_class, tract_lambda
-from tract_fx.passes.fx_graph.calls import is_precondition_grad
-from tract_fx.passes.fx_graph.rewrite import read_lambda
+from tract_fx.passes.fx_graph.calls import is_precondition_grad, read_lambda
 from tract_fx.passes.fx_graph.values import lookup, resolve
 
 __all__ = ["detail_of", "is_precondition", "operation_label", "operation_name", "tract_label"]

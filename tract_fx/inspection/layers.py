@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from tract_fx.inspection.observed import ObservedCall
 from tract_fx.inspection.records import LayerReport, SourceLine
 from tract_fx.inspection.sources import source_of
 from tract_fx.passes.fx_graph import locate
 from tract_fx.passes.records import Findings, InputLayer, Refusal
 from tract_fx.preconditioner import gram_algorithm, is_quicker, plan_solve
+from tract_fx.reference.observed import ObservedCall
 
 __all__ = ["LayerCalls", "layer_reports", "read_layers", "sort_calls"]
 

@@ -17,10 +17,10 @@ from tract_fx import torch_private
 from tract_fx.errors import TractError, UnsupportedModelError, UnsupportedTrainingError
 from tract_fx.inspection.batch import Batch, dtype_name, has_gradient, tensors_in
 from tract_fx.inspection.given import FailedLossError, call_loss
-from tract_fx.inspection.observed import ObservedCall
 from tract_fx.inspection.taps import TappedCall, Taps, no_such_call, tap
 from tract_fx.inspection.undisturbed import undisturbed
 from tract_fx.passes.records import InputLayer
+from tract_fx.reference.observed import ObservedCall
 
 __all__ = ["Loss", "Run", "Runs", "Terms", "observe", "observe_forward"]
 

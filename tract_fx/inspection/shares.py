@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tract_fx.inspection.observed import ObservedCall
 from tract_fx.inspection.records import ImageShare
 from tract_fx.inspection.spectrum import Spectrum
+from tract_fx.reference.observed import ObservedCall
 
 __all__ = ["Looks", "correlation", "image_shares", "looks"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tract_fx.inspection.observed import ObservedCall
+from tract_fx.reference.observed import ObservedCall
 
 __all__ = ["Spectrum", "spectrum", "too_large"]
 

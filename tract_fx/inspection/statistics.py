@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tract_fx.inspection.input_warnings import gradient_warning, input_warning, lambda_warning
-from tract_fx.inspection.observed import ObservedCall
 from tract_fx.inspection.records import LayerStatistics, Statistics
 from tract_fx.inspection.shares import Looks, correlation, image_shares, looks
 from tract_fx.inspection.spectrum import Spectrum, spectrum, too_large
+from tract_fx.reference.observed import ObservedCall
 
 __all__ = ["statistics"]
 

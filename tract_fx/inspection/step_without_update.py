@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from tract_fx.export.graph_runs import cut
+from tract_fx.passes.onnx_graph.cutting import cut
 from tract_fx.passes.onnx_graph.step_names import (
     GRADIENT,
     IS_UPDATE,

@@ -13,12 +13,12 @@ from torch import Tensor, fx, nn
 from tract_fx import torch_private
 from tract_fx.errors import UnsupportedLayerError, UnsupportedModelError
 from tract_fx.function_mode import FunctionMode
-from tract_fx.inspection.observed import ObservedCall
 from tract_fx.modules import copy_tree
 from tract_fx.passes.fx_graph.calls import match_function, match_module
 from tract_fx.passes.fx_graph.regions import graphs
 from tract_fx.passes.records import InputLayer
 from tract_fx.preconditioner import LAYER_CALLS, OPERANDS
+from tract_fx.reference.observed import ObservedCall
 
 __all__ = ["TappedCall", "Taps", "no_such_call", "tap"]
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tract_fx.distance import relative_error
 from tract_fx.inspection.comparison import (
     NEGLIGIBLE,
     OTHER_TOLERANCE,
@@ -29,6 +28,7 @@ from tract_fx.inspection.marks import lost_marks
 from tract_fx.inspection.records import Check, Verification, WeightCheck
 from tract_fx.inspection.runs import Runs
 from tract_fx.passes.records import InputLayer
+from tract_fx.reference.distance import relative_error
 
 __all__ = [
     "DISTINCT",

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from tract_fx.artifacts.manifest import TensorSpec
 from tract_fx.errors import InvalidBatchError
-from tract_fx.export.manifest import TensorSpec
 
 __all__ = ["Arrays", "batches_of", "read_arrays"]
 

@@ -19,10 +19,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from tract_fx import extras
-from tract_fx.distance import relative_error
 from tract_fx.eager import tract_module
 from tract_fx.errors import MissingRuntimeError, TractWarning
 from tract_fx.passes.fx_graph import tract_pass
+from tract_fx.reference.distance import relative_error
 
 __all__ = ["TOLERANCE", "Check", "Step", "checks", "devices"]
 

@@ -25,8 +25,8 @@ from tract_fx.shell.tables import export_table
 from tract_fx.shell.targets import Target, find_layers, put_tract, read_target
 
 if TYPE_CHECKING:
+    from tract_fx.artifacts.optimizers import OptimizerConfig
     from tract_fx.export import TrainingArtifacts
-    from tract_fx.export.optimizers import OptimizerConfig
 
 __all__ = ["export"]
 

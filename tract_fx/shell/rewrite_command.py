@@ -83,7 +83,7 @@ def _treated(model: Path | onnx.ModelProto) -> list[str]:
     from tract_fx.passes.onnx_graph.find import locate
     from tract_fx.passes.onnx_graph.models import as_ir_model
     from tract_fx.passes.onnx_graph.parameters import training_parameters
-    from tract_fx.passes.onnx_graph.rewrite import present_lambdas
+    from tract_fx.passes.onnx_graph.provenance import present_lambdas
 
     graph = as_ir_model(model)
     given = training_parameters(graph)
@@ -94,7 +94,7 @@ def _treated(model: Path | onnx.ModelProto) -> list[str]:
 
 def _check_place(place: Path, *, overwrite: bool) -> None:
     """Refuse to write over a file, or into artifacts whose checksums it would break."""
-    from tract_fx.export.manifest import MANIFEST_FILE
+    from tract_fx.artifacts.manifest import MANIFEST_FILE
 
     refuse_existing(place, overwrite)
     if place.is_dir():

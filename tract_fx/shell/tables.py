@@ -11,8 +11,8 @@ from rich.table import Table
 from tract_fx.passes.records import Findings
 
 if TYPE_CHECKING:
+    from tract_fx.artifacts.manifest import Manifest, TensorSpec
     from tract_fx.export import TrainingArtifacts
-    from tract_fx.export.manifest import Manifest, TensorSpec
 
 __all__ = ["export_table", "findings_tables"]
 

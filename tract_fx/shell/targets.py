@@ -117,7 +117,7 @@ def graph_in(directory: Path) -> Path:
     Raises:
         UnsupportedModelError: There is none.
     """
-    name = extras.load("tract_fx.export.directory", "TRAINING_MODEL")
+    name = extras.load("tract_fx.artifacts.directory", "TRAINING_MODEL")
     file: Path = directory / name
     if not file.is_file():
         raise UnsupportedModelError(

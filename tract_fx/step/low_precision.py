@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import onnx_ir as ir
 
-from tract_fx.passes.onnx_graph.rewrite import PREFIX
+from tract_fx.passes.onnx_graph.provenance import PREFIX
 
 __all__ = ["PRECISIONS", "lower_products", "raise_products"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 from torch import Tensor
 
-from tract_fx.passes.onnx_graph.rewrite import PREFIX
+from tract_fx.passes.onnx_graph.provenance import PREFIX
 from tract_fx.step.ort_training import CheckpointTensors, hold_tensors
 from tract_fx.step.trace import StepTrace
 

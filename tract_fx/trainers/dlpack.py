@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
+from tract_fx.artifacts.batches import BatchValue, on_host
 from tract_fx.errors import MissingRuntimeError
 from tract_fx.ort_training import Device, any_runtime, ort_value
-from tract_fx.trainers.batches import BatchValue, on_host
 
 __all__ = ["ort_value_of", "own_value", "shared_tensors", "wait_for_torch"]
 

@@ -6,9 +6,9 @@ import dataclasses
 import os
 import warnings
 
+from tract_fx.artifacts.directory import TRAINING_MODEL
+from tract_fx.artifacts.manifest import ORT_TRAINING
 from tract_fx.errors import TractWarning, UnsupportedTrainingError
-from tract_fx.export.directory import TRAINING_MODEL
-from tract_fx.export.manifest import ORT_TRAINING
 from tract_fx.ort_training import TESTED_VERSION, any_runtime, require_device, runtime
 from tract_fx.trainers.ort_trainer import OrtTrainer
 from tract_fx.trainers.randomness import OWN_GENERATOR, operators, seed_of, seeded

@@ -12,23 +12,23 @@ from typing import Any
 
 import torch
 
+from tract_fx.artifacts.batches import Array, BatchValue, check_batch, require_variance
+from tract_fx.artifacts.class_indices import class_ranges, with_range
+from tract_fx.artifacts.directory import (
+    CONSTANTS,
+    EVAL_MODEL,
+    TRAINING_MODEL,
+    write_directory,
+)
+from tract_fx.artifacts.manifest import Manifest, TensorSpec
 from tract_fx.errors import (
     DamagedArtifactsError,
     FailedRunError,
     TrainerStateError,
     UnsupportedTrainingError,
 )
-from tract_fx.export.directory import (
-    CONSTANTS,
-    EVAL_MODEL,
-    TRAINING_MODEL,
-    write_directory,
-)
-from tract_fx.export.manifest import Manifest, TensorSpec
 from tract_fx.ort_training import Device, message_of
 from tract_fx.passes.onnx_graph.step_names import LOSS_SCALE
-from tract_fx.trainers.batches import Array, BatchValue, check_batch, require_variance
-from tract_fx.trainers.class_indices import class_ranges, with_range
 from tract_fx.trainers.dlpack import shared_tensors, wait_for_torch
 from tract_fx.trainers.progress import Progress
 from tract_fx.trainers.randomness import SHARED_GENERATOR, operators, seed_of, seeded

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from tract_fx.errors import DamagedArtifactsError, MissingRuntimeError
-from tract_fx.export.directory import (
+from tract_fx.artifacts.batches import Array, BatchValue, on_host
+from tract_fx.artifacts.directory import (
     CHECKPOINT,
     CONSTANTS,
     EVAL_MODEL,
@@ -22,7 +22,8 @@ from tract_fx.export.directory import (
     TRAINING_MODEL,
     read_directory,
 )
-from tract_fx.export.manifest import ORT_TRAINING, STOCK, Manifest, ParameterSpec
+from tract_fx.artifacts.manifest import ORT_TRAINING, STOCK, Manifest, ParameterSpec
+from tract_fx.errors import DamagedArtifactsError, MissingRuntimeError
 from tract_fx.ort_training import (
     TRAINING_PROVIDERS,
     Device,
@@ -31,7 +32,6 @@ from tract_fx.ort_training import (
     session_options,
     training_api,
 )
-from tract_fx.trainers.batches import Array, BatchValue, on_host
 from tract_fx.trainers.progress import Progress
 from tract_fx.trainers.stock_run import StockRun
 

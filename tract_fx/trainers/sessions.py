@@ -8,13 +8,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from tract_fx.artifacts.batches import Array, BatchValue
+from tract_fx.artifacts.directory import EVAL_MODEL
+from tract_fx.artifacts.manifest import Manifest
 from tract_fx.errors import DamagedArtifactsError, UnsupportedTrainingError
-from tract_fx.export.directory import EVAL_MODEL
-from tract_fx.export.graph_runs import cut
-from tract_fx.export.manifest import Manifest
 from tract_fx.ort_training import Device, inference_session, ort_value, run_session
+from tract_fx.passes.onnx_graph.cutting import cut
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
-from tract_fx.trainers.batches import Array, BatchValue
 from tract_fx.trainers.dlpack import ort_value_of
 from tract_fx.trainers.randomness import seeded
 from tract_fx.trainers.run_state import RunState

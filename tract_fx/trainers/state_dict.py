@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from tract_fx.artifacts.batches import Array, BatchValue, dense, on_host
+from tract_fx.artifacts.manifest import Manifest
 from tract_fx.errors import StateMismatchError
-from tract_fx.export.manifest import Manifest
-from tract_fx.trainers.batches import Array, BatchValue, dense, on_host
 from tract_fx.trainers.run_state import RunState
 from tract_fx.trainers.stock_run import StockRun
 

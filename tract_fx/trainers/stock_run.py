@@ -12,12 +12,18 @@ import onnx
 import onnx_ir as ir
 
 from tract_fx import ort_training
+from tract_fx.artifacts.batches import Array, BatchValue
+from tract_fx.artifacts.directory import (
+    EVAL_MODEL,
+    MODEL_TENSORS,
+    OPTIMIZER_TENSORS,
+    TRAINING_MODEL,
+)
+from tract_fx.artifacts.manifest import Manifest
+from tract_fx.artifacts.tensor_files import read_tensors, write_tensors
 from tract_fx.errors import DamagedArtifactsError, MissingRuntimeError, TrainerStateError
-from tract_fx.export.directory import EVAL_MODEL, MODEL_TENSORS, OPTIMIZER_TENSORS, TRAINING_MODEL
-from tract_fx.export.graph_runs import cut
-from tract_fx.export.manifest import Manifest
-from tract_fx.export.tensor_files import read_tensors, write_tensors
 from tract_fx.ort_training import CPU, Device, message_of
+from tract_fx.passes.onnx_graph.cutting import cut
 from tract_fx.passes.onnx_graph.step_names import (
     GRADIENT,
     GRADIENT_SUM,
@@ -27,7 +33,6 @@ from tract_fx.passes.onnx_graph.step_names import (
     NEW,
     STEP,
 )
-from tract_fx.trainers.batches import Array, BatchValue
 from tract_fx.trainers.dlpack import ort_value_of, own_value
 from tract_fx.trainers.progress import Progress
 from tract_fx.trainers.randomness import seeded

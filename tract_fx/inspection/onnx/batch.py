@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from tract_fx.artifacts.batches import check_batch, on_host
+from tract_fx.artifacts.manifest import TensorSpec
 from tract_fx.errors import InvalidBatchError
 from tract_fx.export.made_up import made_up_numbers
-from tract_fx.export.manifest import TensorSpec
-from tract_fx.inspection.onnx_subject import OnnxSubject
+from tract_fx.inspection.onnx.subject import OnnxSubject
 from tract_fx.passes.onnx_graph.values import static_shape
-from tract_fx.trainers.batches import check_batch, on_host
 
 __all__ = ["OnnxBatch", "make_batch"]
 

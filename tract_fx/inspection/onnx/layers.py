@@ -10,14 +10,14 @@ import numpy as np
 import onnx_ir as ir
 
 from tract_fx.inspection.layers import LayerCalls, layer_reports, sort_calls
-from tract_fx.inspection.observed import ObservedCall
-from tract_fx.inspection.onnx_calls import TreatedCall
 from tract_fx.inspection.records import LayerReport
 from tract_fx.inspection.sources import source_in
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.find import LocatedOnnx
 from tract_fx.passes.onnx_graph.provenance import Provenance, provenance_of
+from tract_fx.passes.onnx_graph.treated import TreatedCall
 from tract_fx.passes.onnx_graph.values import subgraphs
+from tract_fx.reference.observed import ObservedCall
 
 __all__ = [
     "BRANCHES",

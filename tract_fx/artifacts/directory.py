@@ -13,9 +13,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from tract_fx.artifacts.manifest import MANIFEST_FILE, FileRecord, Manifest
 from tract_fx.atomic import OLD, beside, clear_left, flush, system_errors
 from tract_fx.errors import ArtifactsExistError, DamagedArtifactsError
-from tract_fx.export.manifest import MANIFEST_FILE, FileRecord, Manifest
 
 __all__ = [
     "CHECKPOINT",

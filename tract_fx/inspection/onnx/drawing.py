@@ -7,13 +7,12 @@ from typing import Literal, TypeAlias
 
 import onnx_ir as ir
 
-from tract_fx.inspection.onnx_calls import TreatedCall
-from tract_fx.inspection.onnx_layers import Form, forms_of
+from tract_fx.inspection.onnx.layers import Form, forms_of
 from tract_fx.inspection.records import ViewNode
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.parameters import is_training_graph
-from tract_fx.passes.onnx_graph.provenance import provenance_of
-from tract_fx.passes.onnx_graph.rewrite import PREFIX
+from tract_fx.passes.onnx_graph.provenance import PREFIX, provenance_of
+from tract_fx.passes.onnx_graph.treated import TreatedCall
 from tract_fx.passes.onnx_graph.values import ancestors, carries_no_values, operands
 
 __all__ = ["Drawing", "forward_nodes"]

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from tract_fx.artifacts.manifest import TensorSpec
 from tract_fx.errors import InvalidBatchError
-from tract_fx.export.manifest import TensorSpec
 from tract_fx.torch_private import is_fake
 
 __all__ = ["Array", "BatchValue", "check_batch", "dense", "on_host", "require_variance"]

@@ -10,16 +10,14 @@ import onnx_ir as ir
 
 from tract_fx import ort_training
 from tract_fx.errors import FailedRunError
-from tract_fx.export.graph_runs import (
-    accumulated_gradients,
-    cut,
-    run_training_graph,
-)
+from tract_fx.export.graph_runs import accumulated_gradients, run_training_graph
 from tract_fx.importer.modes import random_operators
-from tract_fx.inspection.observed import ObservedCall
-from tract_fx.inspection.onnx_batch import OnnxBatch
-from tract_fx.inspection.onnx_calls import TreatedCall, observe_call
-from tract_fx.inspection.onnx_layers import BRANCHES, Form, conditions_of
+from tract_fx.inspection.onnx.batch import OnnxBatch
+from tract_fx.inspection.onnx.layers import BRANCHES, Form, conditions_of
+from tract_fx.passes.onnx_graph.cutting import cut
+from tract_fx.passes.onnx_graph.treated import TreatedCall
+from tract_fx.reference.observed import ObservedCall
+from tract_fx.reference.onnx_calls import observe_call
 from tract_fx.trainers.randomness import OWN_GENERATOR
 
 __all__ = ["GraphRun", "OnnxRuns", "run_form", "run_gradients", "run_with_terms", "run_with_tract"]

@@ -10,25 +10,25 @@ from typing import Any, Literal
 import onnx
 import onnx_ir as ir
 
-from tract_fx.export.versions import versions
+from tract_fx.artifacts.versions import versions
 from tract_fx.inspection.inspection import Inspection
-from tract_fx.inspection.onnx_batch import OnnxBatch, make_batch
-from tract_fx.inspection.onnx_calls import TreatedCall, treated_calls, without_tract
-from tract_fx.inspection.onnx_layers import (
+from tract_fx.inspection.onnx.batch import OnnxBatch, make_batch
+from tract_fx.inspection.onnx.layers import (
     Form,
     chosen_form,
     onnx_calls,
     onnx_layer_reports,
 )
-from tract_fx.inspection.onnx_runs import OnnxRuns, run_form, run_with_tract
-from tract_fx.inspection.onnx_subject import OnnxSubject, read_subject
-from tract_fx.inspection.onnx_text import graph_text
-from tract_fx.inspection.onnx_verify import manifest_problems, verify_runs, wiring_problems
-from tract_fx.inspection.onnx_views import OnnxPictures
+from tract_fx.inspection.onnx.runs import OnnxRuns, run_form, run_with_tract
+from tract_fx.inspection.onnx.subject import OnnxSubject, read_subject
+from tract_fx.inspection.onnx.text import graph_text
+from tract_fx.inspection.onnx.verify import manifest_problems, verify_runs, wiring_problems
+from tract_fx.inspection.onnx.views import OnnxPictures
 from tract_fx.inspection.records import ForwardDiff, Verification
 from tract_fx.inspection.statistics import statistics as measure
 from tract_fx.passes.onnx_graph.find import LocatedOnnx, locate
-from tract_fx.passes.onnx_graph.rewrite import PREFIX
+from tract_fx.passes.onnx_graph.provenance import PREFIX
+from tract_fx.passes.onnx_graph.treated import TreatedCall, treated_calls, without_tract
 
 __all__ = ["inspect_onnx"]
 

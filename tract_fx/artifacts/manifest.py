@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tract_fx.artifacts.loss_scaling import LossScale
+from tract_fx.artifacts.optimizers import SGD, AdamW
+from tract_fx.artifacts.record_json import decode, encode
 from tract_fx.errors import DamagedArtifactsError
-from tract_fx.export.loss_scaling import LossScale
-from tract_fx.export.optimizers import SGD, AdamW
-from tract_fx.export.record_json import decode, encode
 
 __all__ = [
     "FORMAT_VERSION",

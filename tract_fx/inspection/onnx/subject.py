@@ -12,15 +12,16 @@ import onnx
 import onnx_ir as ir
 
 from tract_fx import ort_training
-from tract_fx.errors import DamagedArtifactsError
-from tract_fx.export.directory import (
+from tract_fx.artifacts.class_indices import class_ranges, with_range
+from tract_fx.artifacts.directory import (
     CHECKPOINT,
     MODEL_TENSORS,
     TRAINING_MODEL,
     read_directory,
 )
-from tract_fx.export.manifest import Manifest, TensorSpec
-from tract_fx.export.tensor_files import read_tensors
+from tract_fx.artifacts.manifest import Manifest, TensorSpec
+from tract_fx.artifacts.tensor_files import read_tensors
+from tract_fx.errors import DamagedArtifactsError
 from tract_fx.inspection.step_without_update import without_update
 from tract_fx.passes.onnx_graph.models import as_ir_model
 from tract_fx.passes.onnx_graph.parameters import (
@@ -30,7 +31,6 @@ from tract_fx.passes.onnx_graph.parameters import (
 )
 from tract_fx.passes.onnx_graph.step_names import has_update
 from tract_fx.passes.onnx_graph.values import static_shape
-from tract_fx.trainers.class_indices import class_ranges, with_range
 
 __all__ = ["OnnxSubject", "read_subject"]
 

@@ -10,18 +10,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from tract_fx.distance import norm, relative_error
+from tract_fx.artifacts.manifest import Manifest
 from tract_fx.errors import FailedRunError
-from tract_fx.export.manifest import Manifest
-from tract_fx.inspection.observed import ObservedCall
-from tract_fx.inspection.onnx_calls import (
-    TreatedCall,
-    from_weight_layout,
-    observe_call,
-    to_weight_layout,
-)
-from tract_fx.inspection.onnx_layers import chosen_form, forms_of
-from tract_fx.inspection.onnx_runs import (
+from tract_fx.inspection.onnx.layers import chosen_form, forms_of
+from tract_fx.inspection.onnx.runs import (
     GraphRun,
     OnnxRuns,
     run_form,
@@ -36,9 +28,13 @@ from tract_fx.inspection.verify import (
     OTHER_TOLERANCE,
 )
 from tract_fx.passes.onnx_graph.provenance import provenance_of
+from tract_fx.passes.onnx_graph.treated import TreatedCall
 from tract_fx.passes.onnx_graph.values import subgraphs
 from tract_fx.passes.records import InputLayer
 from tract_fx.preconditioner.solve import MAX_FLOAT32_AMPLIFICATION
+from tract_fx.reference.distance import norm, relative_error
+from tract_fx.reference.observed import ObservedCall
+from tract_fx.reference.onnx_calls import from_weight_layout, observe_call, to_weight_layout
 
 __all__ = ["manifest_problems", "verify_runs", "wiring_problems"]
 

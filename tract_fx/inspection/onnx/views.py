@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from tract_fx.inspection.neighbourhood import neighbourhood
-from tract_fx.inspection.onnx_calls import TreatedCall
-from tract_fx.inspection.onnx_drawing import Drawing
-from tract_fx.inspection.onnx_layers import Form, forms_of
+from tract_fx.inspection.onnx.drawing import Drawing
+from tract_fx.inspection.onnx.layers import Form, forms_of
 from tract_fx.inspection.records import Backward, GraphView, ViewNode
+from tract_fx.passes.onnx_graph.treated import TreatedCall
 
 __all__ = ["OnnxPictures"]
 

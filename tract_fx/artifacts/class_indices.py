@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import onnx
 import onnx_ir as ir
 
-from tract_fx.export.manifest import TensorSpec
+from tract_fx.artifacts.manifest import TensorSpec
 
 __all__ = ["ClassRange", "class_ranges", "with_range"]
 

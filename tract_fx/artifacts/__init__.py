@@ -1,0 +1,1 @@
+"""What a training directory holds: written whole, and checked when it is read."""
