@@ -16,13 +16,13 @@ FOLDERS = (
     {"inspection"},
     {"export"},
     {"trainers", "step", "reference", "eager"},
-    {"importer"},
+    {"importer", "artifacts"},
     {"passes"},
-    {"modules", "artifacts"},
+    {"modules"},
     {"preconditioner"},
     {
-        *("errors", "extras", "ort_training", "program", "quiet", "recurrent"),
-        *("torch_private", "torch_version"),
+        *("atomic", "errors", "extras", "function_mode", "ort_training", "program", "quiet"),
+        *("recurrent", "torch_private", "torch_version", "version"),
     },
 )
 ROW = {folder: row for row, folders in enumerate(FOLDERS) for folder in folders}

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tract_fx.artifacts.loss_kinds import LOSSES, loss_kind
 from tract_fx.errors import UnsupportedTrainingError
-from tract_fx.loss_kinds import LOSSES, loss_kind
 
 __all__ = ["Loss", "TargetSpec", "describe_loss", "loss_function", "loss_targets"]
 

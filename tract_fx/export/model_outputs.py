@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from tract_fx.artifacts.loss_kinds import loss_kind
 from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.export.losses import Loss, describe_loss
-from tract_fx.loss_kinds import loss_kind
 from tract_fx.passes.onnx_graph.calls import is_standard
 
 __all__ = ["default_output", "logits_of"]

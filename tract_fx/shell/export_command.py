@@ -9,8 +9,8 @@ import typer
 from torch import nn
 from torch.export import ExportedProgram
 
+from tract_fx.artifacts.loss_kinds import LOSSES, LossKind
 from tract_fx.errors import TractError, UnsupportedTrainingError
-from tract_fx.loss_kinds import LOSSES, LossKind
 from tract_fx.passes.records import Findings
 from tract_fx.shell.arguments import (
     InputShapes,
