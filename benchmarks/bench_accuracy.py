@@ -5,6 +5,8 @@ float64 throughout. Under bfloat16 autocast: with the weight gradient as autocas
 computed in float32 from the same bfloat16 output gradient.
 
 python benchmarks/bench_accuracy.py [--quick] [--out FOLDER]
+
+Needs the extra `test`.
 """
 
 from __future__ import annotations

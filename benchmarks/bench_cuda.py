@@ -4,6 +4,8 @@ Times lie between device events. Every row is checked against float64 on the dev
 ours for synchronisations: what fails is printed, and makes the script fail.
 
 python benchmarks/bench_cuda.py [--repeats 20] [--quick] [--precision tf32] [--out FOLDER]
+
+Needs the extra `test`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The Gram, the first layer and whole steps: plain, torch-tract's, ours, with aims and floors.
 
 python benchmarks/bench_gram.py [--repeats 15] [--quick] [--out FOLDER]
+
+Needs the extra `test`.
 """
 
 from __future__ import annotations

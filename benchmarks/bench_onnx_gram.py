@@ -5,6 +5,8 @@ python benchmarks/bench_onnx_gram.py [--repeats 15] [--quick] [--out build/bench
 The two builds of ONNX Runtime share their import name. Where tract_fx is installed, its models are
 written to OUT/onnx_gram; in another environment, with numpy and the other build alone, those are
 measured. Both end in OUT/onnx_gram.json, by the build's version.
+
+Needs the extra `test`, or numpy and the other build.
 """
 
 from __future__ import annotations

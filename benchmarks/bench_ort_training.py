@@ -1,6 +1,8 @@
 """Time of a training step in ONNX Runtime and in PyTorch, TrAct's ÷ plain, in one run.
 
 python benchmarks/bench_ort_training.py [--repeats 3] [--quick] [--only ViT] [--out FOLDER]
+
+Needs the extra `test`.
 """
 
 from __future__ import annotations

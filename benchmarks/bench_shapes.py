@@ -1,6 +1,8 @@
 """Some fifty first layers that exist: plain, torch-tract's and ours, and the worst of them.
 
 python benchmarks/bench_shapes.py [--seconds 1.5] [--quick] [--out FOLDER] [name …]
+
+Needs the extra `test`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
-    """Give the first page the README's text, with links as they lead from docs/.
+    """Give the first page the text of the README, its links led from docs/.
 
     Args:
         markdown: The page's own text.

@@ -2,8 +2,8 @@
 
     python examples/browser_training.py            # then open the address that it prints
 
-It trains in WebAssembly; with `?provider=webgpu` behind the address, on the GPU. Needs npm, for
-ONNX Runtime Web.
+It trains in WebAssembly; with `?provider=webgpu` behind the address, on the GPU. Needs the
+extra `demo`, and npm for ONNX Runtime Web.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ report on what the pass did to it.
 `make demo` runs this on scikit-learn's digits; `make demo DATA=FOLDER` on the images in
 `FOLDER/train/CLASS/*.jpg` and `FOLDER/test/CLASS/*.jpg`. Both arms of a seed start from the same
 weights and see the same batches. Whatever comes out is reported as it is.
+
+Needs the extra `demo`.
 """
 
 from __future__ import annotations

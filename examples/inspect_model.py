@@ -1,4 +1,7 @@
-"""Ask a rewritten model what was done to it, and make sure that nothing was lost on the way."""
+"""Ask a rewritten model what was done to it, and make sure that nothing was lost on the way.
+
+Needs the extra `inspect`.
+"""
 
 import copy
 import tempfile

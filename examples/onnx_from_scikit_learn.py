@@ -1,4 +1,7 @@
-"""Take a scikit-learn classifier to ONNX, train it on with TrAct, and hand the weights back."""
+"""Take a scikit-learn classifier to ONNX, train it on with TrAct, and hand the weights back.
+
+Needs the extra `test`.
+"""
 
 import tempfile
 

@@ -1,4 +1,7 @@
-"""Export a model with TrAct, train it in ONNX Runtime, and bring the weights back to PyTorch."""
+"""Export a model with TrAct, train it in ONNX Runtime, and bring the weights back to PyTorch.
+
+Needs the extra `ort-training`.
+"""
 
 import tempfile
 from pathlib import Path

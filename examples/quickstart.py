@@ -1,4 +1,7 @@
-"""Trace a small model, apply the pass, train one step, and check the gradients by hand."""
+"""Trace a small model, apply the pass, train one step, and check the gradients by hand.
+
+Needs no extra.
+"""
 
 import copy
 

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from packaging.requirements import Requirement
 from sybil import Document, Example
@@ -105,6 +107,16 @@ def _exported() -> Path:
     return export_training(model, names["images"], directory).directory
 
 
+def extras() -> set[str]:
+    """The names of the project's extras."""
+    if sys.version_info < (3, 11):
+        pytest.skip("needs Python 3.11's tomllib")
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return {*project["optional-dependencies"]}
+
+
 def run_shell_lines(example: Example) -> None:
     """Run the lines that a test can run; of the others, see that what they name is there."""
     for line in str(example.parsed).replace("\\\n", " ").splitlines():
@@ -129,17 +141,14 @@ def _plan_make(words: list[str]) -> None:
 
 
 def _look_up_extras(words: list[str]) -> None:
-    import tomllib
-
     subcommand, *wanted = words
     assert subcommand == "install"
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for word in wanted:
         word = word.replace(".[", "tract_fx[")
         if word not in (".", "-e", "--editable"):
             requirement = Requirement(word)
             assert requirement.name == "tract_fx"
-            assert requirement.extras <= {*extras["optional-dependencies"]}, word
+            assert requirement.extras <= extras(), word
 
 
 def _look_for_files(words: list[str]) -> None:

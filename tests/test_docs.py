@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from contextlib import ExitStack
@@ -11,11 +12,12 @@ import pytest
 
 import tract_fx
 import tract_fx.passes
-from documented import PAGES, ROOT, Section, read, sections
+from documented import PAGES, ROOT, Section, extras, read, sections
 from watched_gradients import watched_gradients
 
 # The name under which a page's hidden blocks find the errors of the gradients that they ask for.
 WATCHED = "errors_of_gradients"
+SCRIPTS = sorted([*ROOT.glob("benchmarks/bench_*.py"), *ROOT.glob("examples/[!_]*.py")])
 # What a section may need that the tests' environment can lack.
 TRAINERS = ("accelerate", "lightning", "timm", "transformers")
 
@@ -42,11 +44,14 @@ def test_section_runs(section: Section, tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_is_of_a_kind_that_runs_or_is_text(page: Path) -> None:
-    fences = re.findall(r"^ *```(.*)$", page.read_text(), re.MULTILINE)
+    text = page.read_text()
+    fences = re.findall(r"^ *```(.*)$", text, re.MULTILINE)
     assert {*fences[::2]} <= {"python", "sh", "text"} and {*fences[1::2]} <= {""}
     shown = sum(language != "text" for language in fences[::2])
-    hidden = page.read_text().count("<!-- invisible-code-block")
-    assert len([*read(page)]) == shown + hidden
+    assert len([*read(page)]) == shown + text.count("<!-- invisible-code-block")
+    for block in re.findall(r"^```\w+$(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        # More is cut where the window is 1280 pixels wide.
+        assert [line for line in block.splitlines() if len(line) > 80] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -57,15 +62,18 @@ def test_links_within_the_project_lead_somewhere(page: Path) -> None:
 
 
 def test_extras_are_told_of_in_one_table_and_exist() -> None:
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {*project["optional-dependencies"]}
     install = (ROOT / "docs" / "install.md").read_text()
-    assert {*re.findall(r"^\| `([a-z-]+)` \|", install, re.MULTILINE)} == extras
+    assert {*re.findall(r"^\| `([a-z-]+)` \|", install, re.MULTILINE)} == extras()
     for page in PAGES:
         for named in re.findall(r"tract_fx\[([a-z,-]+)\]", page.read_text()):
-            assert {*named.split(",")} <= extras, f"{page}: {named}"
+            assert {*named.split(",")} <= extras(), f"{page}: {named}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_scripts_name_the_extra_that_they_need(script: Path) -> None:
+    doc = ast.get_docstring(ast.parse(script.read_text())) or ""
+    needs = re.search(r"Needs (?:no extra|the\sextra `([a-z-]+)`)", doc)
+    assert needs and (needs[1] is None or needs[1] in extras())
 
 
 def test_reference_holds_every_public_name() -> None:
