@@ -18,7 +18,14 @@ from tract_fx.errors import (
 from tract_fx.passes.records import Findings, InputLayer
 from tract_fx.preconditioner import check_lambda
 
-__all__ = ["LayerChoice", "choose", "named_lambdas", "warn_of_frozen", "warn_of_passed"]
+__all__ = [
+    "LayerChoice",
+    "choose",
+    "named_calls",
+    "named_lambdas",
+    "warn_of_frozen",
+    "warn_of_passed",
+]
 
 LayerChoice = str | Iterable[str] | Mapping[str, float] | None
 """What `layers=` takes: names, or names with a λ each, or None for the one input layer."""
@@ -77,7 +84,7 @@ def choose(
     eligible = list(eligible)
     present = {r.node: r.lambda_ for r in eligible if r.lambda_ is not None}
     if by_name is not None:
-        chosen = {**present, **_named(by_name, findings, eligible)}
+        chosen = {**present, **named_calls(by_name, findings, eligible)}
     elif present:
         chosen = dict.fromkeys(present, lambda_)
     else:
@@ -162,9 +169,23 @@ def _nothing_found(findings: Findings) -> TractError:
     )
 
 
-def _named(
+def named_calls(
     by_name: Mapping[str, float], findings: Findings, eligible: list[InputLayer]
 ) -> dict[str, float]:
+    """Find the calls that are meant by names.
+
+    Args:
+        by_name: λ by module path, weight's or node's name.
+        findings: What locating found.
+        eligible: Every call that could be treated.
+
+    Returns:
+        λ by name of the calling node.
+
+    Raises:
+        UnsupportedLayerError: A name is of what can't be treated.
+        UnknownLayerError: A name is of nothing.
+    """  # noqa: DOC501, DOC502 (made by `_unknown`)
     chosen: dict[str, float] = {}
     on_input = {r.node for r in findings.layers}
     for name, value in by_name.items():

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from tract_fx import extras, torch_version  # noqa: F401 (its import checks the version)
+from tract_fx.accumulation import tract_step
 from tract_fx.eager import tract_module
 from tract_fx.errors import (
     AmbiguousInputLayerError,
@@ -18,9 +19,11 @@ from tract_fx.errors import (
     FailedRunError,
     FrozenLayerWarning,
     InvalidBatchError,
+    InvalidGramError,
     InvalidLambdaError,
     MissingRuntimeError,
     NoInputLayerError,
+    ProcessGroupError,
     StateMismatchError,
     TractError,
     TractWarning,
@@ -82,11 +85,13 @@ __all__ = [
     "InputLayer",
     "Inspection",
     "InvalidBatchError",
+    "InvalidGramError",
     "InvalidLambdaError",
     "LossScale",
     "MissingRuntimeError",
     "NoInputLayerError",
     "PatchGeometry",
+    "ProcessGroupError",
     "Refusal",
     "StateMismatchError",
     "TractError",
@@ -112,6 +117,7 @@ __all__ = [
     "remove_tract",
     "tract_module",
     "tract_pass",
+    "tract_step",
     "with_weights",
 ]
 

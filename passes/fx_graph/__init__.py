@@ -7,7 +7,14 @@ from tract_fx.passes.choose import (
     warn_of_frozen,
     warn_of_passed,
 )
-from tract_fx.passes.fx_graph.api import find_input_layers, is_tract, remove_tract, tract_pass
+from tract_fx.passes.fx_graph.api import (
+    find_input_layers,
+    is_tract,
+    layers_over_processes,
+    remove_tract,
+    tract_pass,
+    treated_layers,
+)
 from tract_fx.passes.fx_graph.find import Located, locate
 from tract_fx.passes.fx_graph.models import refuse_wrapped
 from tract_fx.passes.fx_graph.owners import weight_parameters
@@ -21,6 +28,7 @@ __all__ = [
     "choose",
     "find_input_layers",
     "is_tract",
+    "layers_over_processes",
     "locate",
     "named_lambdas",
     "refuse_wrapped",
@@ -28,6 +36,7 @@ __all__ = [
     "remove_tract",
     "rewrite_graph",
     "tract_pass",
+    "treated_layers",
     "warn_of_frozen",
     "warn_of_passed",
     "weight_parameters",

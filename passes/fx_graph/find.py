@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 from torch.fx import Node
 
-from tract_fx.modules import is_standard, tract_lambda, why_not
+from tract_fx.modules import is_standard, tract_lambda, tract_scope, why_not
 from tract_fx.passes.fx_graph import reasons
 from tract_fx.passes.fx_graph.calls import (
     LayerCall,
@@ -27,7 +27,7 @@ from tract_fx.passes.fx_graph.entering import entering_values
 from tract_fx.passes.fx_graph.memory import effects
 from tract_fx.passes.fx_graph.owners import layer_module, weight_parameters
 from tract_fx.passes.fx_graph.regions import Region, region_of
-from tract_fx.passes.fx_graph.rewrite import read_lambda
+from tract_fx.passes.fx_graph.rewrite import read_lambda, read_scope
 from tract_fx.passes.fx_graph.values import (
     Value,
     Values,
@@ -37,7 +37,7 @@ from tract_fx.passes.fx_graph.values import (
     resolve,
 )
 from tract_fx.passes.records import Findings, InputLayer, Refusal
-from tract_fx.preconditioner import PatchGeometry
+from tract_fx.preconditioner import PatchGeometry, group_of
 
 __all__ = ["Located", "locate"]
 
@@ -283,6 +283,7 @@ class _Locator:
                 frozen=not any(weight_parameters(module).values()),
                 lambda_=lambda_,
                 module=name,
+                group=None if lambda_ is None else group_of(tract_scope(module)),
             )
         assert call.weight is not None
         weight = self.values[call.weight]
@@ -303,6 +304,7 @@ class _Locator:
             frozen=not weight.trainable,
             lambda_=lambda_,
             module=module_path,
+            group=None if call.precondition is None else group_of(read_scope(call.precondition)),
         )
 
 

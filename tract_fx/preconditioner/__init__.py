@@ -8,6 +8,13 @@ from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.gram_matrix import GramWork, gram, gram_algorithm, gram_work
 from tract_fx.preconditioner.op import multiply, precondition_grad, refuse_script
 from tract_fx.preconditioner.operators import PRECONDITION_GRAD_OPERATOR, to_training_graph
+from tract_fx.preconditioner.process_groups import (
+    WORLD,
+    GramScope,
+    GroupChoice,
+    group_name,
+    group_of,
+)
 from tract_fx.preconditioner.settings import check_lambda
 from tract_fx.preconditioner.solve import (
     SolvePlan,
@@ -18,13 +25,18 @@ from tract_fx.preconditioner.solve import (
 
 __all__ = [
     "PRECONDITION_GRAD_OPERATOR",
+    "WORLD",
+    "GramScope",
     "GramWork",
+    "GroupChoice",
     "PatchGeometry",
     "SolvePlan",
     "check_lambda",
     "gram",
     "gram_algorithm",
     "gram_work",
+    "group_name",
+    "group_of",
     "is_quicker",
     "multiply",
     "plan_solve",
