@@ -23,6 +23,7 @@ __all__ = [
     "Choice",
     "LayerChoice",
     "choose",
+    "named_calls",
     "read_choice",
     "warn_of_frozen",
     "warn_of_passed",
@@ -92,7 +93,7 @@ def choose(findings: Findings, eligible: Iterable[InputLayer], choice: Choice) -
     eligible = list(eligible)
     present = {r.node: r.lambda_ for r in eligible if r.lambda_ is not None}
     if by_name is not None:
-        chosen = {**present, **_named(by_name, findings, eligible)}
+        chosen = {**present, **named_calls(by_name, findings, eligible)}
     elif present:
         chosen = dict.fromkeys(present, lambda_)
     else:
@@ -177,9 +178,23 @@ def _nothing_found(findings: Findings) -> TractError:
     )
 
 
-def _named(
+def named_calls(
     by_name: Mapping[str, float], findings: Findings, eligible: list[InputLayer]
 ) -> dict[str, float]:
+    """Find the calls that are meant by names.
+
+    Args:
+        by_name: λ by module path, weight's or node's name.
+        findings: What locating found.
+        eligible: Every call that could be treated.
+
+    Returns:
+        λ by name of the calling node.
+
+    Raises:
+        UnsupportedLayerError: A name is of what can't be treated.
+        UnknownLayerError: A name is of nothing.
+    """  # noqa: DOC501, DOC502 (made by `_unknown`)
     chosen: dict[str, float] = {}
     on_input = {r.node for r in findings.layers}
     for name, value in by_name.items():

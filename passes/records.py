@@ -26,6 +26,8 @@ class InputLayer:
         lambda_: λ where the call is a TrAct call already, else None.
         module: Path of the linear or convolution module whose forward this call is, None where it
             is a function call that another module makes.
+        group: Name of the process group whose rows a TrAct call's Gram is of, None for those of the
+            call alone.
     """
 
     name: str
@@ -38,6 +40,7 @@ class InputLayer:
     frozen: bool
     lambda_: float | None
     module: str | None = None
+    group: str | None = None
 
     def __str__(self) -> str:
         shape = "" if self.weight_shape is None else f", weight {self.weight_shape}"

@@ -15,7 +15,7 @@ FOLDERS = (
     {"shell"},
     {"inspection"},
     {"export"},
-    {"trainers", "step", "reference", "eager"},
+    {"trainers", "step", "reference", "eager", "accumulation"},
     {"importer", "artifacts"},
     {"passes"},
     {"modules"},

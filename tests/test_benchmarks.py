@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import io
 import json
 import sys
@@ -25,12 +26,15 @@ import accelerator
 import bench_accuracy
 import bench_cuda
 import bench_gram
+import bench_processes
+import bench_processes_training
 import bench_shapes
 import device_checks
 import growth
 import stems
 import whole_nets
 from aims import Aim, as_error, as_ratio
+from image_folder import digits
 from layer_figures import Bench, measure_layer
 from memory import peak_bytes
 from peaks import Peaks, measure_peaks
@@ -38,6 +42,7 @@ from precision import PRECISIONS, Precision
 from stems import LAMBDA, STEMS, Layer, Stem, arms, weight_gradient
 from timing import interleaved
 from torch_tract_gram import torch_tract_gram
+from tract_fx import tract_module
 from tract_fx.preconditioner import GramWork, PatchGeometry, gram, gram_work
 
 CPU = torch.device("cpu")
@@ -161,6 +166,39 @@ def test_every_script_can_be_quick(script: Path) -> None:
         and isinstance(call.args[0], ast.Constant)
     }
     assert {"--quick", "--out"} <= options
+
+
+@pytest.mark.parametrize("script", [bench_processes, bench_processes_training])
+def test_scripts_on_processes(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run whole, and simulated processes with one Gram are one large batch."""
+    monkeypatch.setattr(sys, "argv", ["", "--quick", "--out", str(tmp_path)])
+    script.main()
+    (record,) = (json.loads(file.read_text()) for file in tmp_path.iterdir())
+    if script is bench_processes:
+        assert all(0 < row["share"] < 0.01 for row in record["on_paper"])
+        few = {row["layer"]: row for row in record["simulated"]}
+        assert few["3×3"]["difference"] < few["4×4/4"]["difference"] < 1
+        one = bench_processes.LAYERS[1]
+        found = bench_processes.simulate(one, bench_processes.photographs(8, 32), 1)
+        assert found["difference"] < 1e-6 and found["rows"] == one.batch * 64
+    else:
+        assert {*record["accuracy"]} == {"convolutions", "transformer"}
+        for by_arm in record["accuracy"].values():
+            assert all(len(values) == 2 for values in by_arm.values())
+
+
+def test_simulated_processes_with_one_gram_are_one_large_batch() -> None:
+    data = digits()
+    net = bench_processes_training.transformer(data, 0).double()
+    images, labels = data.train.images[:64].double(), data.train.labels[:64]
+    moved = {}
+    for arm in ("one batch", "8 global", "8 local"):
+        model = tract_module(copy.deepcopy(net), layers=["patches"])
+        optimizer = torch.optim.SGD(model.parameters(), 1.0)
+        bench_processes_training.train(model, optimizer, images, labels, arm)
+        moved[arm] = model.get_parameter("patches.weight") - net.get_parameter("patches.weight")
+    assert oracle.relative_error(moved["8 global"], moved["one batch"]) < 1e-10
+    assert oracle.relative_error(moved["8 local"], moved["one batch"]) > 1e-2
 
 
 def test_shapes(monkeypatch: pytest.MonkeyPatch) -> None:

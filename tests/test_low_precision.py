@@ -272,7 +272,7 @@ def test_flags_are_put_back_after_an_error(case: Case, monkeypatch: pytest.Monke
     def fail(*_: object) -> None:
         raise ArithmeticError
 
-    for name in ("_gram_solve", "_row_space_solve"):
+    for name in ("_gram_solve", "row_space_solve"):
         monkeypatch.setattr(f"tract_fx.preconditioner.solve.{name}", fail)
     weight, tract, gw, _ = at_operator(case)
     with matmul_precision("medium"):

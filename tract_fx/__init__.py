@@ -7,6 +7,7 @@ Petersen, Borgelt, Ermon: TrAct: Making First-layer Pre-Activations Trainable, N
 from typing import TYPE_CHECKING, Any
 
 from tract_fx import extras, torch_version  # noqa: F401 (its import checks the version)
+from tract_fx.accumulation import tract_step
 from tract_fx.eager import tract_module
 from tract_fx.errors import (
     AmbiguousInputLayerError,
@@ -17,9 +18,11 @@ from tract_fx.errors import (
     FailedRunError,
     FrozenLayerWarning,
     InvalidBatchError,
+    InvalidGramError,
     InvalidLambdaError,
     MissingRuntimeError,
     NoInputLayerError,
+    ProcessGroupError,
     StateMismatchError,
     TractError,
     TractWarning,
@@ -77,11 +80,13 @@ __all__ = [
     "InputLayer",
     "Inspection",
     "InvalidBatchError",
+    "InvalidGramError",
     "InvalidLambdaError",
     "LossScale",
     "MissingRuntimeError",
     "NoInputLayerError",
     "PatchGeometry",
+    "ProcessGroupError",
     "Refusal",
     "StateMismatchError",
     "TractError",
@@ -107,6 +112,7 @@ __all__ = [
     "remove_tract",
     "tract_module",
     "tract_pass",
+    "tract_step",
     "with_weights",
 ]
 

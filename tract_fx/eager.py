@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import fx, nn
 from torch.export import ExportedProgram
@@ -29,7 +29,7 @@ from tract_fx.passes.fx_graph import (
     weight_parameters,
 )
 from tract_fx.passes.records import InputLayer
-from tract_fx.preconditioner import DEFAULT_LAMBDA
+from tract_fx.preconditioner import DEFAULT_LAMBDA, GramScope, GroupChoice, group_name
 from tract_fx.program import TrainedTensors, arguments, capture, held_at
 
 __all__ = ["tract_module"]
@@ -47,6 +47,8 @@ def tract_module(
     *,
     lambda_: float = DEFAULT_LAMBDA,
     layers: LayerChoice = None,
+    gram: Literal["local", "global"] = "local",
+    process_group: GroupChoice = None,
 ) -> ModuleT:
     """Make a model's input layer train with TrAct's gradient, without tracing the model for use.
 
@@ -60,6 +62,8 @@ def tract_module(
             given, it is used to make sure that the model calls them.
         lambda_: λ > 0. The paper uses 0.05, 0.1 and 0.2.
         layers: Paths of the modules to treat, in all their calls; or a mapping of paths to λ.
+        gram: Whose rows the Gram is of, `"local"` or `"global"`, as for `tract_pass`.
+        process_group: For `"global"`, as for `tract_pass`.
 
     Returns:
         A new module tree of the same classes that shares parameters and buffers with `model`.
@@ -68,15 +72,18 @@ def tract_module(
         UnsupportedModelError: `model` is no eager module, or `example_inputs` is missing.
         UntraceableModelError: `torch.export` fails on the model.
         InvalidLambdaError: A λ is not a finite number above zero.
+        InvalidGramError: `gram` and `process_group` do not say whose rows the Gram is of.
         NoInputLayerError: No layer consumes the input.
         AmbiguousInputLayerError: Several do.
         UnsupportedLayerError: What consumes the input can't be treated exactly, or not in an eager
             model.
         UnknownLayerError: A name in `layers` names no module.
     """  # noqa: DOC502 (some are raised by what it calls)
+    choice, group = read_choice(lambda_, layers), group_name(gram, process_group)
     if isinstance(model, fx.GraphModule):
-        return tract_pass(model, lambda_=lambda_, layers=layers)  # type: ignore[return-value]
-    choice = read_choice(lambda_, layers)
+        return tract_pass(  # type: ignore[return-value]
+            model, lambda_=lambda_, layers=layers, gram=gram, process_group=process_group
+        )
     _check_model(model)
     by_name = choice.by_name
     present = [name for name, m in model.named_modules() if tract_lambda(m) is not None]
@@ -94,7 +101,7 @@ def tract_module(
                 "both names are of one module, which has one λ",
                 "Give it one λ",
             )
-        to_tract(module, value)
+        to_tract(module, value, None if group is None else str(GramScope(group, name)))
     located = layers is None and all(map(is_standard, given))
     _check_calls(model, result, by_name, example_inputs, trusted=located)
     warn_of_frozen(name for name in by_name if _is_frozen(result.get_submodule(name)))

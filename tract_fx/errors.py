@@ -13,9 +13,11 @@ __all__ = [
     "FailedRunError",
     "FrozenLayerWarning",
     "InvalidBatchError",
+    "InvalidGramError",
     "InvalidLambdaError",
     "MissingRuntimeError",
     "NoInputLayerError",
+    "ProcessGroupError",
     "StateMismatchError",
     "TractError",
     "TractWarning",
@@ -82,6 +84,14 @@ class UnsupportedTransformError(TractError, RuntimeError):
 
 class InvalidLambdaError(TractError, ValueError):
     """The regularisation strength λ is not a finite number above zero."""
+
+
+class InvalidGramError(TractError, ValueError):
+    """What was given does not say whose rows the Gram is of."""
+
+
+class ProcessGroupError(TractError, RuntimeError):
+    """The processes that share a Gram are not there, or are not at the same layer."""
 
 
 class ExportError(TractError, RuntimeError):

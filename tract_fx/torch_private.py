@@ -31,8 +31,10 @@ __all__ = [
     "autocast_dtype",
     "autograd_kernels",
     "copy_graph",
+    "find_group",
     "full_precision",
     "functions_are_seen",
+    "group_store",
     "has_autocast",
     "inside_dual_level",
     "inside_functorch",
@@ -43,6 +45,7 @@ __all__ = [
     "is_of_cpu",
     "joint_graph",
     "kept_translations",
+    "local_part",
     "no_printed_graphs",
     "operators_are_seen",
     "post_accumulate_hooks",
@@ -126,6 +129,35 @@ def inside_dual_level() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def find_group(name: str) -> Any:
+    """Find a process group by its name, which is what graphs hold.
+
+    Args:
+        name: `ProcessGroup.group_name`.
+
+    Returns:
+        The group, None where no running group has the name.
+    """
+    try:
+        return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]
+    except (RuntimeError, ValueError):
+        return None
+
+
+def group_store(group: Any) -> Any:
+    """Give the key-value store by which the members of a group have found each other.
+
+    A collective could not say who is missing, and its time limit is the whole job's.
+
+    Args:
+        group: The group.
+
+    Returns:
+        The store, whose keys are the group's own.
+    """
+    return torch.distributed.distributed_c10d._get_process_group_store(group)
+
+
 def is_composite(overload: Any) -> bool | None:
     """Tell an operator that is written in terms of others, and may so hand an operand back.
 
@@ -153,6 +185,21 @@ def is_dtensor(*tensors: torch.Tensor) -> bool:
     """
     module: Any = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
+
+
+def local_part(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Give what of a tensor this process holds.
+
+    Args:
+        tensor: A tensor, spread over processes or not, or None.
+
+    Returns:
+        The part, which shares its memory; the tensor itself where it is not spread.
+    """
+    if tensor is None or not is_dtensor(tensor):
+        return tensor
+    part: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return part
 
 
 def is_expanded_weight(tensor: torch.Tensor) -> bool:

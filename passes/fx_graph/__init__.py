@@ -8,7 +8,14 @@ from tract_fx.passes.choose import (
     warn_of_frozen,
     warn_of_passed,
 )
-from tract_fx.passes.fx_graph.api import find_input_layers, is_tract, remove_tract, tract_pass
+from tract_fx.passes.fx_graph.api import (
+    find_input_layers,
+    is_tract,
+    layers_over_processes,
+    remove_tract,
+    tract_pass,
+    treated_layers,
+)
 from tract_fx.passes.fx_graph.calls import PROVENANCE
 from tract_fx.passes.fx_graph.find import Located, locate
 from tract_fx.passes.fx_graph.models import refuse_wrapped
@@ -23,12 +30,14 @@ __all__ = [
     "choose",
     "find_input_layers",
     "is_tract",
+    "layers_over_processes",
     "locate",
     "read_choice",
     "refuse_wrapped",
     "remove_tract",
     "rewrite_graph",
     "tract_pass",
+    "treated_layers",
     "warn_of_frozen",
     "warn_of_passed",
     "weight_parameters",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Literal, TypeVar
 
 from torch import fx, nn
 from torch.export import ExportedProgram
 
 from tract_fx.errors import UnsupportedLayerError, UnsupportedModelError
-from tract_fx.modules import copy_tree, still_reaches, to_plain, tract_lambda
+from tract_fx.modules import copy_tree, still_reaches, to_plain, tract_lambda, tract_scope
 from tract_fx.passes.choose import (
     LayerChoice,
     choose,
+    named_calls,
     read_choice,
     warn_of_frozen,
     warn_of_passed,
@@ -21,9 +23,22 @@ from tract_fx.passes.fx_graph.models import as_graph_module, refuse_wrapped
 from tract_fx.passes.fx_graph.regions import graphs
 from tract_fx.passes.fx_graph.rewrite import remove_from_graph, rewrite_graph
 from tract_fx.passes.records import Findings
-from tract_fx.preconditioner import DEFAULT_LAMBDA
+from tract_fx.preconditioner import (
+    DEFAULT_LAMBDA,
+    GramScope,
+    GroupChoice,
+    group_name,
+    group_of,
+)
 
-__all__ = ["find_input_layers", "is_tract", "remove_tract", "tract_pass"]
+__all__ = [
+    "find_input_layers",
+    "is_tract",
+    "layers_over_processes",
+    "remove_tract",
+    "tract_pass",
+    "treated_layers",
+]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -49,6 +64,8 @@ def tract_pass(
     *,
     lambda_: float = DEFAULT_LAMBDA,
     layers: LayerChoice = None,
+    gram: Literal["local", "global"] = "local",
+    process_group: GroupChoice = None,
 ) -> fx.GraphModule:
     """Rewrite a model so that its input layer trains with TrAct's gradient.
 
@@ -65,6 +82,10 @@ def tract_pass(
         layers: Which layers to treat, where the choice is yours: module paths, weights' names or
             nodes' names; or a mapping of such names to λ. By default the one layer that consumes
             the model's input.
+        gram: `"local"`: X holds the rows of this process's call. `"global"`: it holds those of all
+            processes of a group, which add up XᵀX and R in the backward pass that all have to run.
+        process_group: For `"global"`: a group or a one-dimensional DeviceMesh that serves nothing
+            else (not DDP's). By default one of all processes, which the first backward pass makes.
 
     Returns:
         A new GraphModule that shares parameters and buffers with `gm`.
@@ -72,17 +93,22 @@ def tract_pass(
     Raises:
         UnsupportedModelError: `gm` is something else.
         InvalidLambdaError: A λ is not a finite number above zero.
+        InvalidGramError: `gram` and `process_group` do not say whose rows the Gram is of.
         NoInputLayerError: No layer consumes the input.
         AmbiguousInputLayerError: Several do.
         UnsupportedLayerError: What consumes the input can't be treated exactly.
         UnknownLayerError: A name in `layers` matches nothing that can be treated.
     """  # noqa: DOC502 (raised by what it calls)
-    choice = read_choice(lambda_, layers)
+    choice, group = read_choice(lambda_, layers), group_name(gram, process_group)
     gm = as_graph_module(gm)
     located = locate(gm)
     records = [record for record, _ in located.eligible]
-    chosen = choose(located.findings, records, choice)
-    result = rewrite_graph(gm, chosen)
+    chosen, renewed = choose(located.findings, records, choice), {r.node for r in records}
+    if choice.by_name is not None:
+        renewed = {*named_calls(choice.by_name, located.findings, records)}
+    groups = {r.node: (group if r.node in renewed else r.group, r.name) for r in records}
+    scopes = {n: str(GramScope(g, layer)) for n, (g, layer) in groups.items() if g is not None}
+    result = rewrite_graph(gm, chosen, scopes)
     taken = [r for r in records if r.node in chosen]
     warn_of_frozen(r.name for r in taken if r.frozen)
     if choice.by_name is None and not any(r.lambda_ is not None for r in taken):
@@ -105,22 +131,47 @@ def is_tract(model: nn.Module | ExportedProgram) -> dict[str, float]:
     Raises:
         UnsupportedModelError: `model` is something else.
     """  # noqa: DOC502 (raised by what it calls)
+    return {name: lambda_ for name, lambda_, _ in treated_layers(model)}
+
+
+def layers_over_processes(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
+    """Tell which layers have a Gram of the rows of several processes.
+
+    Args:
+        model: Any module, or an exported program.
+
+    Returns:
+        Their names.
+    """
+    names = (name for name, _, group in treated_layers(model) if group is not None)
+    return tuple(dict.fromkeys(names))
+
+
+def treated_layers(
+    model: nn.Module | ExportedProgram,
+) -> Iterator[tuple[str, float, str | None]]:
+    """Go through the layers with TrAct, once or, as a module and in its graph, twice.
+
+    Args:
+        model: Any module, or an exported program.
+
+    Yields:
+        The name, λ, and the process group whose rows the Gram is of.
+    """
     if isinstance(model, ExportedProgram):
         model = as_graph_module(model)
     _check_module(model)
-    found: dict[str, float] = {}
     parts: set[nn.Module] = set()
     for path, module in model.named_modules():
         lambda_ = tract_lambda(module)
         if lambda_ is not None:
-            found[path] = lambda_
+            yield path, lambda_, group_of(tract_scope(module))
         elif isinstance(module, fx.GraphModule) and module not in parts:
             parts |= {part for _, part in graphs(module)}
             prefix = f"{path}." if path else ""
             for record, _ in locate(module).eligible:
                 if record.lambda_ is not None:
-                    found[prefix + record.name] = record.lambda_
-    return found
+                    yield prefix + record.name, record.lambda_, record.group
 
 
 def _refuse_kept_forwards(model: nn.Module, copied: nn.Module) -> None:

@@ -32,6 +32,7 @@ __all__ = [
     "match_function",
     "match_module",
     "read_lambda",
+    "read_scope",
 ]
 
 PROVENANCE = "tract"
@@ -127,3 +128,19 @@ def read_lambda(op: Node) -> float:
         λ.
     """
     return float(op.args[2] if op.target is PRECONDITION_GRAD_OPERATOR else op.kwargs["lambda_"])  # type: ignore[arg-type]
+
+
+_SCOPE = 8  # its place among the operator's arguments
+
+
+def read_scope(op: Node) -> str | None:
+    """Read off a node of TrAct's op whose rows the Gram is of.
+
+    Args:
+        op: The node, function or operator.
+
+    Returns:
+        The scope, None for those of the call alone.
+    """
+    scope = op.kwargs.get("scope", op.args[_SCOPE] if len(op.args) > _SCOPE else None)
+    return None if scope is None else str(scope)

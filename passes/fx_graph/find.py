@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 from torch.fx import Node
 
-from tract_fx.modules import TORCH_TRACT, Why, is_standard, tract_lambda, why_not
+from tract_fx.modules import TORCH_TRACT, Why, is_standard, tract_lambda, tract_scope, why_not
 from tract_fx.passes.fx_graph import reasons
 from tract_fx.passes.fx_graph.calls import (
     LayerCall,
@@ -22,6 +22,7 @@ from tract_fx.passes.fx_graph.calls import (
     match_function,
     match_module,
     read_lambda,
+    read_scope,
 )
 from tract_fx.passes.fx_graph.entering import entering_values
 from tract_fx.passes.fx_graph.memory import effects
@@ -37,7 +38,7 @@ from tract_fx.passes.fx_graph.values import (
 )
 from tract_fx.passes.reasons import INPUT_IS_WEIGHT, WEIGHT_FROM_INPUT
 from tract_fx.passes.records import Findings, InputLayer, Refusal, layer_name
-from tract_fx.preconditioner import PatchGeometry, op_name
+from tract_fx.preconditioner import PatchGeometry, group_of, op_name
 
 __all__ = ["Located", "locate"]
 
@@ -283,6 +284,7 @@ class _Locator:
                 frozen=not any(weight_parameters(module).values()),
                 lambda_=lambda_,
                 module=name,
+                group=None if lambda_ is None else group_of(tract_scope(module)),
             )
         assert call.weight is not None
         weight = self.values[call.weight]
@@ -303,6 +305,7 @@ class _Locator:
             frozen=not weight.trainable,
             lambda_=lambda_,
             module=module_path,
+            group=None if call.precondition is None else group_of(read_scope(call.precondition)),
         )
 
 

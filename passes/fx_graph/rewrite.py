@@ -20,7 +20,9 @@ from tract_fx.preconditioner import precondition_grad
 __all__ = ["remove_from_graph", "rewrite_graph"]
 
 
-def rewrite_graph(gm: fx.GraphModule, lambdas: Mapping[str, float]) -> fx.GraphModule:
+def rewrite_graph(
+    gm: fx.GraphModule, lambdas: Mapping[str, float], scopes: Mapping[str, str] | None = None
+) -> fx.GraphModule:
     """Put TrAct on calls of layers.
 
     A `call_module` stays one, on a copy of its module in a TrAct class; other calls of the same
@@ -29,35 +31,45 @@ def rewrite_graph(gm: fx.GraphModule, lambdas: Mapping[str, float]) -> fx.GraphM
     Args:
         gm: The model. Not changed; parameters and buffers are shared with the result.
         lambdas: λ of each call, by the calling node's name. Calls of one module need one λ.
+        scopes: Whose rows the Gram is of, for those calls where that is more than their own. Calls
+            of one module need one scope.
 
     Returns:
         The rewritten model.
 
     Raises:
-        UnsupportedLayerError: Calls of one module have different λs.
+        UnsupportedLayerError: Calls of one module have different λs, or scopes.
     """  # noqa: DOC502 (raised by what it calls)
+    settings = {name: (value, (scopes or {}).get(name)) for name, value in lambdas.items()}
     result = copy_tree(gm)
     calls_of: dict[nn.Module, list[Node]] = {}
     for prefix, part in list(graphs(result)):
         for node in list(part.graph.nodes):
             if node.op == "call_module":
                 calls_of.setdefault(part.get_submodule(str(node.target)), []).append(node)
-            elif prefix + node.name in lambdas:
-                _rewrite_function_call(part.graph, node, lambdas[prefix + node.name])
+            elif prefix + node.name in settings:
+                _rewrite_function_call(part.graph, node, *settings[prefix + node.name])
     for module, calls in calls_of.items():
-        _rewrite_module_calls(module, calls, lambdas)
+        _rewrite_module_calls(module, calls, settings)
     for _, part in list(graphs(result)):
         part.recompile()
     return result
 
 
 def _rewrite_module_calls(
-    module: nn.Module, calls: list[Node], lambdas: Mapping[str, float]
+    module: nn.Module, calls: list[Node], settings: Mapping[str, tuple[float, str | None]]
 ) -> None:
     """Make a called module a TrAct layer, and mark those of its calls that stay plain."""
-    values = {node.name: lambdas[node.name] for node in calls if node.name in lambdas}
-    if not values:
+    own = {node.name: settings[node.name] for node in calls if node.name in settings}
+    if not own:
         return
+    values = {name: value for name, (value, _) in own.items()}
+    if len({scope for _, scope in own.values()}) > 1:
+        raise UnsupportedLayerError(
+            f"one call of {calls[0].target} is given gram='local' and another gram='global'",
+            "they call one module, which has one Gram's scope",
+            "Name the layer, by which all of its calls are meant",
+        )
     if len(set(values.values())) > 1:
         raise UnsupportedLayerError(
             f"calls of {calls[0].target} are given different λs: {values}",
@@ -65,7 +77,7 @@ def _rewrite_module_calls(
             "Give all of them one λ, or apply the pass to torch.export.export(model, inputs), "
             "where each call has its own",
         )
-    to_tract(module, next(iter(values.values())))
+    to_tract(module, *next(iter(own.values())))
     for node in calls:
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "tract"}
         if node.name in values:
@@ -74,7 +86,7 @@ def _rewrite_module_calls(
             node.kwargs = {**node.kwargs, "tract": False}
 
 
-def _rewrite_function_call(graph: fx.Graph, node: Node, lambda_: float) -> None:
+def _rewrite_function_call(graph: fx.Graph, node: Node, lambda_: float, scope: str | None) -> None:
     """Put TrAct's op on the weight of a call; in the place of one that is there already."""
     call = match_function(node)
     assert call is not None and call.weight is not None
@@ -85,6 +97,8 @@ def _rewrite_function_call(graph: fx.Graph, node: Node, lambda_: float) -> None:
     node.prepend(op)  # the call's input may have been made since
     op.target, op.args = precondition_grad, (call.weight, call.input)
     op.kwargs = {"lambda_": lambda_, **call.geometry}
+    if scope is not None:
+        op.update_kwarg("scope", scope)
     op.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
     for key in ("val", "example_value"):
         if key in call.weight.meta:

@@ -6,10 +6,12 @@ import torch
 from torch import nn
 
 from tract_fx.errors import ExportError, UnsupportedTrainingError
+from tract_fx.passes.fx_graph import layers_over_processes
 
 __all__ = [
     "refuse_gradient_hooks",
     "refuse_other_parameters",
+    "refuse_several_processes",
     "refuse_shared_memory",
 ]
 
@@ -40,6 +42,24 @@ def refuse_gradient_hooks(model: nn.Module) -> None:
                 "the training graph runs no Python, so that the hook would be lost",
                 "Remove the hook, or train in PyTorch",
             )
+
+
+def refuse_several_processes(model: nn.Module) -> None:
+    """Refuse a Gram of the rows of several processes: a graph runs in one.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ExportError: A layer has such a Gram.
+    """
+    names = layers_over_processes(model)
+    if names:
+        raise ExportError(
+            f"TrAct with gram='global' on {', '.join(names)}",
+            "ONNX Runtime's graph runs in one process and has no sum over several",
+            "Export tract_pass(model) with gram='local', or train in PyTorch",
+        )
 
 
 def refuse_other_parameters(optimizer: object, model: nn.Module) -> None:

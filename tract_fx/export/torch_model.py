@@ -16,7 +16,11 @@ from torch.utils import _pytree as pytree
 from tract_fx.errors import ExportError, TractWarning
 from tract_fx.export.eager_forward import call_on_copies, observed_output
 from tract_fx.export.evaluation_mode import in_evaluation
-from tract_fx.export.lost_in_graphs import refuse_gradient_hooks, refuse_shared_memory
+from tract_fx.export.lost_in_graphs import (
+    refuse_gradient_hooks,
+    refuse_several_processes,
+    refuse_shared_memory,
+)
 from tract_fx.modules import copy_tree, named_tensors
 from tract_fx.passes import remove_tract
 from tract_fx.program import arguments
@@ -103,6 +107,7 @@ def read_torch(
         module = remove_tract(module)
     args, kwargs = arguments(example_inputs)
     args, kwargs = _two_images(args, kwargs) if dynamic_batch else (args, kwargs)
+    refuse_several_processes(module)
     refuse_gradient_hooks(module)
     refuse_shared_memory(module)
     _refuse_cumulative_average(module)

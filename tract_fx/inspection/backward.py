@@ -56,7 +56,8 @@ def backward(
     notes = [joint.note, _BY_DEFINITION if "Gram" in stages else ""]
     if left:
         notes.append(
-            f"{left} of TrAct's operations stay whole: what their calls read was not observed"
+            f"{left} of TrAct's operations stay whole: what their calls read was not observed, or "
+            "their Gram is of several processes"
         )
     title = "Forward and backward pass, TrAct as primitive operations"
     return Backward(short, _view(steps, title, 2, whole, ". ".join(filter(None, notes))))

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tract_fx import torch_private
 from tract_fx.inspection.joint_graph import JointGraph, Role
 from tract_fx.passes.fx_graph import PROVENANCE
+from tract_fx.passes.fx_graph.calls import read_scope
 from tract_fx.preconditioner import (
     PRECONDITION_GRAD_OPERATOR,
     plan_solve,
@@ -61,7 +62,7 @@ def expand(joint: JointGraph, calls: Sequence[ObservedCall]) -> tuple[JointGraph
     left = 0
     for node in graph.find_nodes(op="call_function", target=_PRECONDITION):
         x = inputs.get(_key(node))
-        if x is None:
+        if x is None or read_scope(node) is not None:  # no tracer runs what several processes do
             left += 1
         else:
             _expand_node(node, x)

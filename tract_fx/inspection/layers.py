@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
+from tract_fx.inspection.all_processes import gram_notes
 from tract_fx.inspection.records import LayerReport, SourceLine
 from tract_fx.inspection.sources import source_of
 from tract_fx.passes.fx_graph import locate
@@ -144,7 +145,7 @@ def _report(record: InputLayer, calls: LayerCalls, call: ObservedCall | None) ->
         columns=columns,
         form=form,
         gram=gram,
-        note=_note(record, calls),
+        note=_note(record, calls, call),
     )
 
 
@@ -152,6 +153,10 @@ def _computation(record: InputLayer, call: ObservedCall | None) -> tuple[str, st
     """Say how the library solves a call, by the plan that it makes itself."""
     if call is None or record.lambda_ is None or record.geometry is None:
         return "", ""
+    if call.all_rows is not None:
+        if call.all_rows.rows is not None:
+            return "Cholesky of XXᵀ of all processes' rows, which are gathered, float64", ""
+        return "Cholesky of the Gram of all processes, float64", "added up in float64"
     dtype = call.x.dtype if call.incoming is None else call.incoming.dtype
     plan = plan_solve(dtype, call.x, record.lambda_, record.geometry)
     form = f"{_FORMS[plan.form]}, {_dtype_name(plan.dtype)}"
@@ -163,9 +168,9 @@ def _computation(record: InputLayer, call: ObservedCall | None) -> tuple[str, st
     return form, f"{algorithm}, {_dtype_name(plan.dtype)} products, float64 sums"
 
 
-def _note(record: InputLayer, calls: LayerCalls) -> str:
+def _note(record: InputLayer, calls: LayerCalls, call: ObservedCall | None) -> str:
     if record.lambda_ is not None:
-        return "; ".join(_notes(record, calls))
+        return "; ".join([*_notes(record, calls), *gram_notes(record, call)])
     if calls.taken:
         return "TrAct was put on another layer"
     if len({r.name for r in calls.candidates}) > 1 or calls.refusals:

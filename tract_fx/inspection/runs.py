@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tract_fx import torch_private
 from tract_fx.errors import TractError, UnsupportedModelError, UnsupportedTrainingError
+from tract_fx.inspection.all_processes import with_all_processes
 from tract_fx.inspection.batch import Batch, dtype_name, has_gradient, tensors_in
 from tract_fx.inspection.given import FailedLossError, call_loss
 from tract_fx.inspection.taps import TappedCall, Taps, no_such_call, tap
@@ -160,7 +161,7 @@ def _observe(
     with undisturbed(plain, tapped, *guarded):
         second, own, loss_name = _run(tapped, batch, loss, taps)
         calls = _in_order(plain, records, taps)
-        observed = tuple(call.observed(own[id(call)]) for call in calls)
+        observed = tuple(with_all_processes(call.observed(own[id(call)])) for call in calls)
         # Here, for what the weight is computed from is put back behind.
         parameters = _trained(tapped)
         pairs = zip(calls, observed, strict=True)

@@ -110,10 +110,10 @@ def spectrum(call: ObservedCall) -> Spectrum | None:
     Returns:
         Both, None where the Gram overflows float64.
     """
-    lambda_, count, n = call.record.lambda_, call.row_count, call.columns
+    lambda_, count, n = call.record.lambda_, call.gram_rows, call.columns
     assert lambda_ is not None and count
     compact = None
-    if count >= n:
+    if count >= n or call.all_rows is not None:
         gram = call.gram
     else:
         rows = torch.cat([rows for rows, _ in call.chunks()], dim=1)

@@ -7,6 +7,7 @@ from tract_fx.modules.layer import (
     to_plain,
     to_tract,
     tract_lambda,
+    tract_scope,
 )
 from tract_fx.modules.reasons import TORCH_TRACT, Why, is_of_torch_tract, why_not
 from tract_fx.modules.tree import copy_tree, named_tensors, still_reaches
@@ -24,5 +25,6 @@ __all__ = [
     "to_plain",
     "to_tract",
     "tract_lambda",
+    "tract_scope",
     "why_not",
 ]

@@ -27,6 +27,7 @@ __all__ = [
     "to_plain",
     "to_tract",
     "tract_lambda",
+    "tract_scope",
 ]
 
 _FUNCTIONS = {kind.module: kind.function for kind in LAYER_KINDS}
@@ -39,11 +40,13 @@ class TractLayer(nn.Module):
 
     Attributes:
         tract_lambda: λ of this layer, > 0.
+        tract_scope: Whose rows its Gram is of (see `GramScope`), None for the call's own.
         tract_plain: The user's class.
         tract_kind: PyTorch's class that it derives from.
     """
 
     tract_lambda: float
+    tract_scope: str | None
     tract_plain: type[nn.Module]
     tract_kind: type[nn.Module]
 
@@ -86,7 +89,10 @@ class TractLayer(nn.Module):
             The text between the parentheses of the layer's representation.
         """
         lambda_ = tract_lambda(self)
-        return super().extra_repr() + ("" if lambda_ is None else f", lambda_={lambda_}")
+        if lambda_ is None:
+            return super().extra_repr()
+        gram = "" if tract_scope(self) is None else ", gram='global'"
+        return super().extra_repr() + f", lambda_={lambda_}{gram}"
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Refuse `torch.jit.script`, which calls this, unless the layer is the plain one.
@@ -120,6 +126,19 @@ def tract_lambda(module: nn.Module) -> float | None:
     return value if isinstance(module, TractLayer) and not is_replaced else None
 
 
+def tract_scope(module: nn.Module) -> str | None:
+    """Tell whose rows a TrAct layer's Gram is of.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The scope, None for the rows of each call alone.
+    """
+    scope: str | None = vars(module).get("tract_scope")
+    return scope
+
+
 def _run_standard(layer: Any, lambda_: float, input: Tensor) -> Tensor:  # noqa: A002
     """Run PyTorch's own forward method with the op in it: no mode, which compilers can't always."""
     (function,) = (f for base, f in _FUNCTIONS.items() if isinstance(layer, base))
@@ -132,11 +151,12 @@ def _run_standard(layer: Any, lambda_: float, input: Tensor) -> Tensor:  # noqa:
             geometry["padding"] = 0
     weight = layer.weight
     refuse_frozen_value(layer, weight, input)
-    return multiply(function, input, weight, layer.bias, lambda_=lambda_, **geometry)
+    scope = tract_scope(layer)
+    return multiply(function, input, weight, layer.bias, lambda_=lambda_, scope=scope, **geometry)
 
 
 def _run_with_op(layer: nn.Module, lambda_: float, forward: Any, args: Any, kwargs: Any) -> Any:
-    op = OpOnWeight(layer, lambda_)
+    op = OpOnWeight(layer, lambda_, tract_scope(layer))
     with op:
         result = forward(*args, **kwargs)
     op.check()
@@ -219,12 +239,13 @@ def _rebase(cls: type[nn.Module], name: str, bases: tuple[type[nn.Module], ...])
     return type(name, bases, namespace)
 
 
-def to_tract(module: nn.Module, lambda_: float) -> None:
-    """Turn a layer into a TrAct layer, in place, or give a TrAct layer another λ.
+def to_tract(module: nn.Module, lambda_: float, scope: str | None = None) -> None:
+    """Turn a layer into a TrAct layer, in place, or give a TrAct layer another λ and scope.
 
     Args:
         module: A layer that `why_not` has no objection to.
         lambda_: λ > 0.
+        scope: Whose rows the Gram is of (see `GramScope`), None for the call's own.
     """
     if not isinstance(module, TractLayer):
         cls: Any = _tract_class(type(module))
@@ -232,6 +253,7 @@ def to_tract(module: nn.Module, lambda_: float) -> None:
         if "forward" in vars(module):
             module.forward = vars(module)["forward"]
     module.__dict__["tract_lambda"] = lambda_
+    module.__dict__["tract_scope"] = scope  # also None: compilers don't see what is not there
 
 
 def to_plain(module: nn.Module) -> None:
@@ -244,6 +266,7 @@ def to_plain(module: nn.Module) -> None:
         cls: Any = plain_class(type(module))
         module.__class__ = cls
         vars(module).pop("tract_lambda", None)
+        vars(module).pop("tract_scope", None)
         if "forward" in vars(module):
             vars(module)["forward"] = own_forward(module)
 

@@ -29,15 +29,17 @@ class OpOnWeight(FunctionMode):
     Args:
         layer: The layer.
         lambda_: λ > 0.
+        scope: Whose rows the Gram is of, None for the call's own.
 
     Attributes:
         calls: How often the layer's weight has been multiplied with so far.
     """
 
-    def __init__(self, layer: nn.Module, lambda_: float) -> None:
+    def __init__(self, layer: nn.Module, lambda_: float, scope: str | None = None) -> None:
         super().__init__()
         self.layer = layer
         self.lambda_ = lambda_
+        self.scope = scope
         self.calls = 0
 
     def _call(
@@ -52,7 +54,7 @@ class OpOnWeight(FunctionMode):
             return function(*args, **kwargs)
         self.calls += 1
         refuse_frozen_value(self.layer, weight, x)
-        return multiply(function, x, weight, bias, lambda_=self.lambda_, **given)
+        return multiply(function, x, weight, bias, lambda_=self.lambda_, scope=self.scope, **given)
 
     def _is_trained(self, weight: Any) -> bool:
         """Tell the layer's weight, or what is computed from it, from a constant filter."""

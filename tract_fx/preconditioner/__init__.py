@@ -16,6 +16,13 @@ from tract_fx.preconditioner.layer_kinds import (
 )
 from tract_fx.preconditioner.op import multiply, precondition_grad, refuse_script
 from tract_fx.preconditioner.operators import PRECONDITION_GRAD_OPERATOR, to_training_graph
+from tract_fx.preconditioner.process_groups import (
+    WORLD,
+    GramScope,
+    GroupChoice,
+    group_name,
+    group_of,
+)
 from tract_fx.preconditioner.settings import DEFAULT_LAMBDA, LAMBDA_REMEDY, check_lambda
 from tract_fx.preconditioner.solve import (
     SolvePlan,
@@ -32,13 +39,18 @@ __all__ = [
     "LAYER_KINDS",
     "OPERANDS",
     "PRECONDITION_GRAD_OPERATOR",
+    "WORLD",
+    "GramScope",
     "GramWork",
+    "GroupChoice",
     "PatchGeometry",
     "SolvePlan",
     "check_lambda",
     "gram",
     "gram_algorithm",
     "gram_work",
+    "group_name",
+    "group_of",
     "is_quicker",
     "kind_of",
     "multiply",

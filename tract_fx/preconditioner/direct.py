@@ -344,7 +344,7 @@ def _by_rows(dz: Tensor, rows: Tensor, lambda_: float, dtype: torch.dtype) -> Te
     if not _in_range(dtype, ridge):
         return None
     tiled = count > _TILED and dtype == torch.float32
-    matrix = linear_gram(x.mT, dtype) if tiled else x @ x.mT
+    matrix = linear_gram(x.mT, dtype, dtype) if tiled else x @ x.mT
     system = _System.of(matrix, ridge, dz.shape[0])
     if system is None:
         return None

@@ -1,9 +1,10 @@
 """The Gram matrix of a layer's input patches, without holding all patches in memory.
 
-`gram` is the one entry. A linear layer's input is multiplied as it lies. Of a convolution's, what
-takes less time by a count of products and copies: blocks of the input's rows (`row_blocks`, where
-patches overlap), or patches unfolded piece by piece. In all of them products are in the working
-dtype and their sums in float64, so that neither memory nor rounding grows with the batch.
+`gram` and `gram_sum` are the entries. A linear layer's input is multiplied as it lies. Of a
+convolution's, what takes less time by a count of products and copies: blocks of the input's rows
+(`row_blocks`, where patches overlap), or patches unfolded piece by piece. In all of them products
+are in the working dtype and their sums in float64, so that neither memory nor rounding grows with
+the batch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tract_fx.preconditioner.products import (
 )
 from tract_fx.preconditioner.row_blocks import row_block_gram, row_block_work
 
-__all__ = ["GramWork", "gram", "gram_algorithm", "gram_work"]
+__all__ = ["GramWork", "gram", "gram_algorithm", "gram_sum", "gram_work"]
 
 # Entries of one piece of patches, or of the rows' blocks at a time. On a CPU they should stay in
 # the caches between the copy that makes them and the product that reads them; on an accelerator
@@ -63,14 +64,38 @@ def gram(
         upper = ((columns @ columns.mT) / rows).triu()
         return upper + upper.triu(1).mT
     if not geometry.kernel and geometry.groups == 1:
-        return linear_gram(x, dtype).div_(rows)[None]
-    elements = _piece_elements(x.device)
-    # Linear layers side by side, as vmap makes them, are groups too.
-    by_rows = bool(geometry.kernel) and _choose(x.shape, geometry)[0]
-    total = (row_block_gram if by_rows else _unfolded_gram)(x, geometry, dtype, elements)
-    matrix = total.div_(rows).to(dtype)
+        return linear_gram(x, dtype, dtype).div_(rows)[None]
+    matrix = _upper_sum(x, geometry, dtype).div_(rows).to(dtype)
     mirror_(matrix)
     return matrix
+
+
+def gram_sum(x: torch.Tensor, geometry: PatchGeometry, dtype: torch.dtype) -> torch.Tensor:
+    """Compute XᵀX for every group, to be added to others'.
+
+    Args:
+        x: The layer's input, (N, C, *spatial), of any floating dtype, with R > 0 rows.
+        geometry: How the layer reads it.
+        dtype: Dtype of the products, float32 or float64.
+
+    Returns:
+        The sums, (groups, n, n), in float64; exactly symmetric.
+    """
+    if geometry.columns(x) == 0:
+        return x.new_zeros((geometry.groups, 0, 0), dtype=torch.float64)
+    if not geometry.kernel and geometry.groups == 1:
+        return linear_gram(x, dtype, torch.float64)[None]
+    total = _upper_sum(x, geometry, dtype)
+    mirror_(total)
+    return total
+
+
+def _upper_sum(x: torch.Tensor, geometry: PatchGeometry, dtype: torch.dtype) -> torch.Tensor:
+    """XᵀX, right on and above the diagonal: (groups, n, n) in float64."""
+    # Linear layers side by side, as vmap makes them, are groups too.
+    by_rows = bool(geometry.kernel) and _choose(x.shape, geometry)[0]
+    compute = row_block_gram if by_rows else _unfolded_gram
+    return compute(x, geometry, dtype, _piece_elements(x.device))
 
 
 def _unfolded_gram(

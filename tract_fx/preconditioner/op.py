@@ -34,6 +34,7 @@ from tract_fx.preconditioner.operators import (
     precondition_grad_eagerly,
     precondition_grad_function,
     refuse_onnx_export,
+    refuse_transforms,
 )
 from tract_fx.preconditioner.settings import CallSettings, check_lambda
 from tract_fx.preconditioner.sharding import register_sharding_rules
@@ -50,6 +51,7 @@ def precondition_grad(
     padding: str | int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    scope: str | None = None,
 ) -> Tensor:
     """Return the weight; multiply its gradient by (XᵀX/R + λI)⁻¹ (arXiv 2410.23970, section 3).
 
@@ -64,6 +66,8 @@ def precondition_grad(
         padding: One number, one per spatial dimension, `"same"` or `"valid"`.
         dilation: One number, or one per spatial dimension.
         groups: Groups, each with a Gram matrix of its own.
+        scope: Whose rows the Gram is of, as `tract_pass` writes it for `gram="global"`; None for
+            this call's own.
 
     Returns:
         The weight's value. Under `no_grad`, or where the weight needs no gradient, the weight
@@ -71,7 +75,8 @@ def precondition_grad(
 
     Raises:
         UnsupportedTransformError: Inside `torch.jit.trace`, or under a `torch.func` transform
-            inside `torch.compile`: the gradient would be lost.
+            inside `torch.compile`: the gradient would be lost. With a `scope`, under any such
+            transform.
         UnsupportedLayerError: The weight or the input is complex, sparse or nested.
     """
     exporting = torch.compiler.is_exporting()
@@ -93,6 +98,7 @@ def precondition_grad(
             padding=padding,
             dilation=dilation,
             groups=groups,
+            **({} if scope is None else {"scope": scope}),
         )
     if not compiling and torch_private.tracing_jit():
         raise UnsupportedTransformError(
@@ -126,7 +132,11 @@ def precondition_grad(
     if not (exporting or torch_private.requires_grad_at_any_level(weight)):
         return weight
     geometry = PatchGeometry.of_convolution(weight.shape[2:], stride, padding, dilation, groups)
-    settings = CallSettings(lambda_, geometry, torch_private.autocast_dtype(input))
+    settings = CallSettings(lambda_, geometry, torch_private.autocast_dtype(input), scope)
+    if scope is not None:
+        refuse_transforms(settings)
+        # Else a process that asks for the input's gradient alone would wait for the others.
+        input = input.detach()  # noqa: A001
     if transforming:
         return precondition_grad_function(weight, input, settings)
     if not (compiling or torch_private.operators_are_seen(weight, input)):
@@ -143,12 +153,13 @@ def multiply(
     bias: Tensor | None,
     *,
     lambda_: float,
+    scope: str | None = None,
     **geometry: Any,
 ) -> Tensor:
     """Call a layer's function with `precondition_grad` on its weight.
 
-    With fewer rows than columns or few of both, where nobody looks and the input needs no gradient,
-    the call has a backward pass of its own (`direct`).
+    With fewer rows than columns or few of both, where nobody looks, the input needs no gradient and
+    the Gram is of this call's rows, the call has a backward pass of its own (`direct`).
 
     Args:
         function: `torch.nn.functional.linear`, `conv1d`, `conv2d` or `conv3d`.
@@ -156,6 +167,7 @@ def multiply(
         weight: The weight.
         bias: The bias or None.
         lambda_: λ > 0.
+        scope: Whose rows the Gram is of, as `precondition_grad` takes it.
         **geometry: The convolution's further arguments.
 
     Returns:
@@ -165,7 +177,7 @@ def multiply(
         UnsupportedTransformError: As `precondition_grad`.
         UnsupportedLayerError: As `precondition_grad`.
     """  # noqa: DOC502 (raised by what it calls)
-    if torch.is_grad_enabled() and _is_plain(weight, input):
+    if scope is None and torch.is_grad_enabled() and _is_plain(weight, input):
         geometry = {k: tuple(v) if isinstance(v, list) else v for k, v in geometry.items()}
         settings = _settings(
             lambda_, weight.shape[2:], torch_private.autocast_dtype(input), **geometry
@@ -174,7 +186,7 @@ def multiply(
             call = partial(function, **geometry)
             result: Tensor = DirectCall.apply(weight, bias, input, call, settings)  # type: ignore[no-untyped-call]
             return result
-    weight = precondition_grad(weight, input, lambda_=lambda_, **geometry)
+    weight = precondition_grad(weight, input, lambda_=lambda_, scope=scope, **geometry)
     return function(input, weight, bias, **geometry)
 
 

@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from tract_fx import torch_private
 from tract_fx.errors import UnsupportedTransformError
+from tract_fx.preconditioner.global_gram import precondition_over_group
+from tract_fx.preconditioner.process_groups import GramScope
 from tract_fx.preconditioner.row_maps import apply_rows, apply_rows_transposed, outer_rows
 from tract_fx.preconditioner.settings import CallSettings, read_settings
 from tract_fx.preconditioner.solve import precondition_weight_gradient
+from tract_fx.preconditioner.step_gram import count_in_step
 
 __all__ = [
     "EXPORT_REMEDY",
@@ -28,6 +31,7 @@ __all__ = [
     "precondition_grad_eagerly",
     "precondition_grad_function",
     "refuse_onnx_export",
+    "refuse_transforms",
     "to_training_graph",
 ]
 
@@ -44,6 +48,7 @@ def _precondition_grad_op(
     dilation: Sequence[int],
     groups: int,
     input_dtype: torch.dtype | None,
+    scope: str | None = None,
 ) -> Tensor:
     _refuse_forward_mode()
     return weight.clone()  # an operator's result may not alias its argument
@@ -89,10 +94,20 @@ def _precondition_op(
     dilation: Sequence[int],
     groups: int,
     input_dtype: torch.dtype | None,
+    scope: str | None = None,
 ) -> Tensor:
-    settings = read_settings(grad, lambda_, stride, padding, dilation, groups, input_dtype)
+    settings = read_settings(grad, lambda_, stride, padding, dilation, groups, input_dtype, scope)
+    return _solve(grad, input, settings)
+
+
+def _solve(grad: Tensor, x: Tensor, settings: CallSettings) -> Tensor:
+    if settings.scope is not None:
+        scope = GramScope.read(settings.scope)
+        if scope.step:
+            return count_in_step(grad, x, settings, scope)
+        return precondition_over_group(grad, x, settings, scope)
     return precondition_weight_gradient(
-        grad, input, settings.lambda_, settings.geometry, settings.input_dtype
+        grad, x, settings.lambda_, settings.geometry, settings.input_dtype
     )
 
 
@@ -113,10 +128,10 @@ def _(grad: Tensor, *_: object) -> Tensor:
 
 
 def _save_for_grad_op(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, x, *arguments, input_dtype = inputs
+    _, x, *arguments, input_dtype, scope = inputs
     ctx.save_for_backward(x)
     # An exported graph may run under an autocast that it was not exported under.
-    ctx.arguments = (*arguments, input_dtype or torch_private.autocast_dtype(x))
+    ctx.arguments = (*arguments, input_dtype or torch_private.autocast_dtype(x), scope)
 
 
 def _grad_op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,7 +139,7 @@ def _grad_op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         (x,) = ctx.saved_tensors
         result = precondition(grad, x, read_settings(grad, *ctx.arguments))
-    return (result, *[None] * 7)
+    return (result, *[None] * 8)
 
 
 def _save_for_precondition(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -136,7 +151,7 @@ def _save_for_precondition(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
 def _precondition_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
     x, result = ctx.saved_tensors
     along_grad, along_x = _vjp(cotangent, x, result, ctx.settings, ctx.needs_input_grad[1])
-    return (along_grad, along_x, *[None] * 6)
+    return (along_grad, along_x, *[None] * 7)
 
 
 _precondition_grad_op.register_autograd(_grad_op_backward, setup_context=_save_for_grad_op)
@@ -144,6 +159,26 @@ _precondition_op.register_autograd(_precondition_backward, setup_context=_save_f
 
 
 # The same as autograd Functions, for torch.func and forward-mode AD.
+
+
+def refuse_transforms(settings: CallSettings) -> None:
+    """Refuse `torch.func` and forward-mode AD over a Gram of several processes.
+
+    Args:
+        settings: The call's.
+    """
+    if settings.scope is None:
+        return
+    if torch_private.inside_functorch() or torch_private.inside_dual_level():
+        _refuse_over_processes("torch.func, batched gradients or forward-mode AD")
+
+
+def _refuse_over_processes(found: str) -> NoReturn:
+    raise UnsupportedTransformError(
+        f"{found} over TrAct's Gram of several processes (gram='global') or calls (tract_step)",
+        "the sum over them has no rule there",
+        "Apply tract_pass or tract_module with gram='local', or use loss.backward()",
+    )
 
 
 def precondition_grad_function(weight: Tensor, x: Tensor, settings: CallSettings) -> Tensor:
@@ -286,10 +321,7 @@ class _PreconditionGradEagerly(torch.autograd.Function):
         settings: CallSettings = ctx.settings
         if torch.is_grad_enabled() or torch_private.operators_are_seen(grad, x):
             return precondition(grad, x, settings), None, None
-        result = precondition_weight_gradient(
-            grad, x, settings.lambda_, settings.geometry, settings.input_dtype
-        )
-        return result, None, None
+        return _solve(grad, x, settings), None, None
 
 
 # Derivatives of gW P(x). With A = gW P, G = XᵀX/R and dG = (dXᵀX + XᵀdX)/R:
@@ -300,6 +332,8 @@ def _vjp(
     cotangent: Tensor, x: Tensor, result: Tensor, settings: CallSettings, wants_x: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Pull a cotangent V of A = gW P back: V P to gW, -X (AᵀB + BᵀA)/R to X, where B = V P."""
+    if settings.scope is not None:
+        _refuse_over_processes("a second derivative")
     b = precondition(cotangent, x, settings)
     if not wants_x:
         return b, None
@@ -330,6 +364,7 @@ def _as_read(x: Tensor, settings: CallSettings) -> Tensor:
 
 def precondition(grad: Tensor, x: Tensor, settings: CallSettings) -> Tensor:
     """gW P, differentiable under whatever transform is running."""
+    refuse_transforms(settings)
     if torch_private.inside_functorch() or torch_private.inside_dual_level():
         return torch_private.apply_function(_Precondition, grad, x, settings)
     return _call_precondition_op(grad, x, settings)

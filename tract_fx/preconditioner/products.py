@@ -139,18 +139,19 @@ def _parts(rows: int) -> int:
     return next((parts for parts in range(wanted, 2 * wanted + 1) if rows % parts == 0), 1)
 
 
-def linear_gram(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def linear_gram(x: torch.Tensor, dtype: torch.dtype, result_dtype: torch.dtype) -> torch.Tensor:
     """Compute XᵀX of the matrix itself.
 
     Args:
         x: X, (rows, n), floating.
         dtype: Dtype of the products. Parts of many rows are added up in float64.
+        result_dtype: Dtype of the result.
 
     Returns:
-        (n, n) in `dtype`.
+        (n, n).
     """
     count, n = x.shape
-    result = x.new_empty((n, n), dtype=dtype)
+    result = x.new_empty((n, n), dtype=result_dtype)
     size = _tile(n)
     rows = _ROWS * max(_PARTS, _THIN // (_ROWS * max(1, n)))
     even = count - count % _ROWS if count > 2 * _ROWS else 0

@@ -57,11 +57,13 @@ class CallSettings:
         lambda_: λ > 0.
         geometry: How the layer reads its input.
         input_dtype: The dtype in which the layer multiplies where that is autocast's, else None.
+        scope: Whose rows the Gram is of, as `GramScope` writes it; None for this call's alone.
     """
 
     lambda_: float
     geometry: PatchGeometry
     input_dtype: torch.dtype | None
+    scope: str | None = None
 
     def operator_arguments(self) -> tuple[Any, ...]:
         """Write the settings out as the custom operators take them.
@@ -71,7 +73,8 @@ class CallSettings:
         """
         g = self.geometry
         flat = (list(g.stride), list(g.flat_padding), list(g.dilation), g.groups)
-        return (self.lambda_, *flat, self.input_dtype)
+        scope = () if self.scope is None else (self.scope,)
+        return (self.lambda_, *flat, self.input_dtype, *scope)
 
 
 def read_settings(
@@ -82,6 +85,7 @@ def read_settings(
     dilation: Sequence[int],
     groups: int,
     input_dtype: torch.dtype | None,
+    scope: str | None = None,
 ) -> CallSettings:
     """Read the settings off a custom operator's arguments.
 
@@ -93,6 +97,7 @@ def read_settings(
         dilation: Dilation per spatial dimension.
         groups: Number of groups.
         input_dtype: Autocast's dtype or None.
+        scope: Whose rows the Gram is of.
 
     Returns:
         The settings.
@@ -100,4 +105,4 @@ def read_settings(
     pads = tuple(zip(padding[::2], padding[1::2], strict=True))
     kernel = tuple(weight.shape[2:])
     geometry = PatchGeometry(kernel, tuple(stride), pads, tuple(dilation), groups)
-    return CallSettings(lambda_, geometry, input_dtype)
+    return CallSettings(lambda_, geometry, input_dtype, scope)

@@ -21,9 +21,12 @@ from tract_fx.preconditioner.patches import patch_matrix
 __all__ = [
     "MAX_FLOAT32_AMPLIFICATION",
     "SolvePlan",
+    "by_groups",
     "plan_solve",
     "precondition_by_plan",
     "precondition_weight_gradient",
+    "row_space_solve",
+    "without_rounding",
 ]
 
 # The Gram in float32 carries an error of about eps·trace, which the solve magnifies by 1/λ. Past
@@ -160,25 +163,45 @@ def precondition_by_plan(
 
     Raises:
         UnsupportedLayerError: `grad` and `x` are not of one layer of that geometry.
-    """
+    """  # noqa: DOC502 (raised by what it calls)
     with torch.no_grad(), torch_private.full_precision(x.device):
         with torch_private.traced_stage(_FIRST_STAGE[plan.form]):
             x = geometry.batched(x if input_dtype is None else x.to(input_dtype))
-        if math.prod(grad.shape[1:]) != plan.columns or x.shape[1] % geometry.groups:
-            raise UnsupportedLayerError(
-                f"a weight gradient {tuple(grad.shape)} and an input {tuple(x.shape)} in "
-                f"{geometry.groups} groups",
-                "they are not of one layer",
-                "Give precondition_grad the weight, the input and the arguments of one call",
-            )
-        matrix = grad.reshape(geometry.groups, grad.shape[0] // geometry.groups, plan.columns)
+        matrix = by_groups(grad, x, geometry)
         if plan.form == "no rows":
             result = matrix.to(plan.dtype) / lambda_
         elif plan.form == "row space":
-            result = _row_space_solve(matrix.to(plan.dtype), x, lambda_, geometry, plan.noise)
+            with torch_private.traced_stage("row space"):
+                columns = patch_matrix(x, geometry, plan.dtype) / plan.rows**0.5
+            result = row_space_solve(matrix.to(plan.dtype), columns, lambda_, plan.noise)
         else:
             result = _gram_solve(matrix, x, lambda_, geometry, plan.dtype, traced)
         return result.to(grad.dtype).reshape(grad.shape).contiguous()
+
+
+def by_groups(grad: torch.Tensor, x: torch.Tensor, geometry: PatchGeometry) -> torch.Tensor:
+    """Bring a weight gradient to the form in which it is solved for.
+
+    Args:
+        grad: gW, (out, C/groups, *kernel).
+        x: The layer's input, (N, C, *spatial).
+        geometry: How the layer reads it.
+
+    Returns:
+        gW, (groups, out/groups, n).
+
+    Raises:
+        UnsupportedLayerError: `grad` and `x` are not of one layer of that geometry.
+    """
+    columns = geometry.columns(x)
+    if math.prod(grad.shape[1:]) != columns or x.shape[1] % geometry.groups:
+        raise UnsupportedLayerError(
+            f"a weight gradient {tuple(grad.shape)} and an input {tuple(x.shape)} in "
+            f"{geometry.groups} groups",
+            "they are not of one layer",
+            "Give precondition_grad the weight, the input and the arguments of one call",
+        )
+    return grad.reshape(geometry.groups, grad.shape[0] // geometry.groups, columns)
 
 
 def _noise(
@@ -248,14 +271,10 @@ def _float32_is_too_coarse(x: torch.Tensor, lambda_: float, geometry: PatchGeome
     return not amplification <= MAX_FLOAT32_AMPLIFICATION  # also where it is NaN
 
 
-def _row_space_solve(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    lambda_: float,
-    geometry: PatchGeometry,
-    noise: float,
+def row_space_solve(
+    grad: torch.Tensor, columns: torch.Tensor, lambda_: float, noise: float
 ) -> torch.Tensor:
-    """Solve in the space of X's rows, by Cholesky of K = XXᵀ/R: (groups, out, n) to the same.
+    """Solve in the space of X's rows, by Cholesky of K = XXᵀ/R.
 
     With gW = Z X inside that space, gW P = Z (K + λI)⁻¹ X. Z = gW Xᵀ/R (K + μI)⁻¹, and refined once
     Z (I + μ (K + μI)⁻¹), with μ at the rounding of K: that leaves a part of (μ/κ)² of an eigenvalue
@@ -267,9 +286,8 @@ def _row_space_solve(
 
     Args:
         grad: gW, (groups, out, n), in float64: K squares what X's condition costs.
-        x: The input, (N, C, *spatial).
+        columns: Xᵀ/√R, (groups, n, R), in float64.
         lambda_: λ > 0.
-        geometry: How the layer reads `x`.
         noise: Relative size below which the outside part is rounding.
 
     Returns:
@@ -277,20 +295,52 @@ def _row_space_solve(
         factor (λ below the rounding of K).
     """
     with torch_private.traced_stage("row space"):
-        columns = patch_matrix(x, geometry, grad.dtype) / geometry.rows(x) ** 0.5
         gram = columns.mT @ columns
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
         mu = torch.finfo(grad.dtype).eps * (gram.shape[-1] * trace + lambda_)
     with torch_private.traced_stage("factorisation"):
-        eye = torch.eye(gram.shape[-1], dtype=grad.dtype, device=x.device)
+        eye = torch.eye(gram.shape[-1], dtype=grad.dtype, device=grad.device)
         thin, thin_info = torch.linalg.cholesky_ex(gram + mu * eye)
         damped, damped_info = torch.linalg.cholesky_ex(gram + lambda_ * eye)
         ok = (thin_info == 0) & (damped_info == 0) & trace[:, 0, 0].isfinite()
+    z, outside, is_noise = _split(grad, columns, thin, mu, noise)
+    counted = torch.where(ok[:, None, None], (~is_noise).to(grad.dtype) / lambda_, torch.nan)
+    return torch.baddbmm(counted * outside, torch.cholesky_solve(z, damped).mT, columns.mT)
+
+
+def without_rounding(
+    grad: torch.Tensor, columns: torch.Tensor, lambda_: float, noise: float
+) -> torch.Tensor:
+    """Leave out what a gradient has outside the space of X's rows, where that is rounding alone.
+
+    Args:
+        grad: As `row_space_solve` takes it, as are the next three.
+        columns: Xᵀ/√R.
+        lambda_: λ > 0.
+        noise: Relative size below which the outside part is rounding.
+
+    Returns:
+        gW, (groups, out, n), for a solve in all n dimensions.
+    """
+    gram = columns.mT @ columns
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    mu = torch.finfo(grad.dtype).eps * (gram.shape[-1] * trace + lambda_)
+    eye = torch.eye(gram.shape[-1], dtype=grad.dtype, device=grad.device)
+    thin, info = torch.linalg.cholesky_ex(gram + mu * eye)
+    _, outside, is_noise = _split(grad, columns, thin, mu, noise)
+    return torch.where(is_noise & (info == 0)[:, None, None], grad - outside, grad)
+
+
+def _split(
+    grad: torch.Tensor, columns: torch.Tensor, thin: torch.Tensor, mu: torch.Tensor, noise: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Give Zᵀ of the part inside, (groups, R, out), the part outside, and whether it is rounding.
+
+    `thin` is the factor of K + μI.
+    """  # noqa: DOC201
     # cholesky_solve wants the unknown on the right: Zᵀ throughout.
     z = torch.cholesky_solve((grad @ columns).mT, thin)
     z = z + mu * torch.cholesky_solve(z, thin)
     outside = torch.baddbmm(grad, z.mT, columns.mT, alpha=-1)
     size = torch.linalg.matrix_norm(grad)[:, None, None]
-    is_noise = torch.linalg.matrix_norm(outside)[:, None, None] <= noise * size
-    counted = torch.where(ok[:, None, None], (~is_noise).to(grad.dtype) / lambda_, torch.nan)
-    return torch.baddbmm(counted * outside, torch.cholesky_solve(z, damped).mT, columns.mT)
+    return z, outside, torch.linalg.matrix_norm(outside)[:, None, None] <= noise * size

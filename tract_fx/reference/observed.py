@@ -17,12 +17,27 @@ from torch import Tensor
 
 from tract_fx.passes.records import InputLayer
 
-__all__ = ["ObservedCall"]
+__all__ = ["AllRows", "ObservedCall"]
 
 _ENTRIES = 1 << 24
 """Entries of X in float64 that are held at a time, 128 MiB."""
 
 _ROUNDING_UNITS, _SUMMATION_UNITS = 2.0, 64.0
+
+
+@dataclass(frozen=True)
+class AllRows:
+    """The rows of a call in all processes that share its Gram.
+
+    Attributes:
+        count: R of all.
+        gram: XᵀX / R of all, (groups, n, n) in float64.
+        rows: X of all, (groups, R, n) in float64, where R < n; else None.
+    """
+
+    count: int
+    gram: Tensor
+    rows: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class ObservedCall:
         product_rounding: Unit to which global flags (TF32) cut the call's products, 0 for none.
         first_order: Whether gW is that of `output_gradient` and nothing else: not so where the loss
             holds gradients itself (a gradient penalty).
+        all_rows: Those of all processes, where the call's Gram is of them.
     """
 
     record: InputLayer
@@ -53,6 +69,7 @@ class ObservedCall:
     output_gradient: Tensor | None = None
     product_rounding: float = 0.0
     first_order: bool = True
+    all_rows: AllRows | None = None
 
     @property
     def columns(self) -> int:
@@ -75,6 +92,18 @@ class ObservedCall:
         """R, of all images."""
         per_image = self.rows(self.images[:1]).shape[1] if len(self.images) else 0
         return len(self.images) * per_image
+
+    @property
+    def gram_rows(self) -> int:
+        """R of the Gram: this call's, or that of all processes."""
+        return self.row_count if self.all_rows is None else self.all_rows.count
+
+    @cached_property
+    def is_finite(self) -> bool:
+        """Whether the Gram is, or would be."""
+        if self.all_rows is not None:
+            return bool(self.all_rows.gram.isfinite().all())
+        return bool(self.x.isfinite().all())
 
     def rows(self, images: Tensor) -> Tensor:
         """Give the rows of X that some images make.
@@ -145,6 +174,8 @@ class ObservedCall:
     @cached_property
     def gram(self) -> Tensor:
         """XᵀX / R, (groups, n, n) in float64."""
+        if self.all_rows is not None:
+            return self.all_rows.gram
         n = self.columns
         total = torch.zeros((self.groups, n, n), dtype=torch.float64, device=self.x.device)
         for rows, _ in self.chunks():
@@ -155,12 +186,12 @@ class ObservedCall:
     def condition_bound(self) -> float:
         """What the condition of XᵀX/R + λI is at most: (trace(XᵀX/R) + λ) / λ, of any group."""
         lambda_ = self.record.lambda_
-        if lambda_ is None or not self.x.isfinite().all():
+        if lambda_ is None or not self.is_finite:
             return math.inf
-        if self.row_count == 0:
+        if self.gram_rows == 0:
             return 1.0
         # Of the form that `precondition` needs as well.
-        in_row_space = self.row_count < self.columns
+        in_row_space = self.gram_rows < self.columns
         values = self._row_space[1] if in_row_space else self.gram.diagonal(dim1=-2, dim2=-1)
         return (float(values.flatten(1).sum(dim=-1).amax()) + lambda_) / lambda_
 
@@ -193,11 +224,13 @@ class ObservedCall:
         lambda_ = self.record.lambda_
         assert lambda_ is not None
         wide = gradient.double().reshape(self.groups, -1, self.columns)
-        if not self.x.isfinite().all():
+        if not self.is_finite:
             result = torch.full_like(wide, torch.nan)
-        elif self.row_count >= self.columns:
+        elif self.gram_rows >= self.columns:
+            if 0 < self.row_count < self.columns:
+                wide = self._inside(wide, self._rounding(gradient.dtype))
             result = torch.linalg.lu_solve(*self._factors, wide, left=False)
-        elif self.row_count == 0:
+        elif self.gram_rows == 0:
             result = wide / lambda_
         else:
             result = self._in_row_space(wide, lambda_, self._rounding(gradient.dtype))
@@ -217,13 +250,30 @@ class ObservedCall:
 
         Of rows that depend on each other the basis has zeros in the place of what is left over.
         """
-        rows = torch.cat([rows for rows, _ in self.chunks()], dim=1)
+        rows = None if self.all_rows is None else self.all_rows.rows
+        return self._basis(self._own_rows() if rows is None else rows)
+
+    def _own_rows(self) -> Tensor:
+        return torch.cat([rows for rows, _ in self.chunks()], dim=1)
+
+    def _basis(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         orthogonal, triangle = torch.linalg.qr(rows.mT)
         rotation, values, _ = torch.linalg.svd(triangle)
         values = values.unsqueeze(1)
         rounding = self.columns * torch.finfo(torch.float64).eps
         counts = values > rounding * values.amax(dim=-1, keepdim=True)
-        return orthogonal @ (rotation * counts), values.square() / self.row_count
+        return orthogonal @ (rotation * counts), values.square() / rows.shape[1]
+
+    def _inside(self, wide: Tensor, noise: float) -> Tensor:
+        """Leave out what is outside of the space of this process's own rows, if that is rounding.
+
+        The other processes' rows span more, where P would magnify it.
+        """  # noqa: DOC201
+        basis, _ = self._basis(self._own_rows())
+        inside = wide @ basis @ basis.mT
+        size = torch.linalg.matrix_norm(wide)[:, None, None]
+        is_noise = torch.linalg.matrix_norm(wide - inside)[:, None, None] <= noise * size
+        return torch.where(is_noise, inside, wide)
 
     def _in_row_space(self, wide: Tensor, lambda_: float, noise: float) -> Tensor:
         basis, values = self._row_space

@@ -1,0 +1,173 @@
+"""One Gram for a whole optimizer step: over micro-batches, and over processes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+
+from tract_fx import torch_private
+from tract_fx.errors import NoInputLayerError, TrainerStateError, UnsupportedLayerError
+from tract_fx.modules import is_standard, tract_lambda, tract_scope
+from tract_fx.passes.fx_graph import treated_layers
+from tract_fx.preconditioner import WORLD, GramScope, PatchGeometry, group_of
+from tract_fx.preconditioner.step_gram import StepGram, close_step, open_step
+
+__all__ = ["tract_step"]
+
+_numbers = itertools.count()
+_tokens: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+@contextmanager
+def tract_step(model: nn.Module) -> Iterator[None]:
+    """Give all backward passes inside one Gram: TrAct's gradient of the one large batch.
+
+    Without it each micro-batch has a P = (XᵀX/R + λI)⁻¹ of its own. Inside, the layers' gradients
+    stay plain while their rows are counted, and at the end each is multiplied once by the P of all
+    rows, in place. X holds the rows of all calls of a layer within the step, and where a process
+    group is running, those of all processes, which all have to enter and leave:
+
+        with tract_step(model):
+            for images, labels in micro_batches:
+                loss(model(images), labels).backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    Gradients have to be zero before. What a loss adds to the weight's gradient by itself (a penalty
+    on the weight, say) is multiplied too. With an exception nothing is multiplied, and the
+    gradients are to be thrown away.
+
+    Args:
+        model: What `tract_pass` or `tract_module` returned, also inside DDP, FSDP2 or
+            `torch.compile`.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        NoInputLayerError: No layer that is trained has TrAct.
+        UnsupportedLayerError: A layer's gradient is not one that can be multiplied at the end: of a
+            function call, of a computed or shared weight, or of one that is split otherwise than by
+            its rows.
+        TrainerStateError: A gradient is there already, or the step of the layer is open already, or
+            no backward pass was counted.
+    """  # noqa: DOC502 (raised by what it calls)
+    layers = _layers(model)
+    opened: list[tuple[Any, StepGram, str | None]] = []
+    try:
+        for name, layer in layers.items():
+            before = tract_scope(layer)
+            token = _tokens.setdefault(layer, str(next(_numbers)))
+            scope = GramScope(group_of(before) or WORLD, name, token)
+            gram = StepGram(scope, PatchGeometry.of_module(layer), _columns(layer))
+            opened.append((layer, gram, before))
+            vars(layer)["tract_scope"] = str(scope)
+            open_step(token, gram)
+        yield
+    finally:
+        for layer, gram, before in opened:
+            close_step(gram.scope.step)
+            vars(layer)["tract_scope"] = before
+    for layer, gram, _ in opened:
+        lambda_ = tract_lambda(layer)
+        assert lambda_ is not None
+        gram.apply_(layer.weight, lambda_)
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The trained layers with TrAct by name, all of which can be treated."""
+    modules = {n: m for n, m in model.named_modules() if tract_lambda(m) is not None}
+    for name, _, _ in treated_layers(model):
+        if name not in modules:
+            raise _unsupported(
+                name,
+                "it is a function call in a graph, and its weight may have other uses too",
+                "Apply tract_module to the eager model, or tract_pass to a symbolic_trace of it",
+            )
+    trained = {n: m for n, m in modules.items() if any(p.requires_grad for p in m.parameters())}
+    if not trained:
+        raise NoInputLayerError(
+            f"a {type(model).__name__} in which no trained layer has TrAct",
+            "there is no gradient that a step could be of",
+            "Apply tract_pass or tract_module first",
+        )
+    for name, layer in trained.items():
+        _check(name, layer, model)
+    return trained
+
+
+def _check(name: str, layer: nn.Module, model: nn.Module) -> None:
+    weight = layer._parameters.get("weight")
+    if weight is None or not is_standard(layer):
+        raise _unsupported(
+            name,
+            "what it multiplies with may be computed from its parameters, whose gradients are not "
+            "to be multiplied by P",
+            "Remove the parametrization, weight norm, pruning or own forward method, or train "
+            "without tract_step",
+        )
+    others = (m for m in model.modules() if m is not layer and tract_lambda(m) is None)
+    if any(p is weight for m in others for p in m._parameters.values()) or _called_plain(
+        model, layer
+    ):
+        raise _unsupported(
+            name,
+            "its weight is used without TrAct too, and the gradient is the sum of both uses",
+            "Untie the weight, or train without tract_step",
+        )
+    if not _by_rows(weight, layer):
+        raise _unsupported(
+            name,
+            "its weight is split over processes otherwise than by rows, or is a convolution's in "
+            "groups",
+            "Leave this layer whole, or split it by rows (FSDP2, ColwiseParallel)",
+        )
+    if tract_scope(layer) is not None and GramScope.read(tract_scope(layer) or "").step:
+        raise TrainerStateError(
+            f"tract_step inside a tract_step of {name}",
+            "a step has one end",
+            "Leave the first before you enter the second",
+        )
+    before = torch_private.local_part(weight.grad)
+    if before is not None and bool(before.any()):
+        raise TrainerStateError(
+            f"a gradient of {name} from before tract_step",
+            "it would be multiplied by a P of other rows",
+            "Call optimizer.zero_grad() before you enter, and run all of a step's backward passes "
+            "inside",
+        )
+
+
+def _unsupported(name: str, reason: str, remedy: str) -> UnsupportedLayerError:
+    return UnsupportedLayerError(f"tract_step with TrAct on {name}", reason, remedy)
+
+
+def _called_plain(model: nn.Module, layer: nn.Module) -> bool:
+    """Tell whether a graph calls the layer on features too, without TrAct."""
+    return any(
+        node.op == "call_module"
+        and not node.kwargs.get("tract", True)
+        and graph.get_submodule(str(node.target)) is layer
+        for graph in model.modules()
+        if isinstance(graph, fx.GraphModule)
+        for node in graph.graph.nodes
+    )
+
+
+def _by_rows(weight: Tensor, layer: nn.Module) -> bool:
+    if not torch_private.is_dtensor(weight):
+        return True
+    split = [p for p in weight.placements if not p.is_replicate()]  # type: ignore[attr-defined]
+    return all(p.is_shard(0) for p in split) and (not split or getattr(layer, "groups", 1) == 1)
+
+
+def _columns(layer: Any) -> int:
+    """n of one group: a split weight's shape is that of the whole."""
+    return int(torch.Size(layer.weight.shape[1:]).numel())
