@@ -262,8 +262,8 @@ def test_mutant_is_noticed(
 @pytest.mark.parametrize("way", WAYS)
 def test_lost_rewrite_is_noticed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass that returns a copy without the op."""
-    monkeypatch.setattr("tract_fx.passes.fx_graph.api.rewrite_graph", lambda gm, _: copy_tree(gm))
-    monkeypatch.setattr("tract_fx.eager.to_tract", lambda module, lambda_: None)
+    monkeypatch.setattr("tract_fx.passes.fx_graph.api.rewrite_graph", lambda gm, *_: copy_tree(gm))
+    monkeypatch.setattr("tract_fx.eager.to_tract", lambda module, *_: None)
     assert len(wrong(SOME, [way])) == len(SOME)
 
 
