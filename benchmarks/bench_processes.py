@@ -4,6 +4,8 @@ On paper: bytes and time of the sum beside a training step, from published rates
 processors. By simulation: the averaged gradient of many virtual processes, each with a Gram of its
 own rows, beside that of one Gram over all rows.
 
+Needs the extra `test`.
+
 python benchmarks/bench_processes.py [--quick] [--data FOLDER] [--out FOLDER]
 """
 

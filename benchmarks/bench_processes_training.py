@@ -4,6 +4,8 @@ The processes are simulated in one: a batch in eight parts, whose gradients are 
 convolutional net, in which each part has more rows than the first layer has columns, and a small
 vision transformer of patches as large as a quarter of the image, in which it has fewer.
 
+Needs the extra `test`.
+
 python benchmarks/bench_processes_training.py [--quick] [--data FOLDER] [--epochs 10] [--out FOLDER]
 """
 
