@@ -19,16 +19,6 @@ from tract_fx.errors import (
 from tract_fx.passes.records import Findings, InputLayer
 from tract_fx.preconditioner import DEFAULT_LAMBDA, check_lambda, op_name
 
-__all__ = [
-    "Choice",
-    "LayerChoice",
-    "choose",
-    "named_calls",
-    "read_choice",
-    "warn_of_frozen",
-    "warn_of_passed",
-]
-
 LayerChoice = str | Iterable[str] | Mapping[str, float] | None
 """What `layers=` takes: names, or names with a λ each, or None for the one input layer."""
 
@@ -47,18 +37,7 @@ class Choice:
 
 
 def read_choice(lambda_: float = DEFAULT_LAMBDA, layers: LayerChoice = None) -> Choice:
-    """Check `lambda_=` and `layers=`, and bring them to one form.
-
-    Args:
-        lambda_: λ of layers named without one.
-        layers: Which layers, as the user gave them.
-
-    Returns:
-        The choice.
-
-    Raises:
-        UnknownLayerError: `layers` is empty or holds something else than names.
-    """
+    """Check `lambda_=` and `layers=`, and bring them to one form."""
     lambda_ = check_lambda(lambda_)
     if layers is None:
         return Choice(lambda_, None)
@@ -80,14 +59,6 @@ def choose(findings: Findings, eligible: Iterable[InputLayer], choice: Choice) -
 
     Without names: the TrAct calls that the graph has already, else the one layer that consumes the
     input (in all its calls that do). With names: those, beside the TrAct calls already there.
-
-    Args:
-        findings: What locating found.
-        eligible: Every call that could be treated.
-        choice: The user's choice, by module paths, weights' names or nodes' names.
-
-    Returns:
-        λ by name of the calling node.
     """
     lambda_, by_name = choice.lambda_, choice.by_name
     eligible = list(eligible)
@@ -102,11 +73,7 @@ def choose(findings: Findings, eligible: Iterable[InputLayer], choice: Choice) -
 
 
 def warn_of_frozen(names: Iterable[str]) -> None:
-    """Say of frozen layers that TrAct is put in and idle; the warning points at the user's line.
-
-    Args:
-        names: The layers' names.
-    """
+    """Say of frozen layers that TrAct is put in and idle; the warning points at the user's line."""
     for name in dict.fromkeys(names):
         _warn(
             f"{name}: its weight does not require a gradient, so that TrAct is idle until it does. "
@@ -115,12 +82,7 @@ def warn_of_frozen(names: Iterable[str]) -> None:
 
 
 def warn_of_passed(passed: Iterable[InputLayer], taken: Iterable[InputLayer]) -> None:
-    """Say that frozen layers were taken for constants, and which layer was taken behind them.
-
-    Args:
-        passed: The frozen layers.
-        taken: What was taken.
-    """
+    """Say that frozen layers were taken for constants, and which layer was taken behind them."""
     frozen = ", ".join(dict.fromkeys(layer.name for layer in passed))
     names = ", ".join(dict.fromkeys(layer.name for layer in taken))
     if frozen:
@@ -181,20 +143,7 @@ def _nothing_found(findings: Findings) -> TractError:
 def named_calls(
     by_name: Mapping[str, float], findings: Findings, eligible: list[InputLayer]
 ) -> dict[str, float]:
-    """Find the calls that are meant by names.
-
-    Args:
-        by_name: λ by module path, weight's or node's name.
-        findings: What locating found.
-        eligible: Every call that could be treated.
-
-    Returns:
-        λ by name of the calling node.
-
-    Raises:
-        UnsupportedLayerError: A name is of what can't be treated.
-        UnknownLayerError: A name is of nothing.
-    """  # noqa: DOC501, DOC502 (made by `_unknown`)
+    """Find the calls that are meant by names."""
     chosen: dict[str, float] = {}
     on_input = {r.node for r in findings.layers}
     for name, value in by_name.items():

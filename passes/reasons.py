@@ -4,22 +4,6 @@ from __future__ import annotations
 
 from tract_fx.modules import Why
 
-__all__ = [
-    "AFFINE",
-    "ARITHMETIC",
-    "ATTENTION",
-    "BIASED_FILTER",
-    "INPUT_IS_WEIGHT",
-    "LOOKUP",
-    "OR_ANOTHER",
-    "OR_BEHIND",
-    "RECURRENT",
-    "TRANSPOSED",
-    "UNKNOWN",
-    "VECTOR",
-    "WEIGHT_FROM_INPUT",
-]
-
 OR_ANOTHER = ", or name another layer with layers=[…]"
 OR_BEHIND = ", or name the layer behind it with layers=[…]"
 

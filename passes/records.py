@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from tract_fx.preconditioner import PatchGeometry
 
-__all__ = ["Findings", "InputLayer", "Refusal", "layer_name"]
-
 
 @dataclass(frozen=True)
 class InputLayer:

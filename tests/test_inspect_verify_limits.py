@@ -21,8 +21,8 @@ from tract_fx.errors import (
     UnsupportedModelError,
     UnsupportedTrainingError,
 )
+from tract_fx.inspection.marks import lost_marks
 from tract_fx.inspection.runs import observe_forward
-from tract_fx.inspection.verify import lost_marks
 from verified import (
     FLOAT32,
     WAYS,

@@ -19,9 +19,10 @@ from torch import Tensor, fx, nn
 from geometries import GEOMETRIES, Geometry
 from test_mutants import MUTANTS
 from tract_fx import remove_tract, tract_module, tract_pass
+from tract_fx.inspection.marks import lost_marks
 from tract_fx.inspection.records import Verification
 from tract_fx.inspection.runs import observe
-from tract_fx.inspection.verify import lost_marks, verify
+from tract_fx.inspection.verify import verify
 from tract_fx.passes.fx_graph.calls import is_precondition_grad
 from tract_fx.passes.records import InputLayer
 from tract_fx.preconditioner import precondition_grad, precondition_weight_gradient

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from tract_fx import remove_tract, tract_module, tract_pass
+from tract_fx.inspection.marks import lost_marks
 from tract_fx.inspection.records import Verification
 from tract_fx.inspection.runs import Loss, Runs, observe
-from tract_fx.inspection.verify import lost_marks, verify
+from tract_fx.inspection.verify import verify
 from tract_fx.passes.fx_graph import locate
 from tract_fx.passes.records import InputLayer
 

@@ -18,8 +18,6 @@ from tract_fx.passes.fx_graph import treated_layers
 from tract_fx.preconditioner import WORLD, GramScope, PatchGeometry, group_of
 from tract_fx.preconditioner.step_gram import StepGram, close_step, open_step
 
-__all__ = ["tract_step"]
-
 _numbers = itertools.count()
 _tokens: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
@@ -58,7 +56,7 @@ def tract_step(model: nn.Module) -> Iterator[None]:
             its rows.
         TrainerStateError: A gradient is there already, or the step of the layer is open already, or
             no backward pass was counted.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     layers = _layers(model)
     opened: list[tuple[Any, StepGram, str | None]] = []
     try:

@@ -20,8 +20,6 @@ from pathlib import Path
 
 from tract_fx.errors import ArtifactsWriteError, TractError
 
-__all__ = ["OLD", "beside", "clear_left", "flush", "system_errors", "write_file"]
-
 OLD, _NEW, _LOCK = "old", "new", "lock"
 _LONGEST = 180  # of the place's name: a file's may have 255 bytes
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -29,15 +27,7 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 @contextlib.contextmanager
 def beside(place: Path) -> Iterator[Path]:
-    """Give the name under which the new content of a place is made.
-
-    Args:
-        place: Where the content goes. Its folder is there.
-
-    Yields:
-        A path with nothing at it, to be renamed to the place. What is there at the end is removed.
-        Beside it what was at the place can be put, as `OLD`.
-    """
+    """Give the name under which the new content of a place is made."""
     folder = place.parent / f"{_prefix(place)}{secrets.token_hex(6)}.tmp"
     folder.mkdir()
     lock = None
@@ -57,10 +47,6 @@ def clear_left(place: Path, discard: Callable[[Path], None] = shutil.rmtree) -> 
 
     Where one was killed between taking the old content away and putting the new in its place, the
     old is put back.
-
-    Args:
-        place: The place.
-        discard: Removes old content that has been replaced.
     """
     boot = _boot()
     if boot is None:
@@ -80,16 +66,7 @@ def clear_left(place: Path, discard: Callable[[Path], None] = shutil.rmtree) -> 
 
 
 def write_file(place: Path, data: bytes, check: Callable[[], None] = lambda: None) -> None:
-    """Write a file, all of it or nothing. One that is replaced leaves its mode to the new one.
-
-    Args:
-        place: Where to. Folders that are missing are made.
-        data: Its content.
-        check: Called right before the file is put in its place; may raise.
-
-    Raises:
-        ArtifactsWriteError: The system refuses.
-    """  # noqa: DOC502 (raised by what it calls)
+    """Write a file, all of it or nothing. One that is replaced leaves its mode to the new one."""
     with system_errors(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         clear_left(place)
@@ -103,11 +80,7 @@ def write_file(place: Path, data: bytes, check: Callable[[], None] = lambda: Non
 
 
 def flush(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to the disk.
-
-    Args:
-        path: The file or folder.
-    """
+    """Bring a file, or a folder's list of names, to the disk."""
     if path.is_dir() and os.name == "nt":  # folders can't be opened there
         return
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -119,17 +92,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def system_errors(place: Path) -> Iterator[None]:
-    """Give the system's refusals the three parts of our errors.
-
-    Args:
-        place: What is written.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ArtifactsWriteError: The block has raised an OSError that is none of ours.
-    """  # noqa: DOC501 (ours pass, the system's are caught)
+    """Give the system's refusals the three parts of our errors."""
     try:
         if "\0" in str(place):
             raise OSError("no name has a null character")

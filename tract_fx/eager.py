@@ -32,8 +32,6 @@ from tract_fx.passes.records import InputLayer
 from tract_fx.preconditioner import DEFAULT_LAMBDA, GramScope, GroupChoice, group_name
 from tract_fx.program import TrainedTensors, arguments, capture, held_at
 
-__all__ = ["tract_module"]
-
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _USE_A_GRAPH = (
@@ -78,7 +76,7 @@ def tract_module(
         UnsupportedLayerError: What consumes the input can't be treated exactly, or not in an eager
             model.
         UnknownLayerError: A name in `layers` names no module.
-    """  # noqa: DOC502 (some are raised by what it calls)
+    """
     choice, group = read_choice(lambda_, layers), group_name(gram, process_group)
     if isinstance(model, fx.GraphModule):
         return tract_pass(  # type: ignore[return-value]

@@ -8,8 +8,6 @@ from typing import Any
 
 from tract_fx.errors import MissingRuntimeError
 
-__all__ = ["PACKAGES", "installed", "load"]
-
 PACKAGES = {
     "onnx": "onnx",
     "onnx_ir": "onnx",
@@ -25,31 +23,12 @@ PACKAGES = {
 
 
 def installed(extra: str) -> bool:
-    """Tell whether an extra's packages are there, without importing them.
-
-    Args:
-        extra: Its name.
-
-    Returns:
-        Whether all are.
-    """
+    """Tell whether an extra's packages are there, without importing them."""
     return all(find_spec(package) for package, name in PACKAGES.items() if name == extra)
 
 
 def load(module: str, name: str) -> Any:
-    """Import a name from a module of the package that needs an extra.
-
-    Args:
-        module: The module.
-        name: What to take from it.
-
-    Returns:
-        The object.
-
-    Raises:
-        MissingRuntimeError: A package of the extra is not installed.
-        ModuleNotFoundError: Something else is missing.
-    """
+    """Import a name from a module of the package that needs an extra."""
     try:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FunctionMode"]
-
 
 class FunctionMode(TorchFunctionMode):
     """A context in which `_call` stands in for each function of PyTorch that is called."""

@@ -19,25 +19,6 @@ import torch.utils.checkpoint
 
 from tract_fx.errors import MissingRuntimeError
 
-__all__ = [
-    "CPU",
-    "TESTED_VERSION",
-    "TRAINING_PROVIDERS",
-    "Device",
-    "any_runtime",
-    "inference_session",
-    "message_of",
-    "ort_value",
-    "parameter_value",
-    "parse_device",
-    "require_device",
-    "run_session",
-    "runtime",
-    "save_checkpoint",
-    "session_options",
-    "training_api",
-]
-
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 TRAINING_PROVIDERS = (_CPU, _CUDA)
 """Those of ONNX Runtime Training."""
@@ -58,14 +39,7 @@ _PROBE_SIZE = 1
 
 
 def runtime() -> ModuleType:
-    """Import ONNX Runtime, in the build that can train.
-
-    Returns:
-        The module `onnxruntime`.
-
-    Raises:
-        MissingRuntimeError: If no `onnxruntime` is installed, or one that can't train.
-    """  # noqa: DOC502 (raised by _import_runtime)
+    """Import ONNX Runtime, in the build that can train."""
     with _torch_left_alone():
         return _import_runtime()
 
@@ -85,14 +59,7 @@ def _torch_left_alone() -> Iterator[None]:
 
 
 def any_runtime() -> ModuleType:
-    """Import ONNX Runtime, in whatever build is installed.
-
-    Returns:
-        The module `onnxruntime`.
-
-    Raises:
-        MissingRuntimeError: If none is installed.
-    """
+    """Import ONNX Runtime, in whatever build is installed."""
     with _torch_left_alone():
         try:
             return importlib.import_module("onnxruntime")
@@ -134,23 +101,13 @@ def _to_install() -> str:
 
 
 def training_api() -> ModuleType:
-    """Import `onnxruntime.training.api`: CheckpointState, Module, Optimizer.
-
-    Returns:
-        The module.
-    """
+    """Import `onnxruntime.training.api`: CheckpointState, Module, Optimizer."""
     runtime()
     return importlib.import_module("onnxruntime.training.api")
 
 
 def save_checkpoint(trained: Sequence[Any], kept: Sequence[Any], file: Path) -> None:
-    """Write a checkpoint.
-
-    Args:
-        trained: TensorProtos of the parameters that are trained, in the training graph's order.
-        kept: Those of the other tensors.
-        file: Where to.
-    """
+    """Write a checkpoint."""
     training_api()
     utilities = importlib.import_module("onnxruntime.training.onnxblock.checkpoint_utils")
     utilities.save_checkpoint((list(trained), list(kept)), str(file))
@@ -184,18 +141,7 @@ CPU = Device()
 
 
 def parse_device(device: object) -> Device:
-    """Read a device's name.
-
-    Args:
-        device: `"cpu"`, `"cuda"`, `"cuda:1"`, a `torch.device`, the name of an execution provider,
-            or a pair of that and its options.
-
-    Returns:
-        The device.
-
-    Raises:
-        MissingRuntimeError: If it is another device.
-    """
+    """Read a device's name."""
     if isinstance(device, tuple) and len(device) == 2 and isinstance(device[1], Mapping):
         options = {str(key): str(value) for key, value in device[1].items()}
         return dataclasses.replace(parse_device(device[0]), options=options)
@@ -220,15 +166,6 @@ def require_device(device: object) -> Device:
     A CUDA build names its CUDA provider also where the driver, the libraries or the GPU are
     missing, and goes on on the CPU. So a small model is started, and the provider looked at that
     it got.
-
-    Args:
-        device: As `parse_device` takes it.
-
-    Returns:
-        The device.
-
-    Raises:
-        MissingRuntimeError: If the device is of no known kind, or does not start.
     """
     found = parse_device(device)
     ort = any_runtime()
@@ -263,26 +200,14 @@ def require_device(device: object) -> Device:
 
 
 def session_options() -> Any:
-    """Make the options of every session: errors come as exceptions, not as log lines.
-
-    Returns:
-        An `onnxruntime.SessionOptions`.
-    """
+    """Make the options of every session: errors come as exceptions, not as log lines."""
     options = any_runtime().SessionOptions()
     options.log_severity_level = 4  # fatal
     return options
 
 
 def inference_session(model: bytes, device: Device = CPU) -> Any:
-    """Start a session of a graph, apart from the training API.
-
-    Args:
-        model: The serialised model.
-        device: Where it runs.
-
-    Returns:
-        An `onnxruntime.InferenceSession`.
-    """
+    """Start a session of a graph, apart from the training API."""
     providers: list[Any] = [_CPU]
     if device.provider != _CPU:
         options = dict(device.options)
@@ -292,40 +217,17 @@ def inference_session(model: bytes, device: Device = CPU) -> Any:
 
 
 def ort_value(array: np.ndarray[Any, Any], device: Device = CPU) -> Any:
-    """Put an array on a device.
-
-    Args:
-        array: The array, C-contiguous.
-        device: The device.
-
-    Returns:
-        An `onnxruntime.OrtValue`; on the CPU it may share the array's memory.
-    """
+    """Put an array on a device."""
     return any_runtime().OrtValue.ortvalue_from_numpy(array, device.memory, device.index)
 
 
 def parameter_value(parameter: Any) -> Any:
-    """Take a checkpoint parameter's value, where it lies and without a copy.
-
-    Args:
-        parameter: An `onnxruntime.training.api.checkpoint_state.Parameter`.
-
-    Returns:
-        An `onnxruntime.OrtValue` that follows every update.
-    """
+    """Take a checkpoint parameter's value, where it lies and without a copy."""
     return runtime().OrtValue(parameter._parameter.data)
 
 
 def run_session(session: Any, feeds: Mapping[str, Any]) -> list[np.ndarray[Any, Any]]:
-    """Run a session.
-
-    Args:
-        session: From `inference_session`.
-        feeds: `OrtValue`s by input name.
-
-    Returns:
-        The outputs, on the host.
-    """
+    """Run a session."""
     return [value.numpy() for value in session.run_with_ort_values(None, dict(feeds))]
 
 
@@ -334,14 +236,7 @@ _SOURCE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)?(?: \[[^\]]*\])?
 
 
 def message_of(error: Exception) -> str:
-    """Shorten an exception of ONNX Runtime, for the messages of ours.
-
-    Args:
-        error: The exception.
-
-    Returns:
-        The first line, without places in ONNX Runtime's source and without a full stop.
-    """
+    """Shorten an exception of ONNX Runtime, for the messages of ours."""
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     line = re.sub(r"^.*?\[ONNXRuntimeError\] : \d+ : \w+ : ", "", line)
     return _SOURCE.sub("", line).strip(" .")

@@ -16,22 +16,9 @@ from tract_fx import torch_private
 from tract_fx.errors import UnsupportedModelError
 from tract_fx.function_mode import FunctionMode
 
-__all__ = ["TrainedTensors", "arguments", "capture", "held_at"]
-
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Read a batch as the arguments of a call.
-
-    Args:
-        example_inputs: A tuple of positional arguments, a mapping of keyword arguments, or one
-            tensor.
-
-    Returns:
-        Positional and keyword arguments.
-
-    Raises:
-        UnsupportedModelError: It is something else.
-    """
+    """Read a batch as the arguments of a call."""
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
@@ -53,17 +40,7 @@ def capture(
     kwargs: dict[str, Any],
     dynamic_shapes: Any = None,
 ) -> ExportedProgram:
-    """Export a model; take back what tracing leaves in its attributes and in the random state.
-
-    Args:
-        model: The model.
-        args: Positional arguments of a call.
-        kwargs: Keyword arguments.
-        dynamic_shapes: As `torch.export.export` takes it.
-
-    Returns:
-        The program.
-    """
+    """Export a model; take back what tracing leaves in its attributes and in the random state."""
     with torch.random.fork_rng(devices=[]), _attributes_restored(model):
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
@@ -88,14 +65,7 @@ class TrainedTensors(FunctionMode):
         return function(*args, **kwargs)
 
     def put_back(self, graph: fx.GraphModule) -> set[str]:
-        """Put trained tensors in the place of the constants that were made of them.
-
-        Args:
-            graph: The exported module.
-
-        Returns:
-            The constants' names.
-        """
+        """Put trained tensors in the place of the constants that were made of them."""
         named = dict(graph.named_parameters())
         found = set()
         for node in graph.graph.find_nodes(op="get_attr"):
@@ -109,15 +79,7 @@ class TrainedTensors(FunctionMode):
 
 
 def held_at(model: nn.Module, tensor: torch.Tensor) -> str | None:
-    """Say where a model keeps a tensor that it has not registered.
-
-    Args:
-        model: The model.
-        tensor: The tensor.
-
-    Returns:
-        An expression such as `blocks[0].weight`, None where it is in no container of the model's.
-    """
+    """Say where a model keeps a tensor that it has not registered."""
     pending: list[tuple[str, Any]] = [
         (f"{path}.{name}".lstrip("."), value)
         for path, module in model.named_modules()

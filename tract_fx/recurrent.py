@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Cell", "Weights", "elman", "gru", "gru_reset_first", "lstm", "run_layer"]
-
 Weights: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """Of the input, (G·H, I), and of the hidden state, (G·H, H), with their biases, (G·H,)."""
 
@@ -114,14 +112,7 @@ def gru_reset_first(gates: Tensor, states: Sequence[Tensor], weights: Weights) -
 
 
 def elman(activation: Callable[[Tensor], Tensor]) -> Cell:
-    """Make a cell as `torch.nn.RNN` has it.
-
-    Args:
-        activation: Its activation.
-
-    Returns:
-        The cell.
-    """
+    """Make a cell as `torch.nn.RNN` has it."""
 
     def step(gates: Tensor, states: Sequence[Tensor], weights: Weights) -> Sequence[Tensor]:
         (hidden,) = states

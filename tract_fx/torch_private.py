@@ -25,41 +25,6 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import _WrappedHook
 from torch.utils import _pytree as pytree
 
-__all__ = [
-    "WrappedHook",
-    "apply_function",
-    "autocast_dtype",
-    "autograd_kernels",
-    "copy_graph",
-    "find_group",
-    "full_precision",
-    "functions_are_seen",
-    "group_store",
-    "has_autocast",
-    "inside_dual_level",
-    "inside_functorch",
-    "is_composite",
-    "is_dtensor",
-    "is_expanded_weight",
-    "is_fake",
-    "is_of_cpu",
-    "joint_graph",
-    "kept_translations",
-    "local_part",
-    "no_printed_graphs",
-    "operators_are_seen",
-    "post_accumulate_hooks",
-    "product_rounding",
-    "record_run",
-    "requires_grad_at_any_level",
-    "storage_of",
-    "traced_stage",
-    "tracing_jit",
-    "tracing_operators",
-    "versions_kept",
-    "without_autocast",
-]
-
 WrappedHook = _WrappedHook
 """What a module's load_state_dict hooks are kept in: with a weak reference to the module."""
 

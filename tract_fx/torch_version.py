@@ -9,22 +9,13 @@ from pathlib import Path
 
 from tract_fx.errors import MissingRuntimeError, UntestedVersionWarning
 
-__all__ = ["NEWEST_TESTED", "OLDEST", "TESTED", "check_torch", "version_number"]
-
 OLDEST = (2, 11)
 NEWEST_TESTED = (2, 15)
 TESTED = "2.11 to 2.15"
 
 
 def check_torch(version: str) -> None:
-    """Refuse a PyTorch that is too old; say so where it is newer than any that was tested.
-
-    Args:
-        version: PyTorch's version.
-
-    Raises:
-        MissingRuntimeError: It is too old.
-    """  # noqa: DOC502 (raised as `error`)
+    """Refuse a PyTorch that is too old; say so where it is newer than any that was tested."""
     number = version_number(version)
     if number < OLDEST:
         error = MissingRuntimeError(
@@ -46,14 +37,7 @@ def check_torch(version: str) -> None:
 
 
 def version_number(version: str) -> tuple[int, ...]:
-    """Read a version's first two numbers.
-
-    Args:
-        version: PyTorch's version.
-
-    Returns:
-        The numbers.
-    """
+    """Read a version's first two numbers."""
     return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 

@@ -2,8 +2,6 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-__all__ = ["__version__"]
-
 try:
     __version__ = version("tract_fx")
 except PackageNotFoundError:  # run from a folder that was never installed

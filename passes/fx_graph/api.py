@@ -31,15 +31,6 @@ from tract_fx.preconditioner import (
     group_of,
 )
 
-__all__ = [
-    "find_input_layers",
-    "is_tract",
-    "layers_over_processes",
-    "remove_tract",
-    "tract_pass",
-    "treated_layers",
-]
-
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -55,7 +46,7 @@ def find_input_layers(gm: fx.GraphModule | ExportedProgram) -> Findings:
 
     Raises:
         UnsupportedModelError: `gm` is something else.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     return locate(as_graph_module(gm)).findings
 
 
@@ -98,7 +89,7 @@ def tract_pass(
         AmbiguousInputLayerError: Several do.
         UnsupportedLayerError: What consumes the input can't be treated exactly.
         UnknownLayerError: A name in `layers` matches nothing that can be treated.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     choice, group = read_choice(lambda_, layers), group_name(gram, process_group)
     gm = as_graph_module(gm)
     located = locate(gm)
@@ -130,7 +121,7 @@ def is_tract(model: nn.Module | ExportedProgram) -> dict[str, float]:
 
     Raises:
         UnsupportedModelError: `model` is something else.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     return {name: lambda_ for name, lambda_, _ in treated_layers(model)}
 
 
@@ -207,7 +198,7 @@ def remove_tract(model: ModuleT) -> ModuleT:
         UnsupportedModelError: `model` is no module, or one that is compiled or wrapped.
         UnsupportedLayerError: A function that was put in the place of a layer's forward method goes
             on calling that.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     _check_module(model)
     refuse_wrapped(model)
     result = copy_tree(model)

@@ -25,16 +25,6 @@ from tract_fx.preconditioner import (
     precondition_grad,
 )
 
-__all__ = [
-    "PROVENANCE",
-    "LayerCall",
-    "is_precondition_grad",
-    "match_function",
-    "match_module",
-    "read_lambda",
-    "read_scope",
-]
-
 PROVENANCE = "tract"
 """Key in `node.meta["custom"]` of every node that the pass made or changed."""
 
@@ -62,14 +52,7 @@ class LayerCall:
 
 
 def is_precondition_grad(node: object) -> bool:
-    """Tell TrAct's nodes, whether function or operator.
-
-    Args:
-        node: A node, or an argument of one.
-
-    Returns:
-        True for a call of `precondition_grad`.
-    """
+    """Tell TrAct's nodes, whether function or operator."""
     return (
         isinstance(node, Node)
         and node.op == "call_function"
@@ -78,15 +61,7 @@ def is_precondition_grad(node: object) -> bool:
 
 
 def match_module(node: Node, module: nn.Module) -> LayerCall | None:
-    """Match a `call_module` of a linear layer or convolution.
-
-    Args:
-        node: A `call_module` node.
-        module: The module that it calls.
-
-    Returns:
-        The call, None where the module is of another kind or its input is not a node.
-    """
+    """Match a `call_module` of a linear layer or convolution."""
     kind = kind_of(module)
     x = node.args[0] if node.args else node.kwargs.get("input")
     if kind is None or not isinstance(x, Node):
@@ -95,14 +70,7 @@ def match_module(node: Node, module: nn.Module) -> LayerCall | None:
 
 
 def match_function(node: Node) -> LayerCall | None:
-    """Match a `call_function` of a linear layer or convolution.
-
-    Args:
-        node: Any node.
-
-    Returns:
-        The call, None where the target is another or an operand is not a node.
-    """
+    """Match a `call_function` of a linear layer or convolution."""
     if node.op != "call_function" or node.target not in LAYER_CALLS:
         return None
     op, names = LAYER_CALLS[node.target]
@@ -119,14 +87,7 @@ def match_function(node: Node) -> LayerCall | None:
 
 
 def read_lambda(op: Node) -> float:
-    """Read λ off a node of TrAct's op.
-
-    Args:
-        op: The node, function or operator.
-
-    Returns:
-        λ.
-    """
+    """Read λ off a node of TrAct's op."""
     return float(op.args[2] if op.target is PRECONDITION_GRAD_OPERATOR else op.kwargs["lambda_"])  # type: ignore[arg-type]
 
 
@@ -134,13 +95,6 @@ _SCOPE = 8  # its place among the operator's arguments
 
 
 def read_scope(op: Node) -> str | None:
-    """Read off a node of TrAct's op whose rows the Gram is of.
-
-    Args:
-        op: The node, function or operator.
-
-    Returns:
-        The scope, None for those of the call alone.
-    """
+    """Read off a node of TrAct's op whose rows the Gram is of."""
     scope = op.kwargs.get("scope", op.args[_SCOPE] if len(op.args) > _SCOPE else None)
     return None if scope is None else str(scope)

@@ -17,18 +17,9 @@ from torch.fx import Node
 
 from tract_fx.passes.fx_graph.values import Value
 
-__all__ = ["entering_values"]
-
 
 def entering_values(graph: fx.Graph) -> dict[Node, Value]:
-    """Tell what the placeholders of a graph bring.
-
-    Args:
-        graph: A traced or exported graph, or one that Dynamo gives to a backend.
-
-    Returns:
-        The value of each placeholder.
-    """
+    """Tell what the placeholders of a graph bring."""
     placeholders = list(graph.find_nodes(op="placeholder"))
     values = {node: _value(node) for node in placeholders}
     inputs = [node for node in placeholders if values[node].path]

@@ -40,8 +40,6 @@ from tract_fx.passes.reasons import INPUT_IS_WEIGHT, WEIGHT_FROM_INPUT
 from tract_fx.passes.records import Findings, InputLayer, Refusal, layer_name
 from tract_fx.preconditioner import PatchGeometry, group_of, op_name
 
-__all__ = ["Located", "locate"]
-
 
 @dataclass(frozen=True)
 class Located:
@@ -61,14 +59,7 @@ class Located:
 
 
 def locate(gm: fx.GraphModule) -> Located:
-    """Find the calls that consume the model's input.
-
-    Args:
-        gm: A traced or exported model. Not changed.
-
-    Returns:
-        Candidates, refusals and all other calls that a user could name.
-    """
+    """Find the calls that consume the model's input."""
     return _Locator(gm).run()
 
 
@@ -94,11 +85,7 @@ class _Met:
 
 
 def _settled(met: list[_Met]) -> tuple[list[_Met], tuple[InputLayer, ...]]:
-    """Leave out what competes with nothing: frozen layers before trained ones, and minor inputs.
-
-    Returns:
-        What is left, and the frozen layers that were passed over.
-    """
+    """Leave out what competes with nothing: frozen layers before trained ones, and minor inputs."""
     trained = [m for m in met if m.record is not None and not m.constant and not m.minor]
     passed = [m for m in met if m.constant and not m.minor] if trained else []
     kept = [m for m in met if m not in passed and (trained or not m.past_frozen)]

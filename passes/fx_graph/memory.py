@@ -21,8 +21,6 @@ from torch.fx.node import map_arg
 
 from tract_fx import torch_private
 
-__all__ = ["Effects", "effects"]
-
 _WRITING_OPERATORS = {
     operator.setitem,
     *(operator.iadd, operator.isub, operator.imul, operator.imatmul, operator.itruediv),
@@ -49,15 +47,7 @@ class Effects:
 
 
 def effects(node: Node, module: nn.Module | None) -> Effects:
-    """Tell what an operation does to memory.
-
-    Args:
-        node: A call.
-        module: The module that a `call_module` node calls.
-
-    Returns:
-        Its effects.
-    """
+    """Tell what an operation does to memory."""
     operands = tuple(node.all_input_nodes)
     if node.op == "call_module":
         return Effects(operands, operands[:1] if getattr(module, "inplace", False) else ())

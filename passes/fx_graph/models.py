@@ -8,21 +8,9 @@ from torch.export import ExportedProgram
 
 from tract_fx.errors import UnsupportedModelError
 
-__all__ = ["as_graph_module", "refuse_wrapped"]
-
 
 def as_graph_module(gm: object) -> fx.GraphModule:
-    """Check what was given as a graph.
-
-    Args:
-        gm: A GraphModule, or an ExportedProgram, whose module is taken.
-
-    Returns:
-        The GraphModule.
-
-    Raises:
-        UnsupportedModelError: `gm` is something else, or compiled already.
-    """
+    """Check what was given as a graph."""
     if isinstance(gm, ExportedProgram):
         module = gm.module()
         assert isinstance(module, fx.GraphModule)
@@ -44,14 +32,7 @@ def as_graph_module(gm: object) -> fx.GraphModule:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Refuse a model inside something that goes on calling the original, whatever a copy holds.
-
-    Args:
-        model: Any module.
-
-    Raises:
-        UnsupportedModelError: It is scripted, compiled or wrapped for parallel training.
-    """
+    """Refuse a model inside something that goes on calling the original, whatever a copy holds."""
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError(
             f"a model of class {type(model).__name__}",

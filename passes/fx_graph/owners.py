@@ -9,18 +9,9 @@ from torch.fx import Node
 
 from tract_fx.passes.fx_graph.values import resolve
 
-__all__ = ["layer_module", "module_path", "weight_parameters"]
-
 
 def module_path(node: Node) -> str | None:
-    """Tell the module that a node calls, or in whose forward it lies.
-
-    Args:
-        node: A node with the module stack that `symbolic_trace` and `torch.export` record.
-
-    Returns:
-        The module's path, `""` for the root, None where the trace does not tell.
-    """
+    """Tell the module that a node calls, or in whose forward it lies."""
     if node.op == "call_module":
         return str(node.target)
     entries = list((node.meta.get("nn_module_stack") or {}).values())
@@ -32,14 +23,6 @@ def layer_module(gm: fx.GraphModule, node: Node, parameters: Sequence[str]) -> s
 
     The parameters' names do not tell: exporting gives a tied weight the name of one of its owners,
     and a function may take the weight of a module that is never called.
-
-    Args:
-        gm: The module that the graph belongs to.
-        node: A call of a linear or convolution function.
-        parameters: Names of the parameters that the call's weight is computed from.
-
-    Returns:
-        The module's path, None where the call lies in no module that owns the weight.
     """
     path = module_path(node) or ""
     module = resolve(gm, path)
@@ -50,14 +33,7 @@ def layer_module(gm: fx.GraphModule, node: Node, parameters: Sequence[str]) -> s
 
 
 def weight_parameters(module: nn.Module) -> dict[str, bool]:
-    """Tell the parameters that a layer's weight is computed from.
-
-    Args:
-        module: A linear or convolution module.
-
-    Returns:
-        Whether each requires a gradient, by its name in the module.
-    """
+    """Tell the parameters that a layer's weight is computed from."""
     own = {name: p.requires_grad for name, p in module.named_parameters()}
     return {
         name: trainable

@@ -15,20 +15,6 @@ from tract_fx.passes.fx_graph.owners import module_path
 from tract_fx.passes.reasons import OR_ANOTHER, OR_BEHIND
 from tract_fx.passes.records import Refusal
 
-__all__ = [
-    "BIASED_FILTER",
-    "COMPLEX",
-    "LIFTED",
-    "MINOR",
-    "STALE",
-    "UNKNOWN_WRITER",
-    "VECTOR",
-    "carries_no_values",
-    "operation_name",
-    "refuse_operation",
-    "via_torch_tract",
-]
-
 LIFTED = Why(
     "its weight is an input of the graph, as parameters are in an ExportedProgram's own graph",
     "Give the ExportedProgram itself, or its .module()",
@@ -114,14 +100,7 @@ _VALUELESS_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "layout", "is_cuda"
 
 
 def carries_no_values(node: Node) -> bool:
-    """Tell operations that read a tensor's shape, dtype or device, but not its entries.
-
-    Args:
-        node: Any node.
-
-    Returns:
-        True for those; their results do not carry the input on.
-    """
+    """Tell operations that read a tensor's shape, dtype or device, but not its entries."""
     if node.op == "call_method":
         without_arguments = len(node.args) == 1 and not node.kwargs
         return node.target in _VALUELESS_METHODS or (node.target == "type" and without_arguments)
@@ -133,28 +112,13 @@ def carries_no_values(node: Node) -> bool:
 
 
 def via_torch_tract(node: Node) -> bool:
-    """Tell whether a node was traced out of an official torch-tract layer.
-
-    Args:
-        node: A node with the module stack that `symbolic_trace` and `torch.export` record.
-
-    Returns:
-        True inside a layer of torch_tract, whose transform the trace has lost.
-    """
+    """Tell whether a node was traced out of an official torch-tract layer."""
     stack = node.meta.get("nn_module_stack") or {}
     return any(is_of_torch_tract(kind) for _, kind in stack.values())
 
 
 def operation_name(node: Node, module: nn.Module | None) -> str:
-    """Name an operation as its user would.
-
-    Args:
-        node: The node.
-        module: The module that a `call_module` node calls.
-
-    Returns:
-        A class's or a function's name.
-    """
+    """Name an operation as its user would."""
     if module is not None:
         return type(module).__name__
     return str(node.target) if node.op == "call_method" else _function_name(node)
@@ -170,17 +134,7 @@ def _function_name(node: Node) -> str:
 def refuse_operation(
     node: Node, path: tuple[str, ...], module: nn.Module | None, why: Why | None = None
 ) -> Refusal:
-    """Make the refusal of an operation that meets the input.
-
-    Args:
-        node: The operation.
-        path: Names of the nodes from the placeholder to it.
-        module: The module that a `call_module` node calls.
-        why: The reason, where the caller knows it; else it is told from the operation's kind.
-
-    Returns:
-        The refusal, with a way out.
-    """
+    """Make the refusal of an operation that meets the input."""
     op = operation_name(node, module)
     kind = why or _kind(node, module, op)
     return Refusal(

@@ -15,9 +15,6 @@ from torch.fx import Node
 
 from tract_fx.passes.fx_graph.values import lookup
 
-__all__ = ["Region", "graphs", "region_of"]
-
-
 _GRAD_MODE = "wrap_with_set_grad_enabled"
 # Higher-order operators that run their graph once, on the operands as they are.
 _ONCE = {_GRAD_MODE, "wrap_with_autocast", "tag_activation_checkpoint", "wrap"}
@@ -42,15 +39,7 @@ class Region:
 
 
 def region_of(gm: fx.GraphModule, node: Node) -> Region | None:
-    """Read a node that calls one graph, once.
-
-    Args:
-        gm: The module that the node's graph belongs to.
-        node: Any node.
-
-    Returns:
-        The region, None where the node is no such call.
-    """
+    """Read a node that calls one graph, once."""
     if getattr(node.target, "__name__", "") not in _ONCE:
         return None
     called = [i for i, a in enumerate(node.args) if _holds_graph(gm, a)]
@@ -72,15 +61,7 @@ def _holds_graph(gm: fx.GraphModule, argument: object) -> bool:
 
 
 def graphs(gm: fx.GraphModule, prefix: str = "") -> Iterator[tuple[str, fx.GraphModule]]:
-    """Go through a graph and its regions.
-
-    Args:
-        gm: The module of the graph.
-        prefix: What names of its nodes begin with.
-
-    Yields:
-        What names of a graph's nodes begin with, and its module.
-    """
+    """Go through a graph and its regions."""
     yield prefix, gm
     for node in gm.graph.nodes:
         region = region_of(gm, node)

@@ -17,8 +17,6 @@ from tract_fx.passes.fx_graph.calls import (
 from tract_fx.passes.fx_graph.regions import graphs
 from tract_fx.preconditioner import precondition_grad
 
-__all__ = ["remove_from_graph", "rewrite_graph"]
-
 
 def rewrite_graph(
     gm: fx.GraphModule, lambdas: Mapping[str, float], scopes: Mapping[str, str] | None = None
@@ -27,19 +25,7 @@ def rewrite_graph(
 
     A `call_module` stays one, on a copy of its module in a TrAct class; other calls of the same
     module are marked `tract=False`. Before a `call_function` goes a node of its own on the weight.
-
-    Args:
-        gm: The model. Not changed; parameters and buffers are shared with the result.
-        lambdas: λ of each call, by the calling node's name. Calls of one module need one λ.
-        scopes: Whose rows the Gram is of, for those calls where that is more than their own. Calls
-            of one module need one scope.
-
-    Returns:
-        The rewritten model.
-
-    Raises:
-        UnsupportedLayerError: Calls of one module have different λs, or scopes.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     settings = {name: (value, (scopes or {}).get(name)) for name, value in lambdas.items()}
     result = copy_tree(gm)
     calls_of: dict[nn.Module, list[Node]] = {}
@@ -118,11 +104,7 @@ def _mark(node: Node, lambda_: float) -> None:
 
 
 def remove_from_graph(gm: fx.GraphModule) -> None:
-    """Take TrAct's nodes, arguments and marks out of a graph, in place.
-
-    Args:
-        gm: A copied model, whose TrAct layers are still such.
-    """
+    """Take TrAct's nodes, arguments and marks out of a graph, in place."""
     for node in list(gm.graph.nodes):
         custom = dict(node.meta.get("custom") or {})
         if custom.pop(PROVENANCE, None) is not None:

@@ -13,16 +13,6 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from tract_fx import torch_private
 
-__all__ = [
-    "Value",
-    "Values",
-    "attribute_value",
-    "lookup",
-    "node_shape",
-    "resolve",
-    "static_shape",
-]
-
 
 @dataclass(frozen=True)
 class Value:
@@ -53,14 +43,7 @@ class Value:
 
     @staticmethod
     def join(values: Iterable[Value]) -> Value:
-        """Combine the operands of an operation that has no parameters of its own.
-
-        Args:
-            values: The operands' values.
-
-        Returns:
-            The value of the result, with the first operand's path.
-        """
+        """Combine the operands of an operation that has no parameters of its own."""
         values = list(values)
         features = any(v.from_layers for v in values)
         inputs = [v for v in values if v.path and not (v.optional and features)]
@@ -78,15 +61,7 @@ class Value:
         )
 
     def with_parameters(self, prefix: str, module: nn.Module) -> Value:
-        """Add a module's parameters.
-
-        Args:
-            prefix: The module's path.
-            module: The module.
-
-        Returns:
-            The value with them.
-        """
+        """Add a module's parameters."""
         own = dict(module.named_parameters(prefix))
         return replace(
             self,
@@ -121,28 +96,14 @@ class Values:
         shares: Iterable[Node] = (),
         memory: Hashable | None = None,
     ) -> None:
-        """Note a node.
-
-        Args:
-            node: The node.
-            value: What it is made of.
-            shares: Nodes in whose memory it may lie.
-            memory: What its own memory is known by, where other nodes lie in it that are not
-                related to it in the graph.
-        """
+        """Note a node."""
         own = node if memory is None else memory
         others = (m for n in shares for m in self._memory[n])
         self._made[node] = value
         self._memory[node] = tuple(dict.fromkeys((own, *others)))
 
     def write(self, node: Node, value: Value, over: bool = False) -> None:
-        """Note what is written into the memory that a node may lie in.
-
-        Args:
-            node: The node.
-            value: What is written.
-            over: Whether it takes the place of what was there, or joins it.
-        """
+        """Note what is written into the memory that a node may lie in."""
         for memory in self._memory[node]:
             if over and isinstance(memory, Node):
                 self._made[memory] = value
@@ -151,28 +112,12 @@ class Values:
 
 
 def lookup(gm: fx.GraphModule, node: Node) -> Any:
-    """Resolve the target of a `get_attr` or `call_module` node.
-
-    Args:
-        gm: The module that the graph belongs to.
-        node: The node.
-
-    Returns:
-        What the target names, None where nothing is there.
-    """
+    """Resolve the target of a `get_attr` or `call_module` node."""
     return resolve(gm, str(node.target))
 
 
 def resolve(root: nn.Module, path: str) -> Any:
-    """Follow a dotted path from a module.
-
-    Args:
-        root: The module.
-        path: The path, `""` for the module itself.
-
-    Returns:
-        What the path leads to, None where nothing is there.
-    """
+    """Follow a dotted path from a module."""
     value: Any = root
     for atom in filter(None, path.split(".")):
         value = getattr(value, atom, None)
@@ -180,16 +125,7 @@ def resolve(root: nn.Module, path: str) -> Any:
 
 
 def attribute_value(gm: fx.GraphModule, node: Node, prefix: str = "") -> tuple[Value, Hashable]:
-    """Tell what a `get_attr` node holds: a parameter, a parametrized weight, a constant.
-
-    Args:
-        gm: The module that the graph belongs to.
-        node: The node.
-        prefix: What comes before its target in the whole model.
-
-    Returns:
-        Its value, and what its memory is known by: two names may be of tensors in one storage.
-    """
+    """Tell what a `get_attr` node holds: a parameter, a parametrized weight, a constant."""
     target = str(node.target)
     owner_path, _, name = target.rpartition(".")
     owner = gm.get_submodule(owner_path) if owner_path else gm
@@ -212,15 +148,7 @@ def attribute_value(gm: fx.GraphModule, node: Node, prefix: str = "") -> tuple[V
 
 
 def node_shape(gm: fx.GraphModule, node: Node) -> tuple[int, ...] | None:
-    """Give the static shape of a node's tensor, where the graph tells it.
-
-    Args:
-        gm: The module that the graph belongs to.
-        node: The node.
-
-    Returns:
-        The shape, None where it is not known before running.
-    """
+    """Give the static shape of a node's tensor, where the graph tells it."""
     if node.op != "get_attr":
         return static_shape(node.meta.get("val", node.meta.get("example_value")))
     owner, _, name = str(node.target).rpartition(".")
@@ -230,14 +158,7 @@ def node_shape(gm: fx.GraphModule, node: Node) -> tuple[int, ...] | None:
 
 
 def static_shape(value: object) -> tuple[int, ...] | None:
-    """Give a tensor's shape.
-
-    Args:
-        value: Anything.
-
-    Returns:
-        The shape, None for anything but a tensor of static shape.
-    """
+    """Give a tensor's shape."""
     if not isinstance(value, torch.Tensor) or not all(isinstance(s, int) for s in value.shape):
         return None
     return tuple(value.shape)

@@ -16,8 +16,6 @@ from tract_fx.passes.onnx_graph.provenance import present_lambdas
 from tract_fx.passes.onnx_graph.rewrite import insert_tract, remove_from_graph
 from tract_fx.preconditioner import DEFAULT_LAMBDA
 
-__all__ = ["remove_tract_onnx", "tract_onnx_pass"]
-
 
 def tract_onnx_pass(
     model: onnx.ModelProto | ir.Model | str | Path,
@@ -51,7 +49,7 @@ def tract_onnx_pass(
         AmbiguousInputLayerError: Several do.
         UnsupportedLayerError: What consumes the input can't be treated exactly.
         UnknownLayerError: A name in `layers` matches nothing that can be treated.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     choice = read_choice(lambda_, layers)
     graph = as_ir_model(model)
     inputs = training_parameters(graph)
@@ -80,7 +78,7 @@ def remove_tract_onnx(model: onnx.ModelProto | ir.Model | str | Path) -> onnx.Mo
 
     Raises:
         UnsupportedModelError: `model` is no ONNX model.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     graph = as_ir_model(model)
     remove_from_graph(graph)
     return ir.to_proto(graph)

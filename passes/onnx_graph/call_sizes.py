@@ -9,8 +9,6 @@ from tract_fx.passes.onnx_graph.calls import Layout, OnnxCall
 from tract_fx.passes.onnx_graph.geometry import conv_geometry
 from tract_fx.preconditioner import PatchGeometry
 
-__all__ = ["CallSizes"]
-
 
 @dataclass(frozen=True)
 class CallSizes:
@@ -37,15 +35,7 @@ class CallSizes:
 
     @classmethod
     def of(cls, call: OnnxCall, shape: tuple[int, ...]) -> CallSizes:
-        """Read the sizes off a call.
-
-        Args:
-            call: The call.
-            shape: Shape of the weight as the call reads it.
-
-        Returns:
-            The sizes.
-        """
+        """Read the sizes off a call."""
         if call.layout is Layout.IN_OUT:
             return cls(call, shape, 1, shape[1], shape[0], (), None)
         groups = call.node.attributes.get_int("group", 1)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-__all__ = ["MICROSOFT", "RANDOM", "Layout", "OnnxCall", "is_standard", "match_call", "opset_of"]
-
 MICROSOFT = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
 
@@ -52,27 +50,12 @@ class OnnxCall:
 
 
 def is_standard(node: ir.Node, *op_types: str) -> bool:
-    """Tell whether a node is one of these operators of ONNX's own domain.
-
-    Args:
-        node: The node.
-        op_types: Names of operators.
-
-    Returns:
-        Whether it is.
-    """
+    """Tell whether a node is one of these operators of ONNX's own domain."""
     return node.domain in {"", "ai.onnx"} and node.op_type in op_types
 
 
 def opset_of(model: ir.Model) -> int:
-    """Tell a model's version of ONNX's own operators.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The version, 0 where it has none.
-    """
+    """Tell a model's version of ONNX's own operators."""
     return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
 
 
@@ -80,12 +63,6 @@ def match_call(node: ir.Node) -> OnnxCall | None:
     """Read a node as a call of a layer, with its second operand as the weight.
 
     Whether that operand is a parameter, and the first the model's input, is not looked at.
-
-    Args:
-        node: The node.
-
-    Returns:
-        The call, None for other operators.
     """
     if not is_standard(node, "Conv", "Gemm", "MatMul"):
         return None

@@ -10,12 +10,7 @@ from tract_fx.passes.onnx_graph.values import operands
 
 
 def cut(graph: ir.Graph, outputs: Sequence[ir.Value]) -> None:
-    """Leave in a graph what some values need: ONNX Runtime computes the rest too, read or not.
-
-    Args:
-        graph: The graph, edited in place.
-        outputs: Values in it, which become its outputs.
-    """
+    """Leave in a graph what some values need: ONNX Runtime computes the rest too, read or not."""
     graph.outputs[:] = outputs
     needed: set[ir.Node] = set()
     read, pending = set(outputs), list(outputs)

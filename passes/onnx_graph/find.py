@@ -41,8 +41,6 @@ from tract_fx.passes.onnx_graph.values import (
 from tract_fx.passes.reasons import INPUT_IS_WEIGHT, WEIGHT_FROM_INPUT
 from tract_fx.passes.records import Findings, InputLayer, Refusal
 
-__all__ = ["LocatedOnnx", "find_onnx_input_layers", "locate"]
-
 
 @dataclass(frozen=True)
 class LocatedOnnx:
@@ -77,7 +75,7 @@ def find_onnx_input_layers(
         UnsupportedModelError: `model` is something else, or holds what the passes can't read.
         UnsupportedTrainingError: `trainable` names what can't be trained, or what is trained can't
             be told.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     graph = as_ir_model(model)
     if not is_training_graph(graph):
         return locate(graph, forward_parameters(graph, trainable), ()).findings
@@ -113,7 +111,7 @@ def locate(
 
     Raises:
         UnsupportedModelError: The nodes are not in the order in which they can run.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     graph = model.graph
     nodes = list(graph)
     if is_training_graph(model) or has_update(model):

@@ -7,8 +7,6 @@ import onnx_ir as ir
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.preconditioner import PatchGeometry
 
-__all__ = ["conv_geometry", "same_padding"]
-
 
 def conv_geometry(node: ir.Node, x: ir.Value, weight: ir.Value) -> PatchGeometry | None:
     """Read off a Conv node how it reads its input.
@@ -65,17 +63,7 @@ def _spatial_sizes(x: ir.Value, dims: int) -> tuple[int | None, ...]:
 def same_padding(
     auto_pad: str, size: int | None, extent: int, stride: int
 ) -> tuple[int, int] | None:
-    """Compute the padding that makes ⌈size / stride⌉ outputs of patches along one axis.
-
-    Args:
-        auto_pad: SAME_UPPER or SAME_LOWER.
-        size: The input's size, None where it is not known.
-        extent: The patches' extent.
-        stride: The stride.
-
-    Returns:
-        What comes before and after, None where it depends on the size.
-    """
+    """Compute the padding that makes ⌈size / stride⌉ outputs of patches along one axis."""
     if stride == 1:
         total = extent - 1
     elif size is None:

@@ -30,8 +30,6 @@ from tract_fx.passes.onnx_graph.gram_forms import Unfolding, block_columns
 from tract_fx.passes.onnx_graph.row_matrix import unfold
 from tract_fx.passes.onnx_graph.writer import NodeWriter
 
-__all__ = ["write_unfolded_gram"]
-
 _END = 2**31  # a Slice's, where it goes to the last
 
 

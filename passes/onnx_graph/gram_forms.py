@@ -27,16 +27,6 @@ from typing import TypeAlias
 
 from tract_fx.passes.onnx_graph.call_sizes import CallSizes
 
-__all__ = [
-    "GramForm",
-    "Tiles",
-    "Unfolding",
-    "block_columns",
-    "choose_gram_form",
-    "gram_cost",
-    "possible_gram_forms",
-]
-
 # Time per float, in multiply-adds of a product: 13 ps each on two Zen 4 cores, in both builds.
 _UNFOLD = 40  # by Conv, without its product with the unit kernels
 _PACK = 45  # an operand, laid out for a product
@@ -89,29 +79,14 @@ GramForm: TypeAlias = Tiles | Unfolding
 
 
 def choose_gram_form(sizes: CallSizes) -> GramForm:
-    """Choose the form of a call's Gram with the smallest count.
-
-    Args:
-        sizes: The call.
-
-    Returns:
-        The form. One that makes more nodes has to save a tenth of the simplest one's count: that is
-        how far the count is from what is measured.
-    """
+    """Choose the form of a call's Gram with the smallest count."""
     simplest, *others = possible_gram_forms(sizes)
     best = min(others, key=lambda form: gram_cost(sizes, form), default=simplest)
     return best if gram_cost(sizes, best) < 0.9 * gram_cost(sizes, simplest) else simplest
 
 
 def possible_gram_forms(sizes: CallSizes) -> list[GramForm]:
-    """List the forms that a call's Gram can take.
-
-    Args:
-        sizes: The call.
-
-    Returns:
-        The forms, the simplest first.
-    """
+    """List the forms that a call's Gram can take."""
     if not sizes.kernel:
         return [Tiles(_tile_count(sizes.columns))]
     forms: list[GramForm] = [Unfolding(sizes.kernel[0])]
@@ -166,16 +141,7 @@ def _unread_rows(sizes: CallSizes) -> int:
 
 
 def block_columns(sizes: CallSizes, block: int) -> int:
-    """Count the input columns that a block of neighbouring patches reads.
-
-    Args:
-        sizes: A convolution.
-        block: b, the number of patches.
-
-    Returns:
-        (b - 1) · stride + extent; the kernel's own where it is one patch, and 1 where the only
-        spatial dimension is that of the rows.
-    """
+    """Count the input columns that a block of neighbouring patches reads."""
     if len(sizes.kernel) == 1:
         return 1
     if block == 1:
@@ -185,19 +151,7 @@ def block_columns(sizes: CallSizes, block: int) -> int:
 
 
 def gram_cost(sizes: CallSizes, form: GramForm) -> float:
-    """Count what a form costs per patch, in multiply-adds.
-
-    Args:
-        sizes: The call.
-        form: The form.
-
-    Returns:
-        For m tiles of X: n² (m + 1) / 2m for the products, and the copies. For an unfolding with f
-        copied entries per block, of e = f / channels each: f² and the copies of an operand for each
-        lag, the last one's share counted; f · e for the Conv's own product, and its copy; all of it
-        / b; and what an image needs once (the strips at its borders, the sum over images) / its
-        patches, where their number is known.
-    """
+    """Count what a form costs per patch, in multiply-adds."""
     if isinstance(form, Tiles):
         share = (form.count + 1) / (2 * form.count)
         return share * sizes.columns**2 + (_TRANSPOSE + _PACK) * sizes.columns

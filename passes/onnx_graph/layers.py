@@ -12,8 +12,6 @@ from tract_fx.passes.onnx_graph.values import Content, static_shape
 from tract_fx.passes.records import InputLayer, layer_name
 from tract_fx.preconditioner import PatchGeometry, op_name
 
-__all__ = ["layer_record", "module_of"]
-
 
 def layer_record(
     call: OnnxCall, name: str, weight: Content, path: tuple[str, ...], lambda_: float | None
@@ -61,14 +59,7 @@ def _convolution_dims(shape: tuple[int, ...] | None, geometry: PatchGeometry | N
 
 
 def module_of(node: ir.Node) -> tuple[str, str] | None:
-    """Tell the torch module in whose forward a node lies, as torch's exporter records it.
-
-    Args:
-        node: The node.
-
-    Returns:
-        The module's path and its class's, None where the graph does not tell.
-    """
+    """Tell the torch module in whose forward a node lies, as torch's exporter records it."""
     try:
         paths = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
         classes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.class_hierarchy", ""))

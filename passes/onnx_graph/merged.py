@@ -10,20 +10,12 @@ from tract_fx.passes.onnx_graph.layers import module_of
 from tract_fx.passes.onnx_graph.node_names import described
 from tract_fx.passes.onnx_graph.values import static_shape
 
-__all__ = ["refuse_merged"]
-
 
 def refuse_merged(value: ir.Value) -> None:
     """Refuse one tensor in the place of several parameters that were equal when exported.
 
     Exporters that optimise merge them: new biases and scales, all zeros or ones. Trained, they
     would stay equal. A tied weight is a matrix and no constant, and a shared module is one module.
-
-    Args:
-        value: An initializer that is a parameter.
-
-    Raises:
-        UnsupportedTrainingError: Several parameters are in it.
     """
     readers = list(dict.fromkeys(value.consumers()))
     modules = {module[0] if (module := module_of(node)) else None for node in readers}

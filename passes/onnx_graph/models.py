@@ -12,22 +12,9 @@ from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 from tract_fx.errors import UnsupportedModelError
 from tract_fx.passes.onnx_graph.validity import require_consistent_names
 
-__all__ = ["as_ir_model"]
-
 
 def as_ir_model(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
-    """Bring a model to the form that the passes work on: own, inlined, with shapes.
-
-    Args:
-        model: A ModelProto, an onnx-ir model, or the path of an `.onnx` file. Not changed.
-
-    Returns:
-        A copy, in which functions of the model's own are inlined and shapes are inferred.
-
-    Raises:
-        UnsupportedModelError: It is something else, no file, not ONNX, has sparse initializers or
-            lacks the files that its weights lie in.
-    """
+    """Bring a model to the form that the passes work on: own, inlined, with shapes."""
     if isinstance(model, ir.Model):
         result = model.clone()
     elif isinstance(model, onnx.ModelProto):
@@ -80,15 +67,6 @@ def _without_maps(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Leave out outputs that are dictionaries, as scikit-learn's classifiers have them.
 
     onnx-ir has no type for these, and no gradient goes through them.
-
-    Args:
-        proto: The model. Not changed.
-
-    Returns:
-        The model without them, itself where there are none.
-
-    Raises:
-        UnsupportedModelError: An input is a dictionary.
     """
     maps = {v.name for v in (*proto.graph.output, *proto.graph.value_info) if _is_map(v.type)}
     given = [v.name for v in proto.graph.input if _is_map(v.type)]

@@ -6,32 +6,16 @@ import re
 
 import onnx_ir as ir
 
-__all__ = ["described", "described_shape", "made_up_name", "name_in_file", "named_nodes"]
-
 _INFERRED = re.compile(r"\bunk__\d+\b")  # onnx's names for sizes that it can't infer
 
 
 def made_up_name(node: ir.Node) -> str:
-    """Make a name for a node that has none.
-
-    Args:
-        node: The node.
-
-    Returns:
-        Its operator with its first output's name.
-    """
+    """Make a name for a node that has none."""
     return f"{node.op_type}_{node.outputs[0].name or ''}"
 
 
 def name_in_file(node: ir.Node) -> str:
-    """Give the name by which a node is found in the file that it came from.
-
-    Args:
-        node: The node.
-
-    Returns:
-        Its own name, or that of its first output where the file gives none.
-    """
+    """Give the name by which a node is found in the file that it came from."""
     own = node.name or ""
     if own and not re.fullmatch(rf"{re.escape(made_up_name(node))}(_\d+)?", own):
         return own
@@ -39,28 +23,14 @@ def name_in_file(node: ir.Node) -> str:
 
 
 def described(node: ir.Node) -> str:
-    """Speak of a node in a message.
-
-    Args:
-        node: The node.
-
-    Returns:
-        Its operator and its name; where the file has none, with the output by which it is found.
-    """
+    """Speak of a node in a message."""
     name, found_by = node.name or "", name_in_file(node)
     output = "" if name == found_by else f" (output {found_by!r})"
     return node.op_type + f" {name!r}" * bool(name) + output
 
 
 def described_shape(shape: ir.Shape | None) -> str:
-    """Speak of a shape in a message, with `?` for the sizes that nobody has named.
-
-    Args:
-        shape: The shape.
-
-    Returns:
-        The sizes, in brackets.
-    """
+    """Speak of a shape in a message, with `?` for the sizes that nobody has named."""
     return _INFERRED.sub("?", str(shape))
 
 
@@ -69,12 +39,6 @@ def named_nodes(model: ir.Model) -> int:
 
     ONNX Runtime names the backward of node F `{F.name}_Grad/…`: two nodes of one name would define
     the same values twice. The first node of a name keeps it.
-
-    Args:
-        model: The model, edited in place.
-
-    Returns:
-        The number of nodes named anew.
     """
     wanted = [node.name for node in model.graph.all_nodes() if node.name]
     taken: set[str] = set()

@@ -14,15 +14,6 @@ from tract_fx.passes.onnx_graph.slots import LAYERS, LIFT, MOVES, find_parameter
 from tract_fx.passes.onnx_graph.step_names import has_update
 from tract_fx.passes.onnx_graph.values import FLOATING, ancestors, static_shape
 
-__all__ = [
-    "BUFFER",
-    "RESET",
-    "TrainingInputs",
-    "forward_parameters",
-    "is_training_graph",
-    "training_parameters",
-]
-
 BUFFER = "_grad.accumulation.buffer"
 """What follows a parameter's name in that of the input that its gradients are added up in."""
 
@@ -48,19 +39,7 @@ def forward_parameters(model: ir.Model, trainable: Iterable[str] | None = None) 
     tokens. No parameters are: running statistics, constants that the raw input meets before the
     first layer (its mean and standard deviation), scalars in arithmetic, masks, quantisation
     scales, sizes and bounds, and whatever a Constant node holds.
-
-    Args:
-        model: The model.
-        trainable: Names of initializers: exactly these are trained.
-
-    Returns:
-        Their names, in the order of the model's initializers.
-
-    Raises:
-        UnsupportedModelError: It is no forward model, but a step with its update.
-        UnsupportedTrainingError: `trainable` names something else than a floating initializer, or
-            nothing at all; or it was left out and the graph does not tell what is trained.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     if has_update(model):
         raise UnsupportedModelError(
             "a training step for any ONNX Runtime, with its update",
@@ -121,14 +100,7 @@ class TrainingInputs:
 
 
 def is_training_graph(model: ir.Model) -> bool:
-    """Tell ONNX Runtime's training graphs by the buffers that gradients are collected in.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Whether it is one.
-    """
+    """Tell ONNX Runtime's training graphs by the buffers that gradients are collected in."""
     names = [str(value.name) for value in model.graph.inputs]
     return RESET in names and any(name.endswith(BUFFER) for name in names)
 
@@ -143,16 +115,6 @@ def training_parameters(
     graph does not say where the batch ends: a frozen parameter in front of all trained ones is told
     by its place in a layer. One that has none there (a frozen bias, say) counts as part of the
     batch.
-
-    Args:
-        model: A graph as `onnxruntime.training.artifacts.generate_artifacts` writes it.
-        parameters: Names of all parameters, where they are known: those of the checkpoint.
-
-    Returns:
-        The names of the batch and of the parameters.
-
-    Raises:
-        UnsupportedModelError: It is no such graph.
     """
     inputs = list(model.graph.inputs)
     names = [str(value.name) for value in inputs]
@@ -190,15 +152,7 @@ def training_parameters(
 
 
 def _stands_in_layer(value: ir.Value, nodes: Collection[ir.Node]) -> bool:
-    """Tell a value that a layer reads as its weight, bias, scale or statistics.
-
-    Args:
-        value: A graph's input.
-        nodes: The nodes that count: the gradient's read the batch where layers have weights.
-
-    Returns:
-        Whether it is of a static shape and stands in such a place, as it is or moved.
-    """
+    """Tell a value that a layer reads as its weight, bias, scale or statistics."""
     shape = static_shape(value)
     if shape is None or value.dtype not in FLOATING:
         return False

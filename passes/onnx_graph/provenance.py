@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["PROVENANCE", "Provenance", "provenance_of"]
-
 PROVENANCE = "tract_fx"
 """Key in `metadata_props` of every node that the pass made."""
 
@@ -39,52 +37,24 @@ class Provenance:
     gram: str = ""
 
     def to_json(self) -> str:
-        """Write it as it stands in the node's metadata.
-
-        Returns:
-            An object of the fields that are not empty.
-        """
+        """Write it as it stands in the node's metadata."""
         return json.dumps({name: value for name, value in asdict(self).items() if value})
 
     @classmethod
     def from_json(cls, text: str) -> Provenance:
-        """Read what `to_json` wrote, in this version or in another.
-
-        Args:
-            text: The record.
-
-        Returns:
-            The record. What only other versions know is left out.
-
-        Raises:
-            ValueError: It is no JSON.
-        """  # noqa: DOC502 (raised by what it calls)
+        """Read what `to_json` wrote, in this version or in another."""
         known = json.loads(text)
         return cls(**{field.name: known.get(field.name, "") for field in fields(cls)})
 
 
 def provenance_of(node: ir.Node) -> Provenance | None:
-    """Read what a node says of itself.
-
-    Args:
-        node: A node.
-
-    Returns:
-        The record, None of a node that the pass has not made.
-    """
+    """Read what a node says of itself."""
     text = node.metadata_props.get(PROVENANCE)
     return None if text is None else Provenance.from_json(text)
 
 
 def present_lambdas(model: ir.Model) -> dict[str, float]:
-    """Read which calls of a training graph have TrAct, and with which λ.
-
-    Args:
-        model: A training graph.
-
-    Returns:
-        λ by the name of each call's node, as it stands in the graph's initializer.
-    """
+    """Read which calls of a training graph have TrAct, and with which λ."""
     names = dict.fromkeys(record.call for record in made_nodes(model).values())
     lambdas = {}
     for name in names:

@@ -11,19 +11,6 @@ from tract_fx.passes.onnx_graph.layers import module_of
 from tract_fx.passes.reasons import OR_ANOTHER, OR_BEHIND
 from tract_fx.passes.records import Refusal
 
-__all__ = [
-    "BATCHED",
-    "BIASED_FILTER",
-    "QUANTISED",
-    "UNKNOWN_RANK",
-    "VECTOR",
-    "WEIGHT_ON_THE_LEFT",
-    "is_quantised_layer",
-    "makes_quantised",
-    "operation_name",
-    "refuse_operation",
-]
-
 BIASED_FILTER = Why(
     reasons.BIASED_FILTER, f"Leave the bias out of the trainable parameters{OR_BEHIND}"
 )
@@ -88,55 +75,24 @@ _QUANTISED_LAYERS = {
 
 
 def operation_name(node: ir.Node) -> str:
-    """Name an operator as its user would.
-
-    Args:
-        node: The node.
-
-    Returns:
-        Its type, with the domain where that is not ONNX's own.
-    """
+    """Name an operator as its user would."""
     return node.op_type if is_standard(node, node.op_type) else f"{node.domain}::{node.op_type}"
 
 
 def makes_quantised(node: ir.Node) -> bool:
-    """Tell operators between integers and the real numbers that they stand for.
-
-    Args:
-        node: Any node.
-
-    Returns:
-        True for those.
-    """
+    """Tell operators between integers and the real numbers that they stand for."""
     return node.op_type in {"DequantizeLinear", "QuantizeLinear", "FakeQuant"}
 
 
 def is_quantised_layer(node: ir.Node) -> bool:
-    """Tell operators that multiply with a matrix of integers.
-
-    Args:
-        node: Any node.
-
-    Returns:
-        True for those.
-    """
+    """Tell operators that multiply with a matrix of integers."""
     return node.op_type in _QUANTISED_LAYERS
 
 
 def refuse_operation(
     node: ir.Node, name: str, path: tuple[str, ...], why: Why | None = None
 ) -> Refusal:
-    """Make the refusal of an operation that meets the input.
-
-    Args:
-        node: The operation.
-        name: Its name.
-        path: Names from the graph input to it.
-        why: The reason, where the caller knows it; else it is told from the operator.
-
-    Returns:
-        The refusal, with a way out.
-    """
+    """Make the refusal of an operation that meets the input."""
     kind = why or _kind(node)
     module = module_of(node)
     return Refusal(

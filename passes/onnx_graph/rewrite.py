@@ -16,8 +16,6 @@ from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient, find_weig
 from tract_fx.passes.onnx_graph.writer import NodeWriter
 from tract_fx.preconditioner import LAMBDA_REMEDY
 
-__all__ = ["insert", "insert_tract", "remove_from_graph"]
-
 _OLDEST_OPSET = 13  # axes became inputs: ReduceSum, Squeeze, Unsqueeze
 
 
@@ -29,21 +27,7 @@ def insert_tract(
     The result takes the name of the plain term, and its place with every consumer: a Sum over
     several uses of the weight, the chain rule to the parameters that it is computed from, the
     accumulation.
-
-    Args:
-        model: A training graph without TrAct.
-        calls: The calls by their node's name.
-        lambdas: λ by the node's name, for the calls to treat.
-
-    Returns:
-        Names of the nodes whose weight has no gradient, where TrAct would be idle: left alone.
-
-    Raises:
-        UnsupportedModelError: The graph is in an older version of ONNX's operators.
-        UnsupportedLayerError: A call's own term of the weight's gradient can't be told apart, the
-            weight's shape is not known, or its numbers are float64.
-        InvalidLambdaError: A λ is no number of float32.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     _check_version(model)
     values = {name: _in_float32(lambda_) for name, lambda_ in lambdas.items()}
     found = {name: find_weight_gradient(model.graph, calls[name]) for name in lambdas}
@@ -136,11 +120,7 @@ def _weight_shape(call: OnnxCall) -> tuple[int, ...]:
 
 
 def remove_from_graph(model: ir.Model) -> None:
-    """Take TrAct's nodes and constants out of a training graph, in place.
-
-    Args:
-        model: A training graph, with TrAct or without.
-    """
+    """Take TrAct's nodes and constants out of a training graph, in place."""
     made = made_nodes(model)
     values = {value.name: value for node in model.graph for value in node.outputs}
     for call, name in dict.fromkeys((record.call, record.term) for record in made.values()):

@@ -11,8 +11,6 @@ import onnx_ir as ir
 from tract_fx.passes.onnx_graph.call_sizes import CallSizes
 from tract_fx.passes.onnx_graph.writer import NodeWriter
 
-__all__ = ["cast", "row_matrix", "unfold"]
-
 
 def row_matrix(write: NodeWriter, sizes: CallSizes, *, grouped: bool = True) -> ir.Value:
     """Write X.

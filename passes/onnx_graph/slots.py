@@ -26,8 +26,6 @@ from tract_fx.passes.onnx_graph.values import (
     subgraphs,
 )
 
-__all__ = ["LAYERS", "LIFT", "MOVES", "find_parameters"]
-
 LIFT = (
     "Turn Constant nodes into initializers first: "
     "onnx_ir.passes.common.LiftConstantsToInitializersPass()(model); or name with trainable=[…] "
@@ -95,17 +93,7 @@ class _Origin:
 
 
 def find_parameters(graph: ir.Graph) -> set[str]:
-    """Tell the initializers that are parameters.
-
-    Args:
-        graph: A forward graph.
-
-    Returns:
-        Their names.
-
-    Raises:
-        UnsupportedTrainingError: The graph does not tell.
-    """
+    """Tell the initializers that are parameters."""
     walk = _Walk(graph)
     walk.run()
     if walk.fixed_weights:
@@ -178,15 +166,7 @@ class _Walk:
         return _Origin(raw=not (features or taken), features=features or taken)
 
     def _take(self, node: ir.Node, features: bool) -> bool:
-        """Take the parameters that a node reads.
-
-        Args:
-            node: A node that reads something else than constants.
-            features: Whether that has been through a layer.
-
-        Returns:
-            Whether the node is a layer, which makes features.
-        """
+        """Take the parameters that a node reads."""
         if is_standard(node, *LAYERS):
             slots = [node.inputs[i] for i in LAYERS[node.op_type] if i < len(node.inputs)]
             return any([self._take_slot(node, value) for value in slots])

@@ -5,18 +5,6 @@ They tell a graph for any ONNX Runtime, its update in it, from a forward graph.
 
 import onnx_ir as ir
 
-__all__ = [
-    "GRADIENT",
-    "GRADIENT_SUM",
-    "IS_UPDATE",
-    "LEARNING_RATE",
-    "LOSS_SCALE",
-    "NEW",
-    "STEP",
-    "STEPS_WITH_SCALE",
-    "has_update",
-]
-
 GRADIENT, NEW = "_grad", "_new"
 """What follows a tensor's name in those of its gradient and of its value after the step."""
 
@@ -38,14 +26,7 @@ states have the names that torch.optim gives them."""
 
 
 def has_update(model: ir.Model) -> bool:
-    """Tell a step that makes its update itself.
-
-    Args:
-        model: A graph.
-
-    Returns:
-        Whether it takes a learning rate, and gives new values of what it takes.
-    """
+    """Tell a step that makes its update itself."""
     given = {value.name for value in model.graph.inputs}
     new = {f"{name}{NEW}" for name in given}
     return LEARNING_RATE in given and any(value.name in new for value in model.graph.outputs)

@@ -32,9 +32,6 @@ from tract_fx.passes.onnx_graph.wide_gram import in_float64, write_wide_gram
 from tract_fx.passes.onnx_graph.writer import NodeWriter
 from tract_fx.preconditioner.solve import MAX_FLOAT32_AMPLIFICATION
 
-__all__ = ["write_gram", "write_tract"]
-
-
 Branch = Callable[[NodeWriter], ir.Value]
 Form = Callable[[NodeWriter, CallSizes, WeightGradient, ir.Value, ir.Value, bool], ir.Value]
 

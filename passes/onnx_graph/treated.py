@@ -47,17 +47,7 @@ class TreatedCall:
 
 
 def without_tract(model: ir.Model) -> tuple[ir.Model, dict[str, float]]:
-    """Take TrAct out of a copy of a training graph.
-
-    Args:
-        model: A training graph, with TrAct or without. Not changed.
-
-    Returns:
-        The graph with plain gradients, and λ by the name of each call that had TrAct.
-
-    Raises:
-        UnsupportedModelError: Of TrAct's nodes some are there and others are not.
-    """
+    """Take TrAct out of a copy of a training graph."""
     try:
         lambdas = present_lambdas(model)
         plain = model.clone()
@@ -74,19 +64,7 @@ def without_tract(model: ir.Model) -> tuple[ir.Model, dict[str, float]]:
 def treated_calls(
     model: ir.Model, plain: ir.Model, records: Iterable[InputLayer]
 ) -> tuple[tuple[TreatedCall, ...], tuple[str, ...]]:
-    """Match the calls that have TrAct with what the pass made for them.
-
-    Args:
-        model: A training graph.
-        plain: The same without TrAct.
-        records: What locating says of the layers.
-
-    Returns:
-        The calls, in graph order, and in words what does not fit together.
-
-    Raises:
-        UnsupportedLayerError: A call's own gradient can't be told apart in the plain graph.
-    """
+    """Match the calls that have TrAct with what the pass made for them."""
     made: dict[tuple[str, str, str], list[ir.Node]] = {}
     for node in model.graph:
         if (record := provenance_of(node)) is not None:

@@ -8,21 +8,11 @@ import onnx
 
 from tract_fx.errors import UnsupportedModelError
 
-__all__ = ["require_consistent_names"]
-
 _REMEDY = "Repair the file; onnx.checker.check_model says what else is wrong with it"
 
 
 def require_consistent_names(proto: onnx.ModelProto) -> None:
-    """Refuse a model in which a name is of two values, or of none when it is read.
-
-    Args:
-        proto: The model.
-
-    Raises:
-        UnsupportedModelError: It is such a model, or has operators of a domain that it does not
-            import.
-    """
+    """Refuse a model in which a name is of two values, or of none when it is read."""
     _require_names(proto.graph, frozenset())
     imported = {opset.domain or "ai.onnx" for opset in proto.opset_import}
     imported |= {function.domain for function in proto.functions}

@@ -10,19 +10,6 @@ import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.calls import is_standard
 
-__all__ = [
-    "FEATURES",
-    "FLOATING",
-    "Content",
-    "ancestors",
-    "carries_no_values",
-    "is_number",
-    "node_names",
-    "operands",
-    "static_shape",
-    "subgraphs",
-]
-
 FLOATING = (
     ir.DataType.FLOAT,
     ir.DataType.FLOAT16,
@@ -57,14 +44,7 @@ class Content:
 
     @staticmethod
     def join(contents: Iterable[Content]) -> Content:
-        """Combine the operands of an operation that has no parameters of its own.
-
-        Args:
-            contents: What the operands are made of.
-
-        Returns:
-            What the result is made of, with the path of the first operand that has one.
-        """
+        """Combine the operands of an operation that has no parameters of its own."""
         contents = list(contents)
         return Content(
             path=next((c.path for c in contents if c.path), ()),
@@ -80,26 +60,12 @@ FEATURES = Content(from_layers=True)
 
 
 def carries_no_values(node: ir.Node) -> bool:
-    """Tell operators that read a tensor's shape, but not its entries.
-
-    Args:
-        node: Any node.
-
-    Returns:
-        True for those; their results do not carry the input on.
-    """
+    """Tell operators that read a tensor's shape, but not its entries."""
     return is_standard(node, *_VALUELESS)
 
 
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
-    """Give the graphs that a control flow operator runs.
-
-    Args:
-        node: Any node.
-
-    Yields:
-        The graphs among its attributes.
-    """
+    """Give the graphs that a control flow operator runs."""
     for attribute in node.attributes.values():
         if attribute.is_ref():
             continue
@@ -110,15 +76,7 @@ def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
 
 
 def operands(node: ir.Node) -> Iterator[ir.Value]:
-    """Give the values that a node computes with, also inside the graphs that it runs.
-
-    Args:
-        node: Any node.
-
-    Yields:
-        Its inputs that are there and of which it reads more than the type, and the outer values
-        that its subgraphs use.
-    """
+    """Give the values that a node computes with, also inside the graphs that it runs."""
     inputs = node.inputs[:1] if is_standard(node, "CastLike") else node.inputs
     yield from (value for value in inputs if value is not None)
     for graph in subgraphs(node):
@@ -130,15 +88,7 @@ def operands(node: ir.Node) -> Iterator[ir.Value]:
 
 
 def ancestors(output: ir.Value) -> set[ir.Node]:
-    """Give all nodes that a value is computed by.
-
-    Args:
-        output: The value; a training graph's first output is the loss, which the forward part
-            makes.
-
-    Returns:
-        The nodes.
-    """
+    """Give all nodes that a value is computed by."""
     found: set[ir.Node] = set()
     open_values = [output]
     while open_values:
@@ -154,12 +104,6 @@ def static_shape(value: ir.Value) -> tuple[int, ...] | None:
 
     Looks through the operators that usually stand between a parameter and the layer: a training
     graph has no shapes for the values that its builder made.
-
-    Args:
-        value: The value.
-
-    Returns:
-        The shape, None where it is not known before running.
     """
     shape = value.shape
     if shape is not None:
@@ -191,27 +135,13 @@ def _broadcast(shapes: list[tuple[int, ...] | None]) -> tuple[int, ...] | None:
 
 
 def is_number(value: ir.Value) -> bool:
-    """Tell a tensor of one entry.
-
-    Args:
-        value: The value.
-
-    Returns:
-        Whether its shape is known, and it is one.
-    """
+    """Tell a tensor of one entry."""
     shape = static_shape(value)
     return shape is not None and all(size == 1 for size in shape)
 
 
 def node_names(graph: ir.Graph) -> dict[ir.Node, str]:
-    """Name the nodes of a graph: ONNX neither asks for names nor that they differ.
-
-    Args:
-        graph: The graph.
-
-    Returns:
-        Each node's own name where no other node has it, else the name of its first output.
-    """
+    """Name the nodes of a graph: ONNX neither asks for names nor that they differ."""
     counts = Counter(node.name for node in graph)
     return {
         node: node.name if node.name and counts[node.name] == 1 else _output_name(node)

@@ -20,8 +20,6 @@ from tract_fx.errors import UnsupportedLayerError
 from tract_fx.passes.onnx_graph.calls import MICROSOFT, Layout, OnnxCall, is_standard
 from tract_fx.passes.onnx_graph.geometry import conv_geometry
 
-__all__ = ["WeightGradient", "find_weight_gradient"]
-
 
 @dataclass(frozen=True)
 class WeightGradient:
@@ -39,19 +37,7 @@ class WeightGradient:
 
 
 def find_weight_gradient(graph: ir.Graph, call: OnnxCall) -> WeightGradient | None:
-    """Find a call's own term of its weight's gradient.
-
-    Args:
-        graph: A training graph.
-        call: A call in its forward part.
-
-    Returns:
-        The term, or None where the graph has no gradient for the weight, which is then frozen.
-
-    Raises:
-        UnsupportedLayerError: The weight has a gradient and the call's term can't be told apart, or
-            ONNX Runtime computes it wrongly.
-    """
+    """Find a call's own term of its weight's gradient."""
     gradients = {value.name: value for node in graph for value in node.outputs if value.name}
     pattern = re.compile(re.escape(f"{call.weight.name}_grad") + r"(_\d+)?")
     if not any(pattern.fullmatch(name) for name in gradients):

@@ -15,8 +15,6 @@ from tract_fx.passes.onnx_graph.call_sizes import CallSizes
 from tract_fx.passes.onnx_graph.row_matrix import cast, row_matrix, unfold
 from tract_fx.passes.onnx_graph.writer import NodeWriter
 
-__all__ = ["in_float64", "write_wide_gram"]
-
 
 def in_float64(write: NodeWriter, value: ir.Value) -> ir.Value:
     """Widen a float32 value.

@@ -12,8 +12,6 @@ from onnx_ir.tape import Tape
 
 from tract_fx.passes.onnx_graph.provenance import PROVENANCE, Provenance
 
-__all__ = ["NodeWriter"]
-
 
 class NodeWriter:
     """Collects nodes whose names begin with a prefix and that carry a provenance record.
@@ -42,25 +40,11 @@ class NodeWriter:
         return self._tape.nodes
 
     def branch(self, name: str) -> NodeWriter:
-        """Start writing a subgraph of this one.
-
-        Args:
-            name: What comes behind the prefix in the subgraph's names.
-
-        Returns:
-            A writer for the subgraph's nodes; constants go where this writer's go.
-        """
+        """Start writing a subgraph of this one."""
         return NodeWriter(self._graph, f"{self._prefix}{name}/", self._provenance)
 
     def noting(self, **said: str) -> NodeWriter:
-        """Write on in the same place with another record.
-
-        Args:
-            **said: Fields of the record and what they are from here on.
-
-        Returns:
-            A writer whose nodes follow this one's.
-        """
+        """Write on in the same place with another record."""
         other = copy.copy(self)
         other._provenance = replace(self._provenance, **said)
         return other
@@ -74,18 +58,7 @@ class NodeWriter:
         *,
         domain: str = "",
     ) -> ir.Value:
-        """Write a node of one output.
-
-        Args:
-            op_type: The operator.
-            inputs: Its inputs.
-            name: Name of the node and of its output, behind the prefix.
-            attributes: The node's attributes.
-            domain: The operator's domain.
-
-        Returns:
-            The output.
-        """
+        """Write a node of one output."""
         full = self._fresh(name)
         value = self._tape.op(
             op_type,
@@ -105,44 +78,18 @@ class NodeWriter:
         name: str,
         attributes: Mapping[str, int | float | str | Sequence[int] | ir.Attr] | None = None,
     ) -> ir.Value:
-        """Write a node of ONNX Runtime's own domain.
-
-        Args:
-            op_type: The operator.
-            inputs: Its inputs.
-            name: Name of the node and of its output, behind the prefix.
-            attributes: The node's attributes.
-
-        Returns:
-            The output.
-        """
+        """Write a node of ONNX Runtime's own domain."""
         return self.op(op_type, inputs, name, attributes, domain="com.microsoft")
 
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
-        """Register a constant as an initializer of the graph.
-
-        Args:
-            array: Its value.
-            name: Its name behind the prefix.
-
-        Returns:
-            The constant.
-        """
+        """Register a constant as an initializer of the graph."""
         full = self._fresh(name)
         value = ir.val(full, const_value=ir.Tensor(array, name=full))
         self._graph.register_initializer(value)
         return value
 
     def integers(self, values: Sequence[int], name: str) -> ir.Value:
-        """Register a vector of int64, for shapes, axes and the like.
-
-        Args:
-            values: The integers.
-            name: The constant's name behind the prefix.
-
-        Returns:
-            The constant.
-        """
+        """Register a vector of int64, for shapes, axes and the like."""
         return self.constant(np.asarray(values, np.int64), name)
 
     def _fresh(self, name: str) -> str:

@@ -12,8 +12,6 @@ from tract_fx.artifacts.manifest import TensorSpec
 from tract_fx.errors import InvalidBatchError
 from tract_fx.torch_private import is_fake
 
-__all__ = ["Array", "BatchValue", "check_batch", "dense", "on_host", "require_variance"]
-
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 BatchValue: TypeAlias = "Array | torch.Tensor"
 
@@ -30,20 +28,7 @@ def check_batch(
     """Check a batch, where it lies.
 
     Nothing is cast, cut or broadcast.
-
-    Args:
-        specs: What the graph takes, in order.
-        positional: Values for the first of them.
-        named: Values for others, by name.
-        call: Name of the method that was called, for messages.
-
-    Returns:
-        One value per spec, in order: a C-contiguous array, or a tensor as `dense` gives it.
-
-    Raises:
-        InvalidBatchError: If values are missing or too many, or one is of another kind, dtype,
-            rank or size, empty, or a class index out of range.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     given = _assign(specs, positional, named, call)
     values = [_checked(spec, value, call) for spec, value in zip(specs, given, strict=True)]
     _check_sizes(specs, values, call)
@@ -53,16 +38,7 @@ def check_batch(
 
 
 def require_variance(values: Mapping[str, BatchValue], smallest: int, call: str) -> None:
-    """Refuse a batch whose running variance would not be a number any more.
-
-    Args:
-        values: The batch by name, checked.
-        smallest: The smallest batch that has a variance, for the model's BatchNorms.
-        call: Name of the method that was called, for messages.
-
-    Raises:
-        InvalidBatchError: If the batch is smaller.
-    """
+    """Refuse a batch whose running variance would not be a number any more."""
     sizes = [len(value) for value in values.values() if value.ndim]
     if smallest > 1 and any(size < smallest for size in sizes):
         raise InvalidBatchError(
@@ -73,15 +49,7 @@ def require_variance(values: Mapping[str, BatchValue], smallest: int, call: str)
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Take a tensor's numbers as ONNX Runtime can read them: in one piece, without a history.
-
-    Args:
-        tensor: The tensor.
-
-    Returns:
-        A tensor on the same device where that is a CPU or CUDA, else on the CPU; in the same memory
-        where the numbers lie so already. None where it has no numbers of its own.
-    """
+    """Take a tensor's numbers as ONNX Runtime can read them: in one piece, without a history."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
         return None
     tensor = tensor.detach()
@@ -96,14 +64,7 @@ def dense(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def on_host(value: BatchValue) -> Array:
-    """Bring a value to the host.
-
-    Args:
-        value: An array, or a tensor as `dense` gives it.
-
-    Returns:
-        An array; in the value's memory where that is the host's.
-    """
+    """Bring a value to the host."""
     return value.cpu().numpy() if isinstance(value, torch.Tensor) else value
 
 

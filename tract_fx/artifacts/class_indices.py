@@ -15,8 +15,6 @@ import onnx_ir as ir
 
 from tract_fx.artifacts.manifest import TensorSpec
 
-__all__ = ["ClassRange", "class_ranges", "with_range"]
-
 _LOSSES = frozenset({"SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossInternal"})
 _GATHERS = frozenset({"Gather", "GatherElements"})
 # What leaves each label as it is.
@@ -39,15 +37,7 @@ class ClassRange:
 
 
 def class_ranges(model: bytes) -> dict[str, ClassRange]:
-    """Find a graph's inputs that are class indices of a softmax cross entropy.
-
-    Args:
-        model: The serialised evaluation model.
-
-    Returns:
-        The ranges by input name. An input whose number of classes is not known before running is
-        not in it.
-    """
+    """Find a graph's inputs that are class indices of a softmax cross entropy."""
     proto = onnx.shape_inference.infer_shapes(onnx.ModelProto.FromString(model))
     found: dict[str, ClassRange] = {}
     for node in ir.from_proto(proto).graph:
@@ -65,15 +55,7 @@ def class_ranges(model: bytes) -> dict[str, ClassRange]:
 
 
 def with_range(spec: TensorSpec, ranges: Mapping[str, ClassRange]) -> TensorSpec:
-    """Put a range into what a graph takes, where the manifest has none.
-
-    Args:
-        spec: What the graph takes.
-        ranges: Of `class_ranges`.
-
-    Returns:
-        The spec.
-    """
+    """Put a range into what a graph takes, where the manifest has none."""
     known = ranges.get(spec.name)
     if known is None or spec.classes is not None:
         return spec

@@ -17,19 +17,6 @@ from tract_fx.artifacts.manifest import MANIFEST_FILE, FileRecord, Manifest
 from tract_fx.atomic import OLD, beside, clear_left, flush, system_errors
 from tract_fx.errors import ArtifactsExistError, DamagedArtifactsError
 
-__all__ = [
-    "CHECKPOINT",
-    "CONSTANTS",
-    "EVAL_MODEL",
-    "MODEL_TENSORS",
-    "OPTIMIZER_MODEL",
-    "OPTIMIZER_TENSORS",
-    "TRAINING_MODEL",
-    "NewDirectory",
-    "read_directory",
-    "write_directory",
-]
-
 TRAINING_MODEL = "training_model.onnx"
 EVAL_MODEL = "eval_model.onnx"
 OPTIMIZER_MODEL = "optimizer_model.onnx"
@@ -60,22 +47,7 @@ class NewDirectory:
 def write_directory(
     directory: str | os.PathLike[str], overwrite: bool = False
 ) -> Iterator[NewDirectory]:
-    """Write a directory of artifacts, all of it or nothing.
-
-    Args:
-        directory: Where it is to be. Its parents are made.
-        overwrite: Replace artifacts that are there. Only a directory that holds nothing but
-            artifacts of `tract_fx` is replaced, or an empty one.
-
-    Yields:
-        The directory to write in. When the block ends without an exception, the checksums and
-        the manifest are written and the folder is put in its place; else it is removed.
-
-    Raises:
-        ArtifactsExistError: If something is there that may not be replaced.
-        ArtifactsWriteError: If the system refuses a step.
-        ValueError: If the block did not set a manifest.
-    """  # noqa: DOC502 (raised by what it calls)
+    """Write a directory of artifacts, all of it or nothing."""
     place = Path(directory).resolve()
     with contextlib.ExitStack() as stack:
         with system_errors(place):
@@ -94,18 +66,7 @@ def write_directory(
 
 
 def read_directory(directory: str | os.PathLike[str]) -> Manifest:
-    """Check a directory of artifacts, file by file, and read its manifest.
-
-    Args:
-        directory: The directory.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        DamagedArtifactsError: If the directory or a file is missing, truncated or altered, or the
-            manifest is none of `tract_fx` or of a later version.
-    """
+    """Check a directory of artifacts, file by file, and read its manifest."""
     place = Path(directory)
     manifest = _read_manifest(place)
     for name, record in manifest.files.items():

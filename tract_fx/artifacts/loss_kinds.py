@@ -9,8 +9,6 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["LOSSES", "LossKind", "loss_kind"]
-
 
 @dataclass(frozen=True)
 class LossKind:
@@ -56,12 +54,5 @@ _BY_VALUE: dict[Any, LossKind] = {
 
 
 def loss_kind(loss: object) -> LossKind | None:
-    """Tell the kind of a loss.
-
-    Args:
-        loss: A name, a function or a module.
-
-    Returns:
-        The kind, None for any other value and for classes derived from PyTorch's.
-    """
+    """Tell the kind of a loss."""
     return _BY_VALUE.get(type(loss) if isinstance(loss, nn.Module) else loss)

@@ -12,8 +12,6 @@ from torch import Tensor
 from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.passes.onnx_graph.step_names import LOSS_SCALE, STEPS_WITH_SCALE
 
-__all__ = ["LossScale", "all_finite", "loss_scale_from", "next_scale", "scale_states"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class LossScale:

@@ -13,18 +13,6 @@ from tract_fx.artifacts.optimizers import SGD, AdamW
 from tract_fx.artifacts.record_json import decode, encode
 from tract_fx.errors import DamagedArtifactsError
 
-__all__ = [
-    "FORMAT_VERSION",
-    "MANIFEST_FILE",
-    "ORT_TRAINING",
-    "STOCK",
-    "FileRecord",
-    "Manifest",
-    "ParameterSpec",
-    "TensorSpec",
-    "TractLayer",
-]
-
 ORT_TRAINING, STOCK = "ort-training", "onnxruntime"
 """The targets: ONNX Runtime Training, and any ONNX Runtime."""
 
@@ -172,29 +160,14 @@ class Manifest:
     files: dict[str, FileRecord] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Write the manifest, with a checksum of itself.
-
-        Returns:
-            The JSON text.
-        """
+        """Write the manifest, with a checksum of itself."""
         entries = encode(self)
         entries[CHECKSUM] = _checksum(entries)
         return json.dumps(entries, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Read a manifest.
-
-        Args:
-            text: What `to_json` wrote.
-
-        Returns:
-            The manifest.
-
-        Raises:
-            DamagedArtifactsError: If the text is not JSON, not a manifest, altered, or of a later
-                version.
-        """
+        """Read a manifest."""
         try:
             entries = json.loads(text)
         except ValueError as error:

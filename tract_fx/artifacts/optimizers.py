@@ -13,15 +13,6 @@ import torch
 
 from tract_fx.errors import UnsupportedTrainingError
 
-__all__ = [
-    "SGD",
-    "AdamW",
-    "OptimizerConfig",
-    "optimizer_from",
-    "refuse_patterns",
-    "weight_decay_of",
-]
-
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _EXACT_INTEGERS = 2**24  # up to here float32 holds every integer
 _KNOWN = '"adamw", "sgd", an AdamW or SGD record, a torch.optim.AdamW or a torch.optim.SGD'

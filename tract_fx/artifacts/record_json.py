@@ -8,23 +8,13 @@ import types
 from collections.abc import Mapping
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["decode", "encode"]
-
 T = TypeVar("T")
 
 TAG = "type"  # tells apart the records of a union
 
 
 def encode(value: Any) -> Any:
-    """Turn a record into what `json.dumps` takes.
-
-    Args:
-        value: A dataclass instance, or a tuple, mapping, string, number, bool or None.
-
-    Returns:
-        Mappings, lists, strings, numbers, bools and None. A record is a mapping with its class's
-        name under `"type"`.
-    """
+    """Turn a record into what `json.dumps` takes."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {TAG: type(value).__name__, **fields}
@@ -39,17 +29,6 @@ def decode(record: type[T], value: Any, where: str) -> T:
     """Make a record of what `json.loads` gave.
 
     Nothing is converted or ignored: keys and kinds are those of the class.
-
-    Args:
-        record: The dataclass.
-        value: The mapping that `encode` made.
-        where: Name of the value, for messages.
-
-    Returns:
-        The record.
-
-    Raises:
-        ValueError: If a key is missing or unknown, or a value is of another kind.
     """
     if not isinstance(value, dict):
         raise ValueError(f"{where} is no mapping")

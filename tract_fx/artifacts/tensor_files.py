@@ -8,26 +8,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-__all__ = ["read_tensors", "write_tensors"]
-
 
 def write_tensors(tensors: Mapping[str, np.ndarray], file: Path) -> None:
-    """Write tensors.
-
-    Args:
-        tensors: The tensors by name.
-        file: Where to.
-    """
+    """Write tensors."""
     save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, file)
 
 
 def read_tensors(file: Path) -> dict[str, np.ndarray]:
-    """Read tensors.
-
-    Args:
-        file: The file.
-
-    Returns:
-        The tensors by name.
-    """
+    """Read tensors."""
     return dict(load_file(file))

@@ -8,15 +8,9 @@ import torch
 from tract_fx import ort_training
 from tract_fx.version import __version__
 
-__all__ = ["versions"]
-
 
 def versions() -> dict[str, str]:
-    """Name the versions in use.
-
-    Returns:
-        Version by package.
-    """
+    """Name the versions in use."""
     return {
         "tract_fx": __version__,
         "torch": str(torch.__version__),

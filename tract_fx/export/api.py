@@ -39,8 +39,6 @@ from tract_fx.modules import named_tensors
 from tract_fx.passes.choose import LayerChoice, warn_of_frozen
 from tract_fx.step.low_precision import PRECISIONS
 
-__all__ = ["TrainingArtifacts", "export_training"]
-
 Model = nn.Module | ExportedProgram | onnx.ModelProto | ir.Model | str | Path
 
 
@@ -140,7 +138,7 @@ def export_training(
         UnsupportedModelError: `model` is of another kind.
         ArtifactsExistError: The directory is there already.
         MissingRuntimeError: ONNX Runtime Training is not installed.
-    """  # noqa: DOC502 (most are raised by what it calls)
+    """
     _check_target(target)
     scaling = _scaling(precision, loss_scale, target)
     named = dict(model.named_parameters()) if isinstance(model, nn.Module) else {}

@@ -17,8 +17,6 @@ from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.values import ancestors
 from tract_fx.step.names import BATCH
 
-__all__ = ["fixed_batch", "name_batch", "open_batch"]
-
 ROWS_BY_DATA = ("NonMaxSuppression", "NonZero", "Unique", "Compress")
 """Operators whose results have as many entries as the numbers in their operands make it."""
 
@@ -28,26 +26,14 @@ output: float32 rounding, which depends on the batch's size."""
 
 
 def fixed_batch(inputs: Sequence[ir.Value]) -> int | None:
-    """Tell the size of a batch that a model's inputs fix.
-
-    Args:
-        inputs: The inputs.
-
-    Returns:
-        The first dimension, where all of them have the same fixed one; else None.
-    """
+    """Tell the size of a batch that a model's inputs fix."""
     firsts = {v.shape[0] if v.shape is not None and len(v.shape) else None for v in inputs}
     first = firsts.pop() if len(firsts) == 1 else None
     return first if isinstance(first, int) else None
 
 
 def name_batch(model: ir.Model, inputs: Sequence[ir.Value]) -> None:
-    """Name the open first dimension of the only input, so that targets are held to its size.
-
-    Args:
-        model: A forward graph, edited in place.
-        inputs: Its inputs.
-    """
+    """Name the open first dimension of the only input, so that targets are held to its size."""
     shape = inputs[0].shape if len(inputs) == 1 else None
     if shape is None or not len(shape):
         return
@@ -69,19 +55,7 @@ def open_batch(
     size. Both graphs are then run: the opened one has to give for two batches in one what the
     fixed one gives for each. Outputs that the loss does not read are left out where they don't, but
     for those whose number of rows depends on the data: these need only be as many together.
-
-    Args:
-        model: A forward graph whose inputs fix their first dimension. Not changed.
-        inputs: Its inputs.
-        feeds: Example inputs.
-        read: Name of the value that the loss reads, None where it may be any output.
-
-    Returns:
-        The opened graph. A `TractWarning` names the outputs that it lacks.
-
-    Raises:
-        ExportError: What the loss reads would be something else.
-    """  # noqa: DOC501, DOC502 (made by _refused)
+    """
     size = fixed_batch(inputs)
     assert size is not None
     opened = model.clone()

@@ -14,24 +14,9 @@ from tract_fx.export.no_dropout import no_dropout
 from tract_fx.function_mode import FunctionMode
 from tract_fx.modules import named_tensors
 
-__all__ = ["call_on_copies", "observed_output"]
-
 
 def observed_output(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run a model forward once, on copies of its tensors.
-
-    Args:
-        module: The model in training mode. Not changed.
-        args: Positional arguments of a call.
-        kwargs: Keyword arguments of a call.
-
-    Returns:
-        What it returns.
-
-    Raises:
-        ExportError: The model hooks gradients or counts in attributes: a graph does neither, and on
-            one batch they may make no difference.
-    """  # noqa: DOC502 (raised by what it calls)
+    """Run a model forward once, on copies of its tensors."""
     tensors = {
         name: value.detach().clone().requires_grad_(value.requires_grad)
         for name, value in named_tensors(module).items()
@@ -49,17 +34,7 @@ def call_on_copies(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Call a model on other tensors than its own, and leave the inputs and random state alone.
-
-    Args:
-        module: The model.
-        tensors: Parameters and buffers, by name. Buffers may be changed.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-
-    Returns:
-        What the model returns.
-    """
+    """Call a model on other tensors than its own, and leave the inputs and random state alone."""
     given, keywords = pytree.tree_map(_copied, (args, dict(kwargs)))
     with torch.random.fork_rng(devices=[]):
         return torch.func.functional_call(module, dict(tensors), given, keywords)

@@ -10,8 +10,6 @@ from torch import fx
 from tract_fx.export.no_dropout import without_attention_dropout
 from tract_fx.modules import copy_tree
 
-__all__ = ["in_evaluation"]
-
 aten = torch.ops.aten
 
 # The argument that says whether an operator trains.
@@ -28,14 +26,7 @@ _TRAINING: dict[Any, int] = {
 
 
 def in_evaluation(module: fx.GraphModule) -> fx.GraphModule:
-    """Copy a program's module, with its dropout and its BatchNorm in evaluation mode.
-
-    Args:
-        module: What `ExportedProgram.module()` gives. Not changed.
-
-    Returns:
-        The copy, which shares its tensors.
-    """
+    """Copy a program's module, with its dropout and its BatchNorm in evaluation mode."""
     evaluation = copy_tree(module)
     for node in evaluation.graph.nodes:
         place = _TRAINING.get(node.target)

@@ -9,19 +9,11 @@ import onnx_ir as ir
 from tract_fx.importer.modes import evaluation_mode
 from tract_fx.passes.onnx_graph.cutting import cut
 
-__all__ = ["append_outputs"]
-
 _PREFIX = "file/"
 
 
 def append_outputs(evaluation: ir.Model, file: ir.Model, names: Collection[str]) -> None:
-    """Add outputs to an evaluation graph, in place.
-
-    Args:
-        evaluation: The evaluation graph, whose inputs have the file's and its parameters' names.
-        file: The forward graph. Not changed.
-        names: Names of its outputs to add.
-    """
+    """Add outputs to an evaluation graph, in place."""
     source = file.clone()
     evaluation_mode(source)
     values = {str(value.name): value for value in source.graph.outputs}

@@ -30,8 +30,6 @@ from tract_fx.passes.choose import LayerChoice, read_choice
 from tract_fx.preconditioner import DEFAULT_LAMBDA
 from tract_fx.program import arguments
 
-__all__ = ["OnnxSource", "onnx_source"]
-
 EXAMPLES = 4
 """Batch of the example inputs that are made up for an ONNX model without any."""
 
@@ -65,27 +63,7 @@ def onnx_source(
     trainable: Iterable[str] | None,
     dynamic_batch: bool = True,
 ) -> OnnxSource:
-    """Read an ONNX forward model.
-
-    Args:
-        model: The model, or its file.
-        example_inputs: A batch, None to make one up.
-        loss: The loss, which decides between logits and probabilities.
-        output: Name of the value that the loss reads.
-        plain: Whether TrAct is left out.
-        lambda_: λ, None for the default.
-        layers: Layers to treat.
-        trainable: Initializers to train.
-        dynamic_batch: Whether a model for batches of one fixed size is opened for any.
-
-    Returns:
-        The model and the batch.
-
-    Raises:
-        InvalidBatchError: The example inputs do not fit.
-        UnsupportedTrainingError: There are none, and none can be made up; or an operator has no
-            counterpart in PyTorch.
-    """  # noqa: DOC502 (raised by what it calls)
+    """Read an ONNX forward model."""
     given = read_with_scores(model)
     ir.external_data.load_to_model(given)
     whole = read_model(given)
@@ -172,19 +150,7 @@ def _read_by(model: ir.Model, loss: Loss | None, output: str | None) -> str | No
 def _feeds(
     inputs: Sequence[ir.Value], example_inputs: Any, *, free_batch: bool = False
 ) -> dict[str, np.ndarray]:
-    """Read example inputs as arrays by the inputs' names, or make some up.
-
-    Args:
-        inputs: The model's inputs.
-        example_inputs: What the user gave: arrays or tensors in order or by name, one alone, None.
-        free_batch: Whether the first dimension may be of another size than the inputs'.
-
-    Returns:
-        The arrays.
-
-    Raises:
-        InvalidBatchError: They are not what the model takes.
-    """
+    """Read example inputs as arrays by the inputs' names, or make some up."""
     if example_inputs is None:
         return _made_up(inputs)
     if isinstance(example_inputs, np.ndarray):
@@ -225,17 +191,7 @@ def _array(value: Any) -> np.ndarray:
 
 
 def _made_up(inputs: Sequence[ir.Value]) -> dict[str, np.ndarray]:
-    """Make an example batch, and say what of it the graph does not tell.
-
-    Args:
-        inputs: The model's inputs.
-
-    Returns:
-        Arrays by name.
-
-    Raises:
-        UnsupportedTrainingError: A size beside the batch is open.
-    """
+    """Make an example batch, and say what of it the graph does not tell."""
     generator = np.random.default_rng(0)
     feeds = {}
     for value in inputs:

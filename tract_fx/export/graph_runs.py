@@ -14,26 +14,11 @@ from tract_fx.passes.onnx_graph.cutting import cut
 from tract_fx.passes.onnx_graph.node_names import name_in_file
 from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
 
-__all__ = [
-    "accumulated_gradients",
-    "can_not_run",
-    "run_graph",
-    "run_training_graph",
-    "training_feeds",
-]
-
 Refused: TypeAlias = Callable[[Exception], TractError]
 
 
 def accumulated_gradients(training: ir.Model) -> dict[str, str]:
-    """Name the values that a training graph adds to the parameters' gradient buffers.
-
-    Args:
-        training: A training graph.
-
-    Returns:
-        The value's name by parameter; mostly `{parameter}_grad`.
-    """
+    """Name the values that a training graph adds to the parameters' gradient buffers."""
     return {
         str(node.inputs[0].name).removesuffix(BUFFER): str(node.inputs[1].name)
         for node in training.graph
@@ -45,14 +30,7 @@ def accumulated_gradients(training: ir.Model) -> dict[str, str]:
 
 
 def can_not_run(error: Exception) -> ExportError:
-    """Make the error for a graph that ONNX Runtime does not take.
-
-    Args:
-        error: What it has raised.
-
-    Returns:
-        The error.
-    """
+    """Make the error for a graph that ONNX Runtime does not take."""
     return ExportError(
         f"ONNX Runtime can't run the exported graph ({ort_training.message_of(error)})",
         "it has an operator, or one in a dtype, that has no kernel there",
@@ -66,20 +44,7 @@ def run_graph(
     names: Sequence[str],
     refused: Refused = can_not_run,
 ) -> dict[str, np.ndarray]:
-    """Run a graph once on the CPU and read values inside it.
-
-    Args:
-        model: A graph. Not changed.
-        feeds: Its inputs; others are left out.
-        names: Names of the values to read.
-        refused: Makes the error of what ONNX Runtime has raised.
-
-    Returns:
-        The values.
-
-    Raises:
-        ExportError: ONNX Runtime can't run the graph; or what `refused` makes.
-    """  # noqa: DOC502 (made by can_not_run)
+    """Run a graph once on the CPU and read values inside it."""
     model = ir.from_proto(ir.to_proto(model))
     values = {v.name: v for node in model.graph for v in node.outputs}
     read = [name for name in dict.fromkeys(names) if name in values]
@@ -101,16 +66,7 @@ def run_graph(
 def training_feeds(
     training: ir.Model, feeds: Mapping[str, np.ndarray], parameters: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Give what a training graph takes, gradients' buffers of zeros among it.
-
-    Args:
-        training: A training graph.
-        feeds: Its inputs beside the checkpoint's tensors, the buffers and the flag.
-        parameters: All tensors of the checkpoint. Not changed.
-
-    Returns:
-        An array for each input that is one of these.
-    """
+    """Give what a training graph takes, gradients' buffers of zeros among it."""
     given: dict[str, np.ndarray] = {}
     for value in training.graph.inputs:
         name = str(value.name)
@@ -132,16 +88,5 @@ def run_training_graph(
     names: Sequence[str],
     refused: Refused = can_not_run,
 ) -> dict[str, np.ndarray]:
-    """Run a training graph once on the CPU, without accumulation, and read values inside it.
-
-    Args:
-        training: A training graph. Not changed.
-        feeds: The model's inputs and targets.
-        parameters: All tensors of the checkpoint. Not changed.
-        names: Names of the values to read.
-        refused: As in `run_graph`.
-
-    Returns:
-        The values.
-    """
+    """Run a training graph once on the CPU, without accumulation, and read values inside it."""
     return run_graph(training, training_feeds(training, feeds, parameters), names, refused)

@@ -9,17 +9,12 @@ import onnx_ir as ir
 
 from tract_fx.errors import TractWarning
 
-__all__ = ["remove_unused", "warn_of_left_out"]
-
 
 def remove_unused(model: ir.Model) -> None:
     """Remove nodes whose outputs nothing reads, in place.
 
     `onnx_ir.passes.common.RemoveUnusedNodesPass` takes initializers along, which stay in the
     state_dict, and outputs of the nodes that are left.
-
-    Args:
-        model: A graph.
     """
     for node in reversed(list(model.graph)):
         if not any(value.uses() or value.is_graph_output() for value in node.outputs):
@@ -27,11 +22,7 @@ def remove_unused(model: ir.Model) -> None:
 
 
 def warn_of_left_out(reasons: Mapping[str, str]) -> None:
-    """Warn of outputs that an exported model does without.
-
-    Args:
-        reasons: Why, by the output's name.
-    """
+    """Warn of outputs that an exported model does without."""
     for name, why in reasons.items():
         warnings.warn(
             f"the output {name!r}, which the loss does not read, is left out: {why}. Training is "

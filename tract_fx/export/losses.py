@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from tract_fx.artifacts.loss_kinds import LOSSES, loss_kind
 from tract_fx.errors import UnsupportedTrainingError
 
-__all__ = ["Loss", "TargetSpec", "describe_loss", "loss_function", "loss_targets"]
-
 Loss = str | Callable[..., Tensor]
 
 
@@ -38,18 +36,7 @@ class TargetSpec:
 
 
 def loss_function(loss: Loss) -> Callable[..., Tensor]:
-    """Find the torch function of a loss.
-
-    Args:
-        loss: A name of `LOSSES`, a module, or any callable.
-
-    Returns:
-        A function of (*outputs, *targets).
-
-    Raises:
-        UnsupportedTrainingError: If the name is not known, the value is neither a name nor
-            callable, or a module has parameters to train.
-    """
+    """Find the torch function of a loss."""
     if isinstance(loss, str) and loss in LOSSES:
         return LOSSES[loss].function
     if isinstance(loss, str) or not callable(loss):
@@ -71,14 +58,7 @@ def loss_function(loss: Loss) -> Callable[..., Tensor]:
 
 
 def describe_loss(loss: Loss | None) -> str:
-    """Describe a loss for a manifest or a message.
-
-    Args:
-        loss: As given to `export_training`.
-
-    Returns:
-        The name, a module's class and settings, or a function's qualified name.
-    """
+    """Describe a loss for a manifest or a message."""
     if loss is None:
         return "returned by the model"
     if isinstance(loss, nn.Module):  # its repr leaves out the settings
@@ -94,18 +74,7 @@ def describe_loss(loss: Loss | None) -> str:
 
 
 def loss_targets(loss: Loss, outputs: Sequence[Tensor]) -> tuple[TargetSpec, ...]:
-    """Tell what targets a loss takes, where its name or type says so.
-
-    Args:
-        loss: The loss.
-        outputs: The model's example outputs.
-
-    Returns:
-        One record per target.
-
-    Raises:
-        UnsupportedTrainingError: If only the user can know.
-    """
+    """Tell what targets a loss takes, where its name or type says so."""
     kind = loss_kind(loss)
     if kind is None:
         raise UnsupportedTrainingError(

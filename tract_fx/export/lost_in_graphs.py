@@ -8,26 +8,12 @@ from torch import nn
 from tract_fx.errors import ExportError, UnsupportedTrainingError
 from tract_fx.passes.fx_graph import layers_over_processes
 
-__all__ = [
-    "refuse_gradient_hooks",
-    "refuse_other_parameters",
-    "refuse_several_processes",
-    "refuse_shared_memory",
-]
-
 _MODULE_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def refuse_gradient_hooks(model: nn.Module) -> None:
-    """Refuse hooks that see or change gradients: the exported graph has none.
-
-    Args:
-        model: The model.
-
-    Raises:
-        ExportError: A module or a parameter has such a hook.
-    """
+    """Refuse hooks that see or change gradients: the exported graph has none."""
     for name, module in model.named_modules():
         if any(getattr(module, kind, None) for kind in _MODULE_HOOKS):
             raise ExportError(
@@ -45,14 +31,7 @@ def refuse_gradient_hooks(model: nn.Module) -> None:
 
 
 def refuse_several_processes(model: nn.Module) -> None:
-    """Refuse a Gram of the rows of several processes: a graph runs in one.
-
-    Args:
-        model: The model.
-
-    Raises:
-        ExportError: A layer has such a Gram.
-    """
+    """Refuse a Gram of the rows of several processes: a graph runs in one."""
     names = layers_over_processes(model)
     if names:
         raise ExportError(
@@ -63,16 +42,7 @@ def refuse_several_processes(model: nn.Module) -> None:
 
 
 def refuse_other_parameters(optimizer: object, model: nn.Module) -> None:
-    """Refuse a torch optimizer of other parameters than those that the graph would train.
-
-    Args:
-        optimizer: What was given as the optimizer.
-        model: The model.
-
-    Raises:
-        UnsupportedTrainingError: It leaves out a parameter that requires a gradient, or holds one
-            of another model.
-    """
+    """Refuse a torch optimizer of other parameters than those that the graph would train."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -94,14 +64,7 @@ def refuse_other_parameters(optimizer: object, model: nn.Module) -> None:
 
 
 def refuse_shared_memory(model: nn.Module) -> None:
-    """Refuse parameters that are different objects over the same memory.
-
-    Args:
-        model: The model.
-
-    Raises:
-        ExportError: Two of them are; in a graph they would be trained apart.
-    """
+    """Refuse parameters that are different objects over the same memory."""
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or parameter.is_meta or not parameter.numel():

@@ -18,8 +18,6 @@ from tract_fx.step.low_precision import lower_products, raise_products
 from tract_fx.step.trace import StepTrace
 from tract_fx.step.weight_gradient import WEIGHT_GRADIENT
 
-__all__ = ["lower_precision"]
-
 aten = torch.ops.aten
 
 # What is off by more of its norm is no gradient; a product's operands are rounded to 5e-4, 4e-3.
@@ -37,14 +35,6 @@ def lower_precision(graphs: TorchGraphs, values: Mapping[str, Tensor], verify: b
     """Let a step's large products run in the target's precision, in place.
 
     But for the roundings the graph stays what it was: that is compared node by node.
-
-    Args:
-        graphs: The graphs.
-        values: The model's tensors and the example batch, by name.
-        verify: Whether gradients are computed, with and without the roundings, in PyTorch.
-
-    Raises:
-        ExportError: In that precision the gradients are of no use.
     """
     precision = graphs.target.precision
     if precision == "float32":

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["are_pixels", "made_up_numbers"]
-
 _KEEPING = frozenset({"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
@@ -36,14 +34,7 @@ def made_up_numbers(
 
 
 def are_pixels(value: ir.Value) -> bool:
-    """Tell whether an input's whole numbers are cast to float, rather than used as indices.
-
-    Args:
-        value: The input.
-
-    Returns:
-        Whether they are, by each node that reads their values.
-    """
+    """Tell whether an input's whole numbers are cast to float, rather than used as indices."""
     users = [node for node, _ in value.uses() if node.op_type != "Shape"]
     return bool(users) and all(
         node.op_type == "Cast" and _is_float(node)

@@ -16,8 +16,6 @@ from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.export.losses import Loss, describe_loss
 from tract_fx.passes.onnx_graph.calls import is_standard
 
-__all__ = ["default_output", "logits_of"]
-
 _UNCHANGED = ("Identity", "Cast")
 _RESHAPED = ("Squeeze", "Unsqueeze", "Reshape", "Flatten", "Transpose")
 _ACTIVATIONS = ("Softmax", "LogSoftmax", "Sigmoid")
@@ -28,19 +26,7 @@ _NO_GRADIENT = (
 
 
 def default_output(model: ir.Model, loss: Loss) -> str:
-    """Choose the output that a loss reads: the one of floats that a gradient flows through.
-
-    Args:
-        model: The forward graph.
-        loss: The loss.
-
-    Returns:
-        The output's name.
-
-    Raises:
-        UnsupportedTrainingError: If there is none, or several that are not one another's
-            logits.
-    """
+    """Choose the output that a loss reads: the one of floats that a gradient flows through."""
     candidates = {}
     for output in model.graph.outputs:
         if output.dtype in {None, ir.DataType.FLOAT} and _trains(output):
@@ -64,22 +50,7 @@ def default_output(model: ir.Model, loss: Loss) -> str:
 
 
 def logits_of(model: ir.Model, output: str, loss: Loss) -> str:
-    """Find the logits behind an output, for losses that have the softmax or sigmoid in them.
-
-    Args:
-        model: The forward graph.
-        output: Name of a value.
-        loss: The loss; other losses than cross entropy and binary cross entropy with logits
-            take the output as it is.
-
-    Returns:
-        The name of the input of the final Softmax or LogSoftmax (cross entropy) or Sigmoid (with
-        logits), or of the output itself if there is none.
-
-    Raises:
-        UnsupportedTrainingError: If the output is of probabilities whose logits the loss can't
-            take as they are.
-    """
+    """Find the logits behind an output, for losses that have the softmax or sigmoid in them."""
     found = _logits(_find(model, output), _kind(loss))
     if isinstance(found, _NoLogits):
         raise UnsupportedTrainingError(
@@ -174,28 +145,13 @@ def _read_by_activation(made: _Maker, kind: str | None) -> ir.Value | _NoLogits:
 
 
 def _kind(loss: Loss) -> str | None:
-    """Tell which activation a loss has in it.
-
-    Args:
-        loss: The loss.
-
-    Returns:
-        "classes" for softmax, "binary" for sigmoid, None for neither.
-    """
+    """Tell which activation a loss has in it."""
     kind = loss_kind(loss)
     return {"softmax": "classes", "sigmoid": "binary"}.get(str(kind and kind.inside))
 
 
 def _without_doubles(candidates: dict[str, ir.Value], loss: Loss) -> dict[str, ir.Value]:
-    """Take outputs for one that are logits and what a softmax or a sigmoid makes of them.
-
-    Args:
-        candidates: Outputs by name.
-        loss: The loss.
-
-    Returns:
-        Of each such set, the logits if they are an output, else any.
-    """
+    """Take outputs for one that are logits and what a softmax or a sigmoid makes of them."""
     chosen: dict[ir.Value, str] = {}
     for name, value in candidates.items():
         found = _logits(value, _kind(loss))
@@ -210,18 +166,7 @@ def _without_doubles(candidates: dict[str, ir.Value], loss: Loss) -> dict[str, i
 
 
 def _find(model: ir.Model, name: str) -> ir.Value:
-    """Find a value by name.
-
-    Args:
-        model: The graph.
-        name: The name.
-
-    Returns:
-        The value.
-
-    Raises:
-        UnsupportedTrainingError: If there is none.
-    """
+    """Find a value by name."""
     made = (v for node in model.graph for v in node.outputs)
     for value in (*model.graph.outputs, *model.graph.inputs, *made):
         if value.name == name:
@@ -235,15 +180,7 @@ def _find(model: ir.Model, name: str) -> ir.Value:
 
 
 def _trains(value: ir.Value) -> bool:
-    """Tell whether a gradient by a value reaches a parameter.
-
-    Args:
-        value: The value.
-
-    Returns:
-        Whether an initializer of several floats is behind it, through operators of ONNX's own
-        domain (and ONNX Runtime's) that have gradients.
-    """
+    """Tell whether a gradient by a value reaches a parameter."""
     stack, seen = [value], set()
     while stack:
         current = stack.pop()
@@ -262,15 +199,7 @@ def _trains(value: ir.Value) -> bool:
 
 
 def _over_classes(node: ir.Node, rank: int | None) -> bool:
-    """Tell whether a softmax runs along dimension 1, where PyTorch's cross entropy has the classes.
-
-    Args:
-        node: A Softmax or LogSoftmax.
-        rank: The rank of its result, None if not known.
-
-    Returns:
-        Whether it does, for sure.
-    """
+    """Whether a softmax runs along dimension 1, where PyTorch's cross entropy has classes."""
     version = node.version or (node.graph.opset_imports.get("", 13) if node.graph else 13)
     if version < 13:  # dimensions from the axis on are taken together
         return rank == 2 and node.attributes.get_int("axis", 1) in {1, -1}
@@ -279,14 +208,7 @@ def _over_classes(node: ir.Node, rank: int | None) -> bool:
 
 
 def _binary_pair(node: ir.Node) -> ir.Value | None:
-    """Match Concat(1 − p, p) with p a sigmoid, scikit-learn's binary classifier.
-
-    Args:
-        node: A node.
-
-    Returns:
-        The sigmoid's input.
-    """
+    """Match Concat(1 − p, p) with p a sigmoid, scikit-learn's binary classifier."""
     if not is_standard(node, "Concat") or len(node.inputs) != 2:
         return None
     first, second = node.inputs
@@ -304,14 +226,7 @@ def _binary_pair(node: ir.Node) -> ir.Value | None:
 
 
 def _divides_by_sum(node: ir.Node) -> bool:
-    """Match x ÷ Σx, a normalisation (or a softmax) written out.
-
-    Args:
-        node: A node.
-
-    Returns:
-        Whether it is one.
-    """
+    """Match x ÷ Σx, a normalisation (or a softmax) written out."""
     if not is_standard(node, "Div") or node.inputs[1] is None:
         return False
     divisor = node.inputs[1].producer()

@@ -13,8 +13,6 @@ from torch.nn import functional
 from tract_fx.function_mode import FunctionMode
 from tract_fx.modules import copy_tree
 
-__all__ = ["no_dropout", "without_attention_dropout"]
-
 _aten = torch.ops.aten
 _OPERATORS: frozenset[Any] = frozenset(
     {
@@ -50,14 +48,7 @@ _BETWEEN_LAYERS = 5
 
 @contextmanager
 def no_dropout(module: nn.Module) -> Iterator[nn.Module]:
-    """Switch dropout off, and leave everything else in training mode.
-
-    Args:
-        module: A model. Not changed.
-
-    Yields:
-        The model to call inside.
-    """
+    """Switch dropout off, and leave everything else in training mode."""
     if isinstance(module, fx.GraphModule):
         module = copy_tree(module)
         _without_dropout(module)
@@ -102,11 +93,7 @@ def _without_dropout(module: fx.GraphModule) -> None:
 
 
 def without_attention_dropout(node: fx.Node) -> None:
-    """Take the dropout out of a node, if it is attention as torch.export writes it.
-
-    Args:
-        node: The node, edited in place.
-    """
+    """Take the dropout out of a node, if it is attention as torch.export writes it."""
     if node.target is not _aten.scaled_dot_product_attention.default:
         return
     if len(node.args) > 4:

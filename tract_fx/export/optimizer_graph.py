@@ -29,8 +29,6 @@ from tract_fx.artifacts.optimizers import SGD, AdamW, OptimizerConfig
 from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.passes.onnx_graph.calls import MICROSOFT
 
-__all__ = ["build_optimizer"]
-
 _Attribute: TypeAlias = float | ir.Graph
 
 _IR_VERSION = 10

@@ -11,8 +11,6 @@ from tract_fx.errors import ExportError
 from tract_fx.export.reference_model import ReferenceModel
 from tract_fx.reference.distance import distance, norm
 
-__all__ = ["compare_values"]
-
 Tensors: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
 
 BOUND = 1e-5
@@ -35,17 +33,7 @@ def compare_values(
     found: Tensors,
     mode: str,
 ) -> None:
-    """Compare what a session gave with what a model's forward graph is.
-
-    Args:
-        reference: The graph.
-        feeds: The inputs, and the parameters.
-        found: The session's values by name; the graph's other values are left out.
-        mode: The model's mode, `"training"` or `"evaluation"`.
-
-    Raises:
-        ExportError: They differ by more than rounding.
-    """
+    """Compare what a session gave with what a model's forward graph is."""
     expected = reference.run(feeds)
     differing = {n: v for n, v in expected.items() if n in found and not _same(found[n], v)}
     if not differing:

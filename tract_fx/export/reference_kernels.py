@@ -17,8 +17,6 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops import op_non_max_suppression
 from torch.nn import functional
 
-__all__ = ["KERNELS"]
-
 Array = np.ndarray[Any, Any]
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])

@@ -13,8 +13,6 @@ from onnx.reference import ReferenceEvaluator
 from tract_fx.export.reference_kernels import KERNELS
 from tract_fx.passes.onnx_graph.cutting import cut
 
-__all__ = ["NoReferenceError", "ReferenceModel"]
-
 _HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _DTYPES = ("to", "dtype")  # attributes that name a dtype
 
@@ -55,17 +53,7 @@ class ReferenceModel:
             raise NoReferenceError(_reason(error)) from error
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Compute the values.
-
-        Args:
-            feeds: The inputs, and initializers in place of the graph's; others are left out.
-
-        Returns:
-            The values by name.
-
-        Raises:
-            NoReferenceError: An operator can't compute what it is given.
-        """
+        """Compute the values."""
         given = {n: _widened(feeds[n]) for n in (*self._inputs, *self.initial) if n in feeds}
         try:
             with np.errstate(all="ignore"):

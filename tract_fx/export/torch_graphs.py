@@ -49,17 +49,6 @@ from tract_fx.step.stock import to_step_graph
 from tract_fx.step.trace import StepTrace, Update, trace_step
 from tract_fx.step.write import write_step
 
-__all__ = [
-    "Target",
-    "TorchGraphs",
-    "arrays",
-    "build_graphs",
-    "describe_graphs",
-    "evaluation_graph",
-    "training_graph",
-    "write_graphs",
-]
-
 
 @dataclass(frozen=True)
 class TorchGraphs:
@@ -125,17 +114,7 @@ class Target:
 def training_graph(
     model: TorchModel, loss: TorchLoss, training: nn.Module, target: Target
 ) -> tuple[ir.Model, StepTrace, CheckpointTensors]:
-    """Write a model's step as the target's runtime reads it.
-
-    Args:
-        model: The model.
-        loss: The loss.
-        training: Its module in training mode.
-        target: The runtime.
-
-    Returns:
-        The graph, what it was made of, and the checkpoint's tensors.
-    """
+    """Write a model's step as the target's runtime reads it."""
     trace = trace_step(
         training,
         model.args,
@@ -170,19 +149,7 @@ def _refuse_names(trace: StepTrace) -> None:
 
 
 def build_graphs(model: TorchModel, loss: TorchLoss, target: Target) -> TorchGraphs:
-    """Make a model's graphs.
-
-    Args:
-        model: The model.
-        loss: The loss.
-        target: The runtime.
-
-    Returns:
-        The graphs.
-
-    Raises:
-        ExportError: The model can't be brought to ONNX with its meaning kept.
-    """  # noqa: DOC502 (raised by what it calls)
+    """Make a model's graphs."""
     training, trace, tensors = training_graph(model, loss, model.training, target)
     refuse_patterns(target.optimizer, tensors.trained)
     state = named_tensors(model.training)
@@ -228,18 +195,7 @@ def evaluation_graph(
     tensors: CheckpointTensors,
     target: Target,
 ) -> tuple[ir.Model, StepTrace]:
-    """Write a model in evaluation mode as the target's runtime reads it.
-
-    Args:
-        model: The model.
-        loss: The loss.
-        evaluation: Its module in evaluation mode.
-        tensors: The checkpoint's tensors.
-        target: The runtime.
-
-    Returns:
-        The graph, and what it was made of.
-    """
+    """Write a model in evaluation mode as the target's runtime reads it."""
     trace = trace_step(
         evaluation,
         model.args,
@@ -257,14 +213,7 @@ def evaluation_graph(
 
 
 def arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Read tensors as arrays.
-
-    Args:
-        tensors: The tensors by name.
-
-    Returns:
-        Copies of them.
-    """
+    """Read tensors as arrays."""
     return {name: value.detach().cpu().numpy().copy() for name, value in tensors.items()}
 
 
@@ -337,13 +286,7 @@ def _aliases(model: nn.Module, held: Sequence[str]) -> dict[str, str]:
 
 
 def write_graphs(graphs: TorchGraphs, model: TorchModel, directory: Path) -> None:
-    """Write both graphs, the checkpoint and what training leaves alone.
-
-    Args:
-        graphs: The graphs.
-        model: The model.
-        directory: Where to write.
-    """
+    """Write both graphs, the checkpoint and what training leaves alone."""
     state = model.training.state_dict()
     known = {*graphs.initial, *graphs.aliases, *graphs.tensors.counters}
     constants = {n: v.detach().cpu().clone() for n, v in state.items() if n not in known}
@@ -373,18 +316,7 @@ def write_graphs(graphs: TorchGraphs, model: TorchModel, directory: Path) -> Non
 def describe_graphs(
     graphs: TorchGraphs, model: TorchModel, loss: TorchLoss, seed: int, checks: Sequence[str]
 ) -> Manifest:
-    """Write the manifest of a new directory.
-
-    Args:
-        graphs: The graphs.
-        model: The model.
-        loss: The loss.
-        seed: What dropout's random numbers are derived from.
-        checks: What the graphs were compared with.
-
-    Returns:
-        The manifest, without the files' checksums.
-    """
+    """Write the manifest of a new directory."""
     values = {str(value.name): value for value in graphs.training.graph.inputs}
     state = model.training.state_dict()
     return Manifest(

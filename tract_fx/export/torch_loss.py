@@ -22,8 +22,6 @@ from tract_fx.export.losses import (
 from tract_fx.export.torch_model import TorchModel
 from tract_fx.step.names import batch_names, output_names
 
-__all__ = ["TorchLoss", "choose_loss"]
-
 
 @dataclass(frozen=True)
 class TorchLoss:
@@ -50,20 +48,7 @@ def choose_loss(
     output: str | None,
     example_targets: Sequence[Tensor] | None,
 ) -> TorchLoss:
-    """Find the function of a loss, and examples of its targets.
-
-    Args:
-        model: The model.
-        loss: A name, a module, a callable, or None where the model returns its loss.
-        output: Name of the output that the loss reads (or that is the loss, for None).
-        example_targets: Example targets, None where the loss's name says what they are.
-
-    Returns:
-        The loss.
-
-    Raises:
-        UnsupportedTrainingError: The loss or what it reads can't be told.
-    """  # noqa: DOC502 (raised by what it calls)
+    """Find the function of a loss, and examples of its targets."""
     if loss is None:
         return _returned(model, output)
     reads = _reads(model, loss, output)

@@ -27,8 +27,6 @@ from tract_fx.program import arguments
 from tract_fx.step.exporter import open_sizes
 from tract_fx.step.names import batch_names, output_names
 
-__all__ = ["TorchModel", "read_torch"]
-
 
 @dataclass(frozen=True)
 class TorchModel:
@@ -89,18 +87,6 @@ def read_torch(
 
     A model in training mode is taken as it is, with those of its modules that are in evaluation
     mode, a frozen BatchNorm for one; a model in evaluation mode is put in training mode as a whole.
-
-    Args:
-        model: A model, rewritten or plain. Not changed.
-        example_inputs: A batch as the model takes it.
-        plain: Whether TrAct is taken out first.
-        dynamic_batch: Whether the batch's size is left open.
-
-    Returns:
-        The model.
-
-    Raises:
-        ExportError: It does what a graph would lose.
     """
     module = model.module() if isinstance(model, ExportedProgram) else model
     if plain:

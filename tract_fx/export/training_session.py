@@ -21,8 +21,6 @@ from tract_fx.passes.onnx_graph.step_names import (
 )
 from tract_fx.passes.onnx_graph.values import static_shape
 
-__all__ = ["StockSession", "TrainingSession", "open_session"]
-
 
 class TrainingSession:
     """A training graph on the CPU, accumulation and all, under the trainer's session options.
@@ -45,19 +43,7 @@ class TrainingSession:
     def run(
         self, feeds: Mapping[str, np.ndarray], parameters: Mapping[str, np.ndarray]
     ) -> tuple[float, dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Run a step that changes nothing.
-
-        Args:
-            feeds: The model's inputs and targets.
-            parameters: All tensors of the checkpoint. Not changed.
-
-        Returns:
-            The loss, what the step leaves in the gradients' buffers by parameter, and the values
-            that are read as well: those that `also` names, and running statistics after the step.
-
-        Raises:
-            ExportError: ONNX Runtime can't run the graph.
-        """  # noqa: DOC501, DOC502 (made by can_not_run)
+        """Run a step that changes nothing."""
         given = training_feeds(self._training, feeds, parameters)
         # On the CPU such a value may share the array's memory: read the gradients off the value.
         shared = {name: ort_training.ort_value(array) for name, array in given.items()}
@@ -102,19 +88,7 @@ class StockSession:
     def run(
         self, feeds: Mapping[str, np.ndarray], parameters: Mapping[str, np.ndarray]
     ) -> tuple[float, dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Run a step that changes nothing.
-
-        Args:
-            feeds: The model's inputs and targets.
-            parameters: All tensors of the checkpoint. Not changed.
-
-        Returns:
-            The loss, the gradients by parameter, and the values that are read as well: those that
-            `also` names, and running statistics after the step.
-
-        Raises:
-            ExportError: ONNX Runtime can't run the graph.
-        """  # noqa: DOC501, DOC502 (made by can_not_run)
+        """Run a step that changes nothing."""
         scalars: dict[str, np.ndarray] = {
             LEARNING_RATE: np.array(0, np.float32),
             STEP: np.array(0, np.int64),
@@ -141,15 +115,7 @@ class StockSession:
 
 
 def open_session(training: ir.Model, also: Sequence[str] = ()) -> TrainingSession | StockSession:
-    """Start a session of a training graph as a trainer runs it.
-
-    Args:
-        training: A training graph, of whichever target. Not changed.
-        also: Names of values inside it that are read as well.
-
-    Returns:
-        The session.
-    """
+    """Start a session of a training graph as a trainer runs it."""
     names = {value.name for value in training.graph.inputs}
     return TrainingSession(training, also) if RESET in names else StockSession(training, also)
 

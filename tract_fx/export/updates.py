@@ -16,22 +16,11 @@ from tract_fx.artifacts.optimizers import SGD, AdamW, OptimizerConfig, weight_de
 from tract_fx.passes.onnx_graph.step_names import GRADIENT_SUM, IS_UPDATE, LEARNING_RATE, STEP
 from tract_fx.step.trace import Update
 
-__all__ = ["update_of"]
-
 Tensors = Mapping[str, Tensor]
 
 
 def update_of(config: OptimizerConfig, scaling: LossScale | None, parameters: Tensors) -> Update:
-    """Make an optimizer's update of some parameters.
-
-    Args:
-        config: The optimizer.
-        scaling: How the loss is scaled; None for not at all.
-        parameters: The parameters by name.
-
-    Returns:
-        The update. Its states are `NAME.KIND`, and zero at first; then those of loss scaling.
-    """
+    """Make an optimizer's update of some parameters."""
     kinds: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     if isinstance(config, SGD):
         kinds = ("momentum_buffer",) if config.momentum else ()

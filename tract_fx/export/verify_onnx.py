@@ -24,8 +24,6 @@ from tract_fx.importer.modes import (
 )
 from tract_fx.reference.distance import distance, norm
 
-__all__ = ["verify_import"]
-
 SINGLE = 1e-4
 """Largest relative error between two runs in float32."""
 
@@ -38,18 +36,7 @@ def verify_import(source: OnnxSource, loss: TorchLoss, graphs: TorchGraphs) -> s
 
     Where `onnx.reference` can't compute the file in float64, ONNX Runtime does in float32: it knows
     nothing of how the file was read.
-
-    Args:
-        source: The model.
-        loss: The loss.
-        graphs: The graphs that were written.
-
-    Returns:
-        What they were compared with.
-
-    Raises:
-        ExportError: They differ by more than rounding.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     batch = source.model.batch
     size = batch if batch is None else min(batch, _IMAGES)
     inputs = {

@@ -33,8 +33,6 @@ from tract_fx.modules import named_tensors
 from tract_fx.reference.distance import distance, norm
 from tract_fx.step.names import output_names
 
-__all__ = ["training_outputs", "verify_torch"]
-
 ROUNDING = 1e-5
 """Largest relative error, beyond what float32 rounds."""
 
@@ -65,16 +63,7 @@ class _Results:
 
 
 def verify_torch(model: TorchModel, loss: TorchLoss, graphs: TorchGraphs) -> None:
-    """Compare what ONNX Runtime makes of the graphs with float64, on batches of two sizes.
-
-    Args:
-        model: The model.
-        loss: The loss.
-        graphs: The graphs that were written.
-
-    Raises:
-        ExportError: They differ by more than rounding.
-    """  # noqa: DOC502 (raised by what it calls)
+    """Compare what ONNX Runtime makes of the graphs with float64, on batches of two sizes."""
     batch = {**model.inputs, **loss.targets}
     layers = [record for record in graphs.layers if record.node not in graphs.trace.idle]
     verify_tract(graphs.training, layers, arrays(batch), graphs.initial)
@@ -143,15 +132,7 @@ def _moved(
 
 
 def training_outputs(model: TorchModel, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Compute what a model returns in training mode, in float64 and without dropout.
-
-    Args:
-        model: A model that takes its inputs in order. Not changed.
-        inputs: The inputs by name.
-
-    Returns:
-        The outputs by name.
-    """
+    """Compute what a model returns in training mode, in float64 and without dropout."""
     turned = _Turn(torch.float64, None)
     module = model.training
     tensors = {name: turned(value) for name, value in named_tensors(module).items()}

@@ -14,8 +14,6 @@ from tract_fx.passes.records import InputLayer
 from tract_fx.reference.distance import relative_error
 from tract_fx.reference.onnx_calls import observe_call, to_weight_layout
 
-__all__ = ["verify_tract"]
-
 _TOLERANCE = 2e-4
 """Largest relative error. Past what float32 is good for the graph goes over to float64."""
 
@@ -26,18 +24,7 @@ def verify_tract(
     feeds: Mapping[str, np.ndarray],
     parameters: Mapping[str, np.ndarray],
 ) -> None:
-    """Compare TrAct's subgraphs in a training graph with float64, on one batch.
-
-    Args:
-        training: A training graph with TrAct. Not changed, and neither are the parameters.
-        layers: The calls that TrAct has to be on, with λ.
-        feeds: The model's inputs and targets.
-        parameters: The parameters, by name.
-
-    Raises:
-        ExportError: A gradient is not TrAct's to float32's accuracy, or TrAct is not where it
-            belongs.
-    """
+    """Compare TrAct's subgraphs in a training graph with float64, on one batch."""
     plain, _ = without_tract(training)
     treated, problems = treated_calls(training, plain, layers)
     present = {call.record.node for call in treated}

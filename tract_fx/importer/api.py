@@ -18,8 +18,6 @@ from tract_fx.importer.detached import detached_names
 from tract_fx.importer.forward_model import read_forward, read_model
 from tract_fx.passes.onnx_graph.models import as_ir_model
 
-__all__ = ["import_onnx", "with_weights"]
-
 Model = onnx.ModelProto | ir.Model | str | Path
 
 
@@ -45,7 +43,7 @@ def import_onnx(model: Model, *, trainable: Iterable[str] | None = None) -> fx.G
         UnsupportedModelError: `model` is no ONNX forward model.
         UnsupportedTrainingError: An operator has no counterpart in PyTorch, or what is trained
             can't be told.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     module = _imported(model, trainable).module
     outputs: Any = module.graph.output_node().args[0]
     if len(outputs) == 1:

@@ -9,22 +9,11 @@ from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.geometry import conv_geometry
 from tract_fx.passes.onnx_graph.node_names import described, described_shape
 
-__all__ = ["explicit_pads"]
-
 
 def explicit_pads(model: ir.Model) -> int:
     """Write the padding of each Conv as `pads` in place of `auto_pad`.
 
     Neither PyTorch's convolution nor ONNX Runtime's ConvGrad knows SAME_UPPER and SAME_LOWER.
-
-    Args:
-        model: The model, edited in place. Shapes are inferred.
-
-    Returns:
-        The number of nodes changed.
-
-    Raises:
-        ExportError: If the padding depends on a size that is not fixed.
     """
     changed = 0
     for node in model.graph.all_nodes():

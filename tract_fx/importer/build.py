@@ -25,8 +25,6 @@ from tract_fx.passes.onnx_graph.node_names import described
 from tract_fx.passes.onnx_graph.values import ancestors, operands, static_shape
 from tract_fx.preconditioner import LAYER_KINDS, precondition_grad
 
-__all__ = ["Imported", "import_graph"]
-
 assert elementwise and layers and recurrent_layers and reductions and shapes  # which fill the table
 
 # Operators whose functions give a tuple.
@@ -62,11 +60,7 @@ class Mode(nn.Module):
     """Tells whether the model trains."""
 
     def forward(self) -> bool:
-        """Tell it.
-
-        Returns:
-            Whether it does.
-        """
+        """Tell it."""
         return self.training
 
 
@@ -80,23 +74,7 @@ def import_graph(
     detached: Collection[str] = (),
     needed: Collection[str] = (),
 ) -> Imported:
-    """Import a graph.
-
-    Args:
-        model: A forward graph of opset 18 to 20, its nodes named. Not changed.
-        trained: Names of the initializers that are trained parameters.
-        frozen: Names of those that are parameters and need no gradient.
-        trains: Names of the BatchNormalization and Dropout nodes that follow the module's mode.
-        lambdas: λ by the name of each Conv, Gemm or MatMul with TrAct.
-        detached: Names of values that no gradient goes through.
-        needed: Names of the outputs that may not be left out.
-
-    Returns:
-        The module, in training mode.
-
-    Raises:
-        UnsupportedTrainingError: An operator has no counterpart.
-    """  # noqa: DOC502 (raised by _Builder)
+    """Import a graph."""
     builder = _Builder(model, (*trained, *frozen), trains, lambdas or {}, detached)
     imported = builder.build(needed)
     for key in imported.keys.keys() & set(frozen):

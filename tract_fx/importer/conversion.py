@@ -12,26 +12,12 @@ from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.node_names import described
 from tract_fx.passes.onnx_graph.values import subgraphs
 
-__all__ = ["convert_opset"]
-
 _SMALL = 64
 """Entries of a constant that the converter may read: sizes, axes, scales."""
 
 
 def convert_opset(model: ir.Model, opset: int, target: int) -> ir.Model:
-    """Convert a model to another opset.
-
-    Args:
-        model: The model. Not changed.
-        opset: The version that it has.
-        target: The version to have.
-
-    Returns:
-        The converted model.
-
-    Raises:
-        ExportError: If onnx can't; the node that it stops at is named.
-    """
+    """Convert a model to another opset."""
     try:
         return ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(model), target))
     except Exception as error:  # the converter raises RuntimeError and others of its own

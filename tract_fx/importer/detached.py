@@ -6,8 +6,6 @@ import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.calls import is_standard
 
-__all__ = ["detached_names"]
-
 _NOTE = "pkg.torch.onnx.fx_node"
 _DETACH = ("aten.detach.", "aten.detach_.")
 
@@ -17,12 +15,6 @@ def detached_names(model: ir.Model) -> tuple[str, ...]:
 
     torch.onnx.export writes `detach()` as Identity; the operator that it came from is in the
     metadata.
-
-    Args:
-        model: A forward graph.
-
-    Returns:
-        Their names.
     """
     return tuple(
         str(node.outputs[0].name)

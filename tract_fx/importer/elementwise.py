@@ -15,8 +15,6 @@ from torch.nn import functional as F
 from tract_fx.importer.host import Value, as_list, as_tensor, is_host
 from tract_fx.importer.table import OPERATORS, operator
 
-__all__: list[str] = []
-
 DTYPES = {
     1: torch.float32,
     2: torch.uint8,

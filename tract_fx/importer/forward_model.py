@@ -22,22 +22,9 @@ from tract_fx.passes.onnx_graph.find import locate
 from tract_fx.passes.onnx_graph.node_names import named_nodes
 from tract_fx.passes.onnx_graph.parameters import RESET, forward_parameters, is_training_graph
 
-__all__ = ["ForwardModel", "read_forward", "read_model"]
-
 
 def read_model(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
-    """Read a forward model and bring it to what the importer knows.
-
-    Args:
-        model: A forward model, or its file. Not changed.
-
-    Returns:
-        A copy with its weights in memory, in a supported opset, with names on all nodes.
-
-    Raises:
-        UnsupportedModelError: `model` is no ONNX model, or a training graph already.
-        ExportError: The opset can't be converted, or a padding is not fixed.
-    """  # noqa: DOC502 (some are raised by what it calls)
+    """Read a forward model and bring it to what the importer knows."""
     graph = read_with_scores(model)
     if is_training_graph(graph):
         raise UnsupportedModelError(
@@ -91,20 +78,7 @@ def read_forward(
     BatchNormalization is in training mode keeps the mode of each.
 
     What would be trained by default and is not named in `trainable` is a frozen parameter.
-
-    Args:
-        model: What `read_model` has given. Not changed.
-        choice: The layers that TrAct goes on, None for none.
-        trainable: Names of the initializers to train; None for the usual ones.
-
-    Returns:
-        The model.
-
-    Raises:
-        UnsupportedTrainingError: `trainable` names what can't be trained, nothing is left to train,
-            or something of another dtype than float32.
-        TractError: No layer, or more than one, consumes the input.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     names = forward_parameters(model, trainable)
     _check_trained(model, names)
     frozen = () if trainable is None else _usual_others(model, names)

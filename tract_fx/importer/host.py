@@ -12,21 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Host", "Value", "as_host", "as_list", "as_tensor", "is_host"]
-
 Host: TypeAlias = "np.ndarray[Any, Any]"
 Value: TypeAlias = "Tensor | Host"
 
 
 def is_host(value: object) -> bool:
-    """Tell numbers from tensors.
-
-    Args:
-        value: Either.
-
-    Returns:
-        Whether they are numbers.
-    """
+    """Tell numbers from tensors."""
     return isinstance(value, np.ndarray)
 
 
@@ -45,14 +36,7 @@ def as_host(numbers: Any, dtype: str) -> Host:
 
 
 def as_list(value: Value | None) -> list[Any] | None:
-    """Give numbers as a flat list.
-
-    Args:
-        value: Numbers; a tensor of them is read where it is known.
-
-    Returns:
-        The list, None for nothing.
-    """
+    """Give numbers as a flat list."""
     if value is None:
         return None
     flat = value.reshape(-1).tolist()

@@ -7,21 +7,9 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from tract_fx.errors import ExportError
 
-__all__ = ["inferred_shapes"]
-
 
 def inferred_shapes(model: ir.Model) -> int:
-    """Note the shape and dtype of every value where onnx can infer them.
-
-    Args:
-        model: The model, edited in place.
-
-    Returns:
-        The number of values that have one now and had none.
-
-    Raises:
-        ExportError: If onnx finds a contradiction in the model's shapes.
-    """
+    """Note the shape and dtype of every value where onnx can infer them."""
     before = _unknown(model)
     result = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
     if result.model is not model:

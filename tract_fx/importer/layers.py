@@ -15,19 +15,9 @@ from tract_fx.importer.resizing import COORDINATES, resize_matrix
 from tract_fx.importer.shapes import pad_sides
 from tract_fx.importer.table import operator, unsupported
 
-__all__ = ["batch_norm", "split_pads"]
-
 
 def split_pads(pads: list[int] | None, dims: int) -> tuple[list[int], list[int]]:
-    """Split pads as ONNX lists them.
-
-    Args:
-        pads: All sizes in front, then all behind; None for none.
-        dims: Number of dimensions.
-
-    Returns:
-        The sizes in front, and those behind.
-    """
+    """Split pads as ONNX lists them."""
     given = pads or [0] * (2 * dims)
     return list(given[:dims]), list(given[dims:])
 

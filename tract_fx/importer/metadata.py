@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-__all__ = ["strip_exporter_metadata"]
-
 # torch.onnx writes stack traces with the user's paths, and names of scopes, under such keys.
 EXPORTERS = ("pkg.torch", "pkg.onnxscript", "namespace")
 
@@ -14,12 +12,6 @@ def strip_exporter_metadata(model: ir.Model) -> int:
     """Remove stack traces, scope names and doc strings that an exporter left.
 
     Other metadata stays, ours among it.
-
-    Args:
-        model: The model, edited in place.
-
-    Returns:
-        The number of entries removed.
     """
     removed = 0
     holders: list[ir.Model | ir.Graph | ir.Node | ir.Value] = [model, model.graph]

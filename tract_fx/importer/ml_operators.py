@@ -11,22 +11,13 @@ import onnx_ir as ir
 from tract_fx.importer.replacement import Replacement
 from tract_fx.passes.onnx_graph.models import as_ir_model
 
-__all__ = ["read_with_scores", "standardised_preprocessing", "without_dictionaries"]
-
 _DOMAIN = "ai.onnx.ml"
 # One float32 for each number that they read; onnx infers no shape for them.
 _ELEMENTWISE = ("Normalizer", "Imputer", "Binarizer")
 
 
 def read_with_scores(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
-    """Read a model; a classifier's scores stay among its outputs where they are dictionaries.
-
-    Args:
-        model: A model, or its file. Not changed.
-
-    Returns:
-        A copy.
-    """
+    """Read a model; a classifier's scores stay among its outputs where they are dictionaries."""
     result = as_ir_model(model)
     if isinstance(model, ir.Model) or _DOMAIN not in result.opset_imports:
         return result
@@ -39,12 +30,6 @@ def standardised_preprocessing(model: ir.Model) -> int:
     """Write each Scaler as a difference and a product; note what others keep of their shape.
 
     Without it no shape is known behind such a step, and on a GPU it would run on the CPU.
-
-    Args:
-        model: A forward graph, edited in place. Shapes behind the steps are to be inferred anew.
-
-    Returns:
-        The number of nodes changed.
     """
     changed = 0
     for node in list(model.graph):
@@ -80,12 +65,6 @@ def without_dictionaries(model: onnx.ModelProto) -> onnx.ModelProto:
     """Give the scores of a scikit-learn classifier as a tensor, not as a list of dictionaries.
 
     onnx-ir can't read the type of a ZipMap's output, so that this is done before.
-
-    Args:
-        model: A model; left as it is.
-
-    Returns:
-        A copy with an Identity in place of each ZipMap, or the model if it has none.
     """
     maps = {i: n for i, n in enumerate(model.graph.node) if n.op_type == "ZipMap"}
     if not maps:

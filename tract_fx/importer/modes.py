@@ -10,23 +10,12 @@ from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.calls import RANDOM, is_standard
 from tract_fx.passes.onnx_graph.node_names import described
 
-__all__ = ["evaluation_mode", "random_free", "random_operators", "train_batch_norm"]
-
 
 def evaluation_mode(model: ir.Model) -> int:
     """Turn a forward graph in training mode into its form for evaluation.
 
     BatchNormalization uses its running statistics and has one output; Dropout nodes go.
-
-    Args:
-        model: The model, edited in place.
-
-    Returns:
-        The number of nodes changed.
-
-    Raises:
-        ExportError: If a dropout's mask or a batch's statistics are read by other nodes.
-    """  # noqa: DOC502 - raised by _drop_outputs
+    """
     changed = random_free(model)
     for node in model.graph:
         if not is_standard(node, "BatchNormalization"):
@@ -40,17 +29,7 @@ def evaluation_mode(model: ir.Model) -> int:
 
 
 def random_free(model: ir.Model) -> int:
-    """Take out all Dropout nodes, so that two runs of a graph can be compared.
-
-    Args:
-        model: The model, edited in place.
-
-    Returns:
-        The number of nodes taken out.
-
-    Raises:
-        ExportError: If a mask is read by another node.
-    """  # noqa: DOC502 - raised by _drop_outputs
+    """Take out all Dropout nodes, so that two runs of a graph can be compared."""
     changed = 0
     for node in list(model.graph):
         if not is_standard(node, "Dropout"):
@@ -62,15 +41,7 @@ def random_free(model: ir.Model) -> int:
 
 
 def random_operators(model: ir.Model) -> list[str]:
-    """Name the nodes whose result differs from run to run.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Their names, or those of their first outputs: random number generators, and each Dropout
-        but those known to be off.
-    """
+    """Name the nodes whose result differs from run to run."""
     return [
         node.name or node.outputs[0].name or node.op_type
         for node in model.graph.all_nodes()
@@ -91,14 +62,7 @@ def _is_off(node: ir.Node) -> bool:
 
 
 def _drop_outputs(node: ir.Node) -> None:
-    """Leave a node its first output alone; those of a graph that are its others go too.
-
-    Args:
-        node: The node.
-
-    Raises:
-        ExportError: If another node reads one.
-    """
+    """Leave a node its first output alone; those of a graph that are its others go too."""
     graph = node.graph
     assert graph is not None
     for output in node.outputs[1:]:
@@ -135,13 +99,6 @@ def train_batch_norm(model: ir.Model, names: Collection[str] | None = None) -> i
     """Put BatchNormalization nodes of an inference graph in training mode.
 
     They get the outputs that the operator has then: the result and both running statistics.
-
-    Args:
-        model: The model, edited in place.
-        names: Names of the nodes; None for all.
-
-    Returns:
-        The number of nodes changed.
     """
     changed = 0
     for node in model.graph:

@@ -7,8 +7,6 @@ import onnx_ir as ir
 from tract_fx.importer.replacement import Replacement, known_dtype, known_rank
 from tract_fx.passes.onnx_graph.calls import is_standard, opset_of
 
-__all__ = ["normalizations_as_primitives"]
-
 PER_CHANNEL_SINCE = 21  # GroupNormalization's scale and bias: per group before, per channel since
 
 
@@ -16,16 +14,7 @@ def normalizations_as_primitives(model: ir.Model) -> int:
     """Write InstanceNormalization and GroupNormalization with means.
 
     The variance is the mean of squared deviations, in two passes, as exact as the operators' own.
-
-    Args:
-        model: The model, edited in place.
-
-    Returns:
-        The number of nodes replaced.
-
-    Raises:
-        ExportError: If the rank or the dtype of an input is not known.
-    """  # noqa: DOC502 - raised by known_rank and known_dtype
+    """
     opset = opset_of(model)
     changed = 0
     for node in list(model.graph):

@@ -6,19 +6,11 @@ import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.calls import is_standard
 
-__all__ = ["unread_operands"]
-
 
 def unread_operands(model: ir.Model) -> int:
     """Leave out the C of each Gemm with beta = 0, which nobody reads.
 
     It would be taken for a bias to train.
-
-    Args:
-        model: The model, edited in place.
-
-    Returns:
-        The number of nodes changed.
     """
     changed = 0
     for node in model.graph.all_nodes():

@@ -6,20 +6,12 @@ import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.calls import is_standard
 
-__all__ = ["identity_permutations"]
-
 
 def identity_permutations(model: ir.Model) -> int:
     """Write each Transpose that leaves all dimensions where they are as an Identity.
 
     ONNX Runtime 1.19.2 takes every Transpose beside a Gemm for a real one, and merges it; beside a
     MatMul that an Add follows as well, since it makes a Gemm of these two.
-
-    Args:
-        model: The model, edited in place.
-
-    Returns:
-        The number of nodes changed.
     """
     changed = 0
     for node in list(model.graph.all_nodes()):

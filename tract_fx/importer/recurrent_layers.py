@@ -11,8 +11,6 @@ from tract_fx.importer.host import Value, as_list, as_tensor
 from tract_fx.importer.table import operator, unsupported
 from tract_fx.recurrent import Cell, elman, gru, gru_reset_first, lstm, run_layer
 
-__all__: list[str] = []
-
 _ACTIVATIONS = {"Tanh": torch.tanh, "Relu": torch.relu, "Sigmoid": torch.sigmoid}
 
 

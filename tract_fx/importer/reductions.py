@@ -12,8 +12,6 @@ from torch import Tensor
 from tract_fx.importer.host import Host, Value, as_list, as_tensor, is_host
 from tract_fx.importer.table import OPERATORS, operator, unsupported
 
-__all__: list[str] = []
-
 _REDUCTIONS: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
     "ReduceMean": lambda x, axes, keep: x.mean(axes, keep),
     "ReduceSum": lambda x, axes, keep: x.sum(axes, keep),

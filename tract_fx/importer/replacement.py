@@ -11,12 +11,6 @@ import onnx_ir as ir
 from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.node_names import described
 
-__all__ = [
-    "Replacement",
-    "known_dtype",
-    "known_rank",
-]
-
 
 class Replacement:
     """Nodes that stand in for one node of a graph, under its name.
@@ -76,14 +70,7 @@ class Replacement:
         return result
 
     def int64(self, value: int | Sequence[int]) -> ir.Value:
-        """Add a Constant of one or several integers.
-
-        Args:
-            value: An integer (no dimensions), or several (one dimension).
-
-        Returns:
-            Its output.
-        """
+        """Add a Constant of one or several integers."""
         return self.constant(np.array(value, np.int64))
 
     def scalar(self, value: float, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
@@ -99,11 +86,7 @@ class Replacement:
         return self.constant(np.array(value, dtype.numpy()))
 
     def finish(self, result: ir.Value) -> None:
-        """Put the nodes in and take the node out; its users read the result, under its name.
-
-        Args:
-            result: A value made here.
-        """
+        """Put the nodes in and take the node out; its users read the result, under its name."""
         graph = self.node.graph
         assert graph is not None
         ir.convenience.replace_nodes_and_values(
@@ -134,18 +117,7 @@ def known_dtype(value: ir.Value, node: ir.Node) -> ir.DataType:
 
 
 def known_rank(value: ir.Value, node: ir.Node) -> int:
-    """Give a value's number of dimensions, which its replacement needs.
-
-    Args:
-        value: The value.
-        node: The node to replace.
-
-    Returns:
-        The number.
-
-    Raises:
-        ExportError: If shape inference has not found it.
-    """
+    """Give a value's number of dimensions, which its replacement needs."""
     if value.shape is None:
         raise ExportError(
             f"{described(node)} reads {value.name!r} of unknown rank",

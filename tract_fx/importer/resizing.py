@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["COORDINATES", "resize_matrix"]
-
 
 def _asymmetric(i: np.ndarray, size: int, out: int, scale: np.float32) -> np.ndarray:
     return i / scale

@@ -14,8 +14,6 @@ from torch.nn import functional as F
 from tract_fx.importer.host import Host, Value, as_list, as_tensor, is_host
 from tract_fx.importer.table import operator, unsupported
 
-__all__: list[str] = []
-
 _FAR = 2**31 - 1
 """As far as files go that mean the end."""
 
@@ -151,15 +149,7 @@ def _slice(
 
 
 def wrapped_indices(indices: Value, size: int) -> Tensor:
-    """Count indices below zero from the end.
-
-    Args:
-        indices: Any integers.
-        size: How many entries there are.
-
-    Returns:
-        The indices, none below zero.
-    """
+    """Count indices below zero from the end."""
     if isinstance(indices, np.ndarray):
         wrapped = [int(i) % int(size) for i in indices.reshape(-1)]
         return torch.tensor(wrapped, dtype=torch.int64).reshape(indices.shape)
@@ -244,17 +234,7 @@ def _pad(
 
 
 def pad_sides(x: Tensor, before: list[int], after: list[int], value: float = 0.0) -> Tensor:
-    """Pad with a number.
-
-    Args:
-        x: What is padded.
-        before: Sizes in front, of the last dimensions.
-        after: Sizes behind.
-        value: The number.
-
-    Returns:
-        The result.
-    """
+    """Pad with a number."""
     sides = [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair]
     return F.pad(x, sides, value=value) if any(sides) else x
 

@@ -7,22 +7,12 @@ from typing import Any
 
 from tract_fx.errors import UnsupportedTrainingError
 
-__all__ = ["OPERATORS", "operator", "unsupported"]
-
 OPERATORS: dict[tuple[str, str], Callable[..., Any]] = {}
 """Functions of an operator's inputs, its attributes by keyword, by domain and name."""
 
 
 def operator(*names: str, domain: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Enter a function.
-
-    Args:
-        *names: The operators that it computes.
-        domain: Their domain.
-
-    Returns:
-        What takes the function and gives it back.
-    """
+    """Enter a function."""
 
     def enter(function: Callable[..., Any]) -> Callable[..., Any]:
         OPERATORS.update({(domain, name): function for name in names})
@@ -32,14 +22,7 @@ def operator(*names: str, domain: str = "") -> Callable[[Callable[..., Any]], Ca
 
 
 def unsupported(what: str) -> UnsupportedTrainingError:
-    """Make the error for a form of an operator that has no counterpart in PyTorch.
-
-    Args:
-        what: The form.
-
-    Returns:
-        The error.
-    """
+    """Make the error for a form of an operator that has no counterpart in PyTorch."""
     return UnsupportedTrainingError(
         what,
         "it has no counterpart in PyTorch that is tested",

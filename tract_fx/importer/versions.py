@@ -10,8 +10,6 @@ from tract_fx.importer.inferred_shapes import inferred_shapes
 from tract_fx.importer.normalizations import normalizations_as_primitives
 from tract_fx.passes.onnx_graph.calls import is_standard
 
-__all__ = ["supported_versions"]
-
 _SLOPES_BROADCAST = 7
 OLDEST_OPSET = 18  # since it, all reductions but ReduceSum take their axes as an input too
 NEWEST_OPSET = 20  # 21 changes GroupNormalization
@@ -22,17 +20,7 @@ NEWEST_IR = 10
 
 
 def supported_versions(model: ir.Model) -> int:
-    """Bring a model to an opset and an IR version that the importer takes.
-
-    Args:
-        model: The model, edited in place.
-
-    Returns:
-        The number of versions changed: 0, 1 or 2.
-
-    Raises:
-        ExportError: If the opset can't be converted.
-    """  # noqa: DOC502 - raised by _convert
+    """Bring a model to an opset and an IR version that the importer takes."""
     ir_version = min(max(model.ir_version, OLDEST_IR), NEWEST_IR)
     changed = int(model.ir_version != ir_version)
     model.ir_version = ir_version  # first, since the converter asks for it
@@ -63,16 +51,7 @@ def _slopes_per_channel(model: ir.Model) -> None:
 
 
 def _convert(model: ir.Model, opset: int, target: int) -> None:
-    """Convert a model's graph to another opset.
-
-    Args:
-        model: The model, edited in place.
-        opset: The version that it has.
-        target: The version to have.
-
-    Raises:
-        ExportError: If onnx's converter can't.
-    """  # noqa: DOC502 - raised by convert_opset
+    """Convert a model's graph to another opset."""
     if opset > target:  # onnx can't bring GroupNormalization back to its older form
         inferred_shapes(model)
         normalizations_as_primitives(model)

@@ -16,18 +16,9 @@ from tract_fx.passes.records import InputLayer
 from tract_fx.preconditioner.process_groups import WORLD, resolve
 from tract_fx.reference.observed import AllRows, ObservedCall
 
-__all__ = ["gram_notes", "with_all_processes"]
-
 
 def with_all_processes(call: ObservedCall) -> ObservedCall:
-    """Add to a call what the other processes' calls read.
-
-    Args:
-        call: This process's call.
-
-    Returns:
-        The same; itself where its Gram is of its own rows.
-    """
+    """Add to a call what the other processes' calls read."""
     group = None if call.record.group is None else resolve(call.record.group)
     if group is None:
         return call
@@ -53,15 +44,7 @@ def with_all_processes(call: ObservedCall) -> ObservedCall:
 
 
 def gram_notes(record: InputLayer, call: ObservedCall | None) -> Iterator[str]:
-    """Say whose rows a call's Gram is of, where there are several processes.
-
-    Args:
-        record: A call with TrAct.
-        call: What it read on a batch, None where nothing was run.
-
-    Yields:
-        Notes.
-    """
+    """Say whose rows a call's Gram is of, where there are several processes."""
     if record.group is not None:
         name = record.group.partition(":")[0]
         which = "all processes" if record.group == WORLD else f"the process group {name!r}"

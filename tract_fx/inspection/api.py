@@ -17,16 +17,14 @@ from tract_fx.inspection.forward_diff import graph_diff, module_diff
 from tract_fx.inspection.given import check_arguments, describe, running
 from tract_fx.inspection.inspection import Inspection
 from tract_fx.inspection.layers import layer_reports, read_layers
+from tract_fx.inspection.marks import lost_marks
 from tract_fx.inspection.records import ForwardDiff
 from tract_fx.inspection.runs import observe, observe_forward
 from tract_fx.inspection.statistics import statistics as measure
-from tract_fx.inspection.verify import lost_marks
 from tract_fx.inspection.verify import verify as compare
 from tract_fx.passes.fx_graph import refuse_wrapped, remove_tract
 from tract_fx.program import arguments, capture
 from tract_fx.version import __version__
-
-__all__ = ["inspect_graph"]
 
 Detail = Literal["short", "expanded"]
 
@@ -75,7 +73,7 @@ def inspect_graph(
         UnsupportedFormatError: `backward` is no form of it.
         UntraceableModelError: `torch.export` fails on an eager model.
         MissingRuntimeError: `gm` is an ONNX model, and the extra `ort-training` is missing.
-    """  # noqa: DOC502 (some are raised by what it calls)
+    """
     check_arguments(gm, example_inputs, loss, backward)
     options = _Options(backward, verify, statistics, whole)
     if not isinstance(gm, (nn.Module, ExportedProgram)):

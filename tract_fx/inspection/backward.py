@@ -13,8 +13,6 @@ from tract_fx.inspection.records import Backward, GraphView
 from tract_fx.inspection.views import graph_view
 from tract_fx.reference.observed import ObservedCall
 
-__all__ = ["backward"]
-
 _BY_DEFINITION = (
     "Drawn with the Gram as it is defined, from all patches at once; the library computes the same "
     "Gram piece by piece (the layers' table says how) and adds the pieces up in float64"
@@ -30,22 +28,7 @@ def backward(
     expanded: bool,
     whole: bool = False,
 ) -> Backward:
-    """Show forward and backward pass of a rewritten model as one graph.
-
-    Args:
-        model: The rewritten model, a graph or an eager one. Left as it was.
-        args: Positional arguments of a call.
-        kwargs: Keyword arguments.
-        calls: What the calls with TrAct read on these arguments, in graph order.
-        expanded: Whether to show TrAct as primitive operations too.
-        whole: Whether to show all of the graph instead of TrAct's neighbourhood.
-
-    Returns:
-        The pictures.
-
-    Raises:
-        UntraceableModelError: Neither tracing nor running the model gives a joint graph.
-    """  # noqa: DOC502 (raised by what it calls)
+    """Show forward and backward pass of a rewritten model as one graph."""
     joint = trace_joint_graph(model, args, kwargs)
     title = "Forward and backward pass, TrAct as one operation each"
     short = _view(joint, title, 3, whole, joint.note)

@@ -13,8 +13,6 @@ from torch.utils import _pytree as pytree
 
 from tract_fx import torch_private
 
-__all__ = ["Batch", "dtype_name", "has_gradient", "tensors_in"]
-
 
 class Batch:
     """A batch whose floating and complex tensors gather gradients, apart from the user's.
@@ -34,15 +32,7 @@ class Batch:
         *,
         with_gradients: bool = True,
     ) -> None:
-        """Copy the tensors.
-
-        Args:
-            model: The model, whose arguments' names are taken.
-            args: Positional arguments of a call.
-            kwargs: Keyword arguments.
-            with_gradients: Whether `leaves` are wanted; else only what the user has made gather
-                gradients does so.
-        """
+        """Copy the tensors."""
         self.leaves: dict[str, Tensor] = {}
         self.autocast: torch.dtype | None = None
         self._words: list[str] = []
@@ -81,15 +71,7 @@ def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def tensors_in(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Go through the tensors in a nested value, with what leads to each.
-
-    Args:
-        value: Tensors in containers and dataclasses.
-        name: What the value itself is called.
-
-    Yields:
-        `"name['key'][0].field"` and the tensor there.
-    """
+    """Go through the tensors in a nested value, with what leads to each."""
     for path, leaf in pytree.tree_flatten_with_path(value)[0]:
         at = name + pytree.keystr(path)
         if isinstance(leaf, Tensor):
@@ -100,14 +82,7 @@ def tensors_in(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def has_gradient(tensor: Tensor) -> bool:
-    """Tell the dtypes that have gradients.
-
-    Args:
-        tensor: Any tensor.
-
-    Returns:
-        True for floating and complex numbers.
-    """
+    """Tell the dtypes that have gradients."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 

@@ -11,8 +11,6 @@ from tract_fx.inspection.records import Check
 from tract_fx.inspection.runs import Run
 from tract_fx.reference.distance import norm, relative_error
 
-__all__ = ["NEGLIGIBLE", "OTHER_TOLERANCE", "coarser", "coarsest", "compare_runs"]
-
 OTHER_TOLERANCE = {
     torch.float64: 1e-8,
     torch.float32: 1e-3,

@@ -24,8 +24,6 @@ from tract_fx.preconditioner import (
 from tract_fx.preconditioner.settings import read_settings
 from tract_fx.reference.observed import ObservedCall
 
-__all__ = ["expand", "stage_of"]
-
 _aten = torch.ops.aten
 _PRECONDITION = torch.ops.tract_fx.precondition.default
 _ISFINITE = (_aten.eq.Tensor, _aten.ne.Scalar)
@@ -33,14 +31,7 @@ _PASSED_ON = {_aten.detach.default, _aten.alias.default, _aten.clone.default}
 
 
 def stage_of(node: Node) -> str:
-    """Tell the part of TrAct that a node is a step of.
-
-    Args:
-        node: A node of an expanded graph.
-
-    Returns:
-        `"Gram"`, `"row space"`, `"factorisation"` or `"solve"`; empty for every other node.
-    """
+    """Tell the part of TrAct that a node is a step of."""
     return str((node.meta.get("custom") or {}).get("stage", ""))
 
 
@@ -49,13 +40,6 @@ def expand(joint: JointGraph, calls: Sequence[ObservedCall]) -> tuple[JointGraph
 
     Form and dtype are those that the library chooses for what the call really read; the Gram is in
     one block.
-
-    Args:
-        joint: A joint graph. Not changed.
-        calls: What the calls with TrAct read, in graph order.
-
-    Returns:
-        The expanded graph, and how many preconditioners stay as they are, for want of such a call.
     """
     graph = torch_private.copy_graph(joint.module.graph)
     inputs = _observed_inputs(graph, joint.inputs, calls)

@@ -18,8 +18,6 @@ from tract_fx.modules import plain_class, tract_lambda
 from tract_fx.passes.fx_graph import weight_parameters
 from tract_fx.passes.fx_graph.values import lookup
 
-__all__ = ["graph_diff", "module_diff"]
-
 _TITLE = "Forward pass with TrAct"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -27,16 +25,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 def graph_diff(
     plain: fx.GraphModule, rewritten: fx.GraphModule, *, whole: bool = False
 ) -> ForwardDiff:
-    """Compare two graphs, node by node.
-
-    Args:
-        plain: The graph without TrAct.
-        rewritten: The graph with TrAct, its other nodes under the same names.
-        whole: Whether the picture shows all of the graph instead of TrAct's neighbourhood.
-
-    Returns:
-        The comparison.
-    """
+    """Compare two graphs, node by node."""
     return ForwardDiff(
         before=_listing(plain),
         after=_listing(rewritten),
@@ -47,17 +36,7 @@ def graph_diff(
 def module_diff(
     plain: nn.Module, rewritten: nn.Module, graph: fx.GraphModule | None, *, whole: bool = False
 ) -> ForwardDiff:
-    """Compare two eager models, module by module.
-
-    Args:
-        plain: The model without TrAct.
-        rewritten: The model with TrAct.
-        graph: The graph that `torch.export` makes of it, None where that fails.
-        whole: Whether the picture shows all of that graph instead of TrAct's neighbourhood.
-
-    Returns:
-        The comparison.
-    """
+    """Compare two eager models, module by module."""
     view = _layers_view(rewritten) if graph is None else graph_view(graph, _TITLE, whole=whole)
     return ForwardDiff(before=repr(plain), after=repr(rewritten), view=view)
 

@@ -14,24 +14,11 @@ from torch.utils import _pytree as pytree
 
 from tract_fx.errors import TractError, UnsupportedFormatError, UnsupportedModelError
 
-__all__ = ["FailedLossError", "call_loss", "check_arguments", "describe", "running"]
-
 _ONNX_PACKAGES = frozenset({"onnx", "onnx_ir", "onnxscript"})
 
 
 def check_arguments(model: object, example_inputs: object, loss: object, backward: object) -> None:
-    """Refuse what is of no kind that inspecting takes, before any work.
-
-    Args:
-        model: What is to be inspected.
-        example_inputs: The batch.
-        loss: The loss.
-        backward: The form of the backward pass.
-
-    Raises:
-        UnsupportedModelError: The model, the batch or the loss is of another kind.
-        UnsupportedFormatError: There is no such form.
-    """
+    """Refuse what is of no kind that inspecting takes, before any work."""
     if not isinstance(model, (nn.Module, ExportedProgram, str, PathLike)) and not _is_onnx(model):
         raise UnsupportedModelError(
             f"a model {_named(model)}",
@@ -91,19 +78,7 @@ class FailedLossError(UnsupportedModelError):
 
 
 def call_loss(loss: Callable[[Any], Any], output: Any) -> Any:
-    """Call the user's loss.
-
-    Args:
-        loss: The loss.
-        output: The model's output.
-
-    Returns:
-        What the loss gives.
-
-    Raises:
-        FailedLossError: It has failed.
-        TractError: The library itself has refused something; left as it is.
-    """
+    """Call the user's loss."""
     try:
         return loss(output)
     except TractError:
@@ -118,18 +93,7 @@ def call_loss(loss: Callable[[Any], Any], output: Any) -> Any:
 
 @contextmanager
 def running(model: nn.Module) -> Iterator[None]:
-    """Say what failed where the user's model can't be run on the user's batch.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        UnsupportedModelError: Something has failed.
-        TractError: The library itself has refused something; left as it is.
-    """
+    """Say what failed where the user's model can't be run on the user's batch."""
     try:
         yield
     except TractError:
@@ -167,15 +131,7 @@ def _message(error: BaseException) -> str:
 
 
 def describe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Put a batch into words.
-
-    Args:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-
-    Returns:
-        Dtypes and shapes of its tensors.
-    """
+    """Put a batch into words."""
     tensors = [
         f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
         for leaf in pytree.tree_leaves((args, kwargs))

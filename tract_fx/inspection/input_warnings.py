@@ -13,8 +13,6 @@ from tract_fx.inspection.records import LayerStatistics
 from tract_fx.inspection.shares import Looks
 from tract_fx.reference.observed import ObservedCall
 
-__all__ = ["gradient_warning", "input_warning", "lambda_warning"]
-
 _LARGE = 10.0
 """Root mean square of an input that was not standardised; a standardised one's is about 1."""
 
@@ -41,15 +39,7 @@ _STANDARDISE = (
 
 
 def input_warning(layer: LayerStatistics, seen: Looks) -> list[str]:
-    """Judge the input's values, those of images channel by channel.
-
-    Args:
-        layer: The call's statistics.
-        seen: Its images.
-
-    Returns:
-        At most one warning on the whole input, and one on images that are constant.
-    """
+    """Judge the input's values, those of images channel by channel."""
     rms = math.hypot(layer.mean, layer.std)
     low, high = layer.minimum, layer.maximum
     if not math.isfinite(rms):
@@ -102,15 +92,7 @@ def _constant_images(seen: Looks, rms: float) -> list[str]:
 
 
 def lambda_warning(layer: LayerStatistics) -> list[str]:
-    """Judge λ beside the eigenvalues.
-
-    Args:
-        layer: The call's statistics.
-
-    Returns:
-        A warning where λ lies far above or far below all of them. None for a Gram of zeros, and
-        none below those of an input so large that `input_warning` says it.
-    """
+    """Judge λ beside the eigenvalues."""
     if not layer.eigenvalues or not layer.eigenvalues[0]:
         return []
     lambda_, largest = layer.lambda_, layer.eigenvalues[0]
@@ -132,14 +114,7 @@ def lambda_warning(layer: LayerStatistics) -> list[str]:
 
 
 def gradient_warning(call: ObservedCall) -> list[str]:
-    """Judge the gradient that reached the call.
-
-    Args:
-        call: The call.
-
-    Returns:
-        A warning where it is zero or not finite; none without a gradient.
-    """
+    """Judge the gradient that reached the call."""
     gradients = [g for g in (call.incoming, call.output_gradient) if g is not None and g.numel()]
     if not all(bool(torch.isfinite(g).all()) for g in gradients):
         return [

@@ -19,8 +19,6 @@ from tract_fx.passes.records import Refusal
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Inspection"]
-
 
 @dataclass(frozen=True)
 class Inspection:
@@ -62,7 +60,7 @@ class Inspection:
 
         Raises:
             MissingRuntimeError: The extra `inspect` is not installed.
-        """  # noqa: DOC502 (raised by what it calls)
+        """
         extras.load("tract_fx.inspection.render.terminal", "print_inspection")(self, console)
 
     def save(self, path: str | Path) -> Path:
@@ -79,7 +77,7 @@ class Inspection:
             MissingRuntimeError: The extra `inspect`, or Graphviz, is not installed.
             UnsupportedFormatError: The suffix is another one.
             ArtifactsWriteError: The file can't be written.
-        """  # noqa: DOC502 (raised by what it calls)
+        """
         saved: Path = extras.load("tract_fx.inspection.render.files", "save")(self, Path(path))
         return saved
 

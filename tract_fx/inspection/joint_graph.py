@@ -23,8 +23,6 @@ from tract_fx.errors import UntraceableModelError
 from tract_fx.inspection.sources import SourceLines
 from tract_fx.inspection.undisturbed import undisturbed
 
-__all__ = ["JointGraph", "Role", "is_backward", "trace_joint_graph"]
-
 _BACKWARD = "tract_backward"
 """Key in `node.meta["custom"]` of the backward pass's nodes, where the tracer marks them not."""
 _LEAVE_OUT = "Leave it out with backward=None; layers, verification and statistics need no trace"
@@ -63,14 +61,7 @@ class JointGraph:
 
 
 def is_backward(node: fx.Node) -> bool:
-    """Tell the nodes of the backward pass.
-
-    Args:
-        node: An operation of a joint graph.
-
-    Returns:
-        True for those that autograd ran.
-    """
+    """Tell the nodes of the backward pass."""
     return (
         # The first is autograd's own mark, which torch 2.11 does not write; the second stands for
         # what AOTAutograd traces after the forward pass.
@@ -83,19 +74,7 @@ def is_backward(node: fx.Node) -> bool:
 def trace_joint_graph(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> JointGraph:
-    """Trace forward and backward pass of a model.
-
-    Args:
-        model: Any module. Left as it was, as is the random state.
-        args: Positional arguments of a call.
-        kwargs: Keyword arguments.
-
-    Returns:
-        The joint graph, with the user's lines in its metadata as far as they can be known.
-
-    Raises:
-        UntraceableModelError: The model can't be traced, or nothing in it requires a gradient.
-    """
+    """Trace forward and backward pass of a model."""
     found = f"the backward pass of {type(model).__name__}"
     if not any(p.requires_grad for p in model.parameters()):
         raise UntraceableModelError(found, "nothing in it requires a gradient", _LEAVE_OUT)

@@ -15,8 +15,6 @@ from tract_fx.modules import plain_class, tract_lambda
 from tract_fx.passes.fx_graph.calls import is_precondition_grad, read_lambda
 from tract_fx.passes.fx_graph.values import lookup, resolve
 
-__all__ = ["detail_of", "is_precondition", "operation_label", "operation_name", "tract_label"]
-
 _PRECONDITION = torch.ops.tract_fx.precondition.default
 _NAMES = {
     "_native_batch_norm_legit_functional": "batch_norm",
@@ -33,27 +31,12 @@ _LONGEST_PATH = 24
 
 
 def is_precondition(node: object) -> bool:
-    """Tell TrAct's nodes in the backward pass.
-
-    Args:
-        node: A node, or an argument of one.
-
-    Returns:
-        True for a call of the preconditioner as one operator.
-    """
+    """Tell TrAct's nodes in the backward pass."""
     return isinstance(node, Node) and node.target is _PRECONDITION
 
 
 def tract_label(gm: fx.GraphModule, node: Node) -> str:
-    """Say what TrAct does at a node.
-
-    Args:
-        gm: The module that the graph belongs to.
-        node: Any node.
-
-    Returns:
-        A phrase with λ; empty for a node that is not TrAct's.
-    """
+    """Say what TrAct does at a node."""
     if is_precondition_grad(node):
         return f"TrAct (identity on the weight), λ = {read_lambda(node):g}"
     if is_precondition(node):
@@ -67,15 +50,7 @@ def tract_label(gm: fx.GraphModule, node: Node) -> str:
 
 
 def operation_label(gm: fx.GraphModule, node: Node) -> str:
-    """Say what a node does: its operation, with the number it takes and the module it lies in.
-
-    Args:
-        gm: The module that the graph belongs to.
-        node: A call.
-
-    Returns:
-        Such as `"convolution (conv1)"`, `"div 255"` or `"bn1 (BatchNorm2d)"`.
-    """
+    """Say what a node does: its operation, with the number it takes and the module it lies in."""
     if node.op == "call_module":
         return _called(node, lookup(gm, node))
     name = operation_name(node)
@@ -92,14 +67,7 @@ def operation_label(gm: fx.GraphModule, node: Node) -> str:
 
 
 def operation_name(node: Node) -> str:
-    """Name a node's operation without a namespace or an overload.
-
-    Args:
-        node: A call.
-
-    Returns:
-        Such as `"convolution"`, `"sub"` or `"flatten"`; a module's path.
-    """
+    """Name a node's operation without a namespace or an overload."""
     target: Any = node.target
     if isinstance(target, str):
         return target

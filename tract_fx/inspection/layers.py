@@ -17,8 +17,6 @@ from tract_fx.passes.records import Findings, InputLayer, Refusal
 from tract_fx.preconditioner import gram_algorithm, is_quicker, plan_solve
 from tract_fx.reference.observed import ObservedCall
 
-__all__ = ["LayerCalls", "layer_reports", "read_layers", "sort_calls"]
-
 _FORMS = {
     "cholesky": "Cholesky of the Gram",
     "row space": "Cholesky of XXᵀ, on the output's gradient in an eager layer whose input needs "
@@ -56,15 +54,7 @@ class LayerCalls:
 
 
 def read_layers(graph: fx.GraphModule, model: nn.Module) -> LayerCalls:
-    """Sort the calls of a graph.
-
-    Args:
-        graph: A graph, rewritten or not. Not changed.
-        model: The model that it is the graph of; the graph itself where there is no other.
-
-    Returns:
-        Its calls of linear layers and convolutions.
-    """
+    """Sort the calls of a graph."""
     located = locate(graph)
     records = [record for record, _ in located.eligible]
     sources = {record.node: source_of(call.node) for record, call in located.eligible}
@@ -78,17 +68,7 @@ def sort_calls(
     sources: Mapping[str, SourceLine | None],
     padding_modes: Mapping[str, str],
 ) -> LayerCalls:
-    """Sort the calls that locating found, in whatever kind of graph.
-
-    Args:
-        findings: What meets the input.
-        records: All calls that could be treated.
-        sources: The user's line of each call, None where it is not known.
-        padding_modes: What the calls' modules pad with; empty for zeros.
-
-    Returns:
-        The calls.
-    """
+    """Sort the calls that locating found, in whatever kind of graph."""
     on_input = frozenset(record.node for record in findings.layers)
     taken = tuple(r for r in records if r.lambda_ is not None)
     candidates = tuple(r for r in records if r.lambda_ is None and r.node in on_input)
@@ -116,15 +96,7 @@ def _padding_mode(record: InputLayer, model: nn.Module) -> str:
 
 
 def layer_reports(calls: LayerCalls, observed: Sequence[ObservedCall]) -> tuple[LayerReport, ...]:
-    """Report on the calls with TrAct, and on those on the input without.
-
-    Args:
-        calls: The calls.
-        observed: What the calls with TrAct read on a batch; empty where nothing was run.
-
-    Returns:
-        A record per call: those with TrAct first, each kind in graph order.
-    """
+    """Report on the calls with TrAct, and on those on the input without."""
     by_node = {call.record.node: call for call in observed}
     taken = [_report(record, calls, by_node.get(record.node)) for record in calls.taken]
     return (*taken, *(_report(record, calls, None) for record in calls.candidates))

@@ -12,21 +12,9 @@ from tract_fx.passes.fx_graph.calls import is_precondition_grad, match_function
 from tract_fx.passes.fx_graph.regions import graphs
 from tract_fx.passes.records import InputLayer
 
-__all__ = ["lost_marks"]
-
 
 def lost_marks(model: nn.Module, records: Sequence[InputLayer]) -> tuple[str, ...]:
-    """Find traces of TrAct on calls that do not have it any more.
-
-    Args:
-        model: A model that may have been rewritten, and changed since.
-        records: The calls with TrAct that locating finds in it.
-
-    Returns:
-        Names of nodes that carry the pass's mark or call a TrAct layer, or for an eager model of
-        modules that are TrAct layers, without being among the records; and of such nodes in graph
-        modules inside an eager model, behind the graph's path, whose call has no TrAct.
-    """
+    """Find traces of TrAct on calls that do not have it any more."""
     if isinstance(model, fx.GraphModule):
         return tuple(_lost_in_graph(model, {record.node for record in records}))
     found = {model.get_submodule(r.module) for r in records if r.module is not None}

@@ -9,8 +9,6 @@ from typing import Literal
 
 from tract_fx.inspection.records import ViewNode
 
-__all__ = ["neighbourhood"]
-
 _MOST_ON_THE_WAY = 12
 """So many nodes from the model's input to TrAct, or from TrAct to the parameter's gradient, are
 shown, whatever the radius."""
@@ -24,14 +22,6 @@ def neighbourhood(nodes: Sequence[ViewNode], radius: int) -> list[ViewNode]:
     it up to the parameter. Parameters, constants and gradients are shown one step less far than
     operations, for a norm alone would bring five. What is left out is drawn as one node, the rest
     of the model, which takes what the forward pass gives and gives what the backward pass takes.
-
-    Args:
-        nodes: All nodes of a graph, in order.
-        radius: How many steps to go.
-
-    Returns:
-        The nodes to show, in order, with the stand-ins; all of them where TrAct is not in the
-        graph.
     """
     graph = _Graph(nodes)
     if not graph.tract:
@@ -125,18 +115,7 @@ def _count(hidden: Mapping[str, ViewNode]) -> str:
 def _with_stand_in(
     picture: list[ViewNode], hidden: Mapping[str, ViewNode], stand_in: ViewNode, read_in: str
 ) -> list[ViewNode]:
-    """Put one node in the place of several.
-
-    Args:
-        picture: The nodes shown.
-        hidden: The nodes that it stands for, by name.
-        stand_in: The node. It reads what they read of its own pass.
-        read_in: The pass in which it is read.
-
-    Returns:
-        The nodes shown, with the new one before the first that reads it; without it where it would
-        stand alone.
-    """
+    """Put one node in the place of several."""
     if not hidden:
         return picture
     name = stand_in.name

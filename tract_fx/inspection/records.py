@@ -8,21 +8,6 @@ from typing import Literal
 
 from tract_fx.passes.records import InputLayer
 
-__all__ = [
-    "Backward",
-    "Check",
-    "ForwardDiff",
-    "GraphView",
-    "ImageShare",
-    "LayerReport",
-    "LayerStatistics",
-    "SourceLine",
-    "Statistics",
-    "Verification",
-    "ViewNode",
-    "WeightCheck",
-]
-
 
 @dataclass(frozen=True)
 class SourceLine:
@@ -143,14 +128,7 @@ class ForwardDiff:
     view: GraphView
 
     def lines(self, context: int = 3) -> list[str]:
-        """Compare both texts.
-
-        Args:
-            context: How many equal lines to show around each change.
-
-        Returns:
-            The lines of a unified diff, without its two lines of file names; none without changes.
-        """
+        """Compare both texts."""
         before, after = self.before.splitlines(), self.after.splitlines()
         diff = difflib.unified_diff(before, after, "plain", "with TrAct", "", "", context, "")
         return list(diff)[2:]

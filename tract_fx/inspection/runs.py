@@ -23,8 +23,6 @@ from tract_fx.inspection.undisturbed import undisturbed
 from tract_fx.passes.records import InputLayer
 from tract_fx.reference.observed import ObservedCall
 
-__all__ = ["Loss", "Run", "Runs", "Terms", "observe", "observe_forward"]
-
 Loss = Callable[[Any], Tensor]
 """The loss as a function of a model's output."""
 
@@ -101,26 +99,7 @@ def observe(
     """Run both models forward and backward, each in the mode that it is in.
 
     Parameters, their `.grad`, buffers, random state, attributes and the batch stay as they are.
-
-    Args:
-        rewritten: The model with TrAct.
-        plain: `remove_tract(rewritten)`.
-        records: The calls with TrAct, as locating found them in the rewritten model.
-        args: Positional arguments of a call.
-        kwargs: Keyword arguments.
-        loss: The loss of the output. None for the output itself, where it is or holds a single
-            number that has a gradient; else for the outputs' product with fixed normal numbers.
-
-    Returns:
-        What both gave.
-
-    Raises:
-        TractError: One of those that follow.
-        UnsupportedTrainingError: The loss is no number, or there is nothing to make one of.
-        UnsupportedModelError: The plain model does not make one of the calls, or uses reentrant
-            checkpointing.
-        UnsupportedLayerError: A call multiplies with several weights.
-    """  # noqa: DOC502 (some are raised by what it calls)
+    """
     try:
         return _observe(rewritten, plain, records, (args, kwargs), loss)
     except Exception as error:
@@ -195,21 +174,7 @@ def observe_forward(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> tuple[ObservedCall, ...]:
-    """Run the plain model forward alone, to see what its calls read.
-
-    Args:
-        model: The plain model. It and the batch stay as they are.
-        records: The calls.
-        args: Positional arguments of a call.
-        kwargs: Keyword arguments.
-
-    Returns:
-        The calls, in the order of `records`, without gradients.
-
-    Raises:
-        UnsupportedModelError: The model does not make one of the calls.
-        UnsupportedLayerError: A call multiplies with several weights.
-    """  # noqa: DOC502 (raised by what it calls)
+    """Run the plain model forward alone, to see what its calls read."""
     tapped, taps = tap(model, records)
     batch = Batch(model, args, kwargs)
     with undisturbed(model, tapped), torch.no_grad(), taps.listening():

@@ -13,8 +13,6 @@ from tract_fx.inspection.records import ImageShare
 from tract_fx.inspection.spectrum import Spectrum
 from tract_fx.reference.observed import ObservedCall
 
-__all__ = ["Looks", "correlation", "image_shares", "looks"]
-
 _ENTRIES = 1 << 24
 """Entries of the input that are held in float64 at a time, 128 MiB."""
 
@@ -58,14 +56,7 @@ class Looks:
 
 
 def looks(call: ObservedCall) -> Looks:
-    """Measure the images of a call.
-
-    Args:
-        call: The call.
-
-    Returns:
-        What they look like, NaN for an image with entries that are not finite.
-    """
+    """Measure the images of a call."""
     images = call.images.flatten(1)
     if not images.numel():
         none = images.new_full((len(images),), math.nan, dtype=torch.float64)
@@ -96,16 +87,7 @@ def looks(call: ObservedCall) -> Looks:
 
 
 def image_shares(call: ObservedCall, found: Spectrum, seen: Looks) -> tuple[ImageShare, ...]:
-    """Compute each image's share of gW = Σ gW_i, and of Σ gW_i (XᵀX/R + λI)⁻¹.
-
-    Args:
-        call: A call with finite gradients.
-        found: Its spectrum.
-        seen: Its images' brightness and contrast.
-
-    Returns:
-        A record per image; its shares are NaN where no image has a gradient.
-    """
+    """Compute each image's share of gW = Σ gW_i, and of Σ gW_i (XᵀX/R + λI)⁻¹."""
     per_image = call.row_count // len(call.images)
     plain, tract, start = [], [], 0
     for rows, outputs in call.chunks():

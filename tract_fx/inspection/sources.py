@@ -23,8 +23,6 @@ from tract_fx import passes
 from tract_fx.function_mode import FunctionMode
 from tract_fx.inspection.records import SourceLine
 
-__all__ = ["SourceLines", "source_in", "source_of"]
-
 _FRAME = re.compile(
     r'^\s*File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<function>\S+)[^\S\n]*'
     r"(?:\n(?!\s*File \")(?P<text>[^\n]*))?",
@@ -40,29 +38,13 @@ _INSTALLED = re.compile(r"/(?:site|dist)-packages/(?:torch|tract_fx)/")
 
 
 def source_of(node: fx.Node) -> SourceLine | None:
-    """Tell the user's line that a node comes from.
-
-    Args:
-        node: A node of a traced, exported or joint graph.
-
-    Returns:
-        The innermost recorded line that lies neither in PyTorch nor in this library nor in
-        generated code; None where no such line was recorded.
-    """
+    """Tell the user's line that a node comes from."""
     trace = node.meta.get("stack_trace")
     return source_in(trace) if isinstance(trace, str) else None
 
 
 def source_in(trace: str) -> SourceLine | None:
-    """Tell the user's line in a recorded stack trace.
-
-    Args:
-        trace: The trace, as Python prints it.
-
-    Returns:
-        The innermost line that lies neither in PyTorch nor in this library nor in generated code;
-        None where there is no such line.
-    """
+    """Tell the user's line in a recorded stack trace."""
     for frame in reversed(list(_FRAME.finditer(trace))):
         if _is_users(frame["file"]):
             text = (frame["text"] or "").strip()
@@ -93,11 +75,7 @@ class SourceLines(FunctionMode):
         self._outermost: FrameType | None = None
 
     def __enter__(self) -> SourceLines:
-        """Start; frames from here outwards are not the model's.
-
-        Returns:
-            The mode.
-        """
+        """Start; frames from here outwards are not the model's."""
         self._outermost = sys._getframe(1)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from tract_fx.reference.observed import ObservedCall
 
-__all__ = ["Spectrum", "spectrum", "too_large"]
-
 _SIDE = 4096
 """Longest side of a matrix whose eigenvalues are computed, some five seconds on one core."""
 
@@ -71,15 +69,7 @@ class Spectrum:
 
 
 def too_large(call: ObservedCall) -> str:
-    """Say why a call's eigenvalues would take minutes or gigabytes.
-
-    Args:
-        call: A call with images.
-
-    Returns:
-        Found, reason and remedy, to come after the layer's name; empty where nothing speaks against
-        it.
-    """
+    """Say why a call's eigenvalues would take minutes or gigabytes."""
     n = call.columns
     if n > _SIDE and not call.is_linear:  # its rows come from n output channels
         return (

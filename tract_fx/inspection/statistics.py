@@ -15,20 +15,9 @@ from tract_fx.inspection.shares import Looks, correlation, image_shares, looks
 from tract_fx.inspection.spectrum import Spectrum, spectrum, too_large
 from tract_fx.reference.observed import ObservedCall
 
-__all__ = ["statistics"]
-
 
 def statistics(calls: Sequence[ObservedCall]) -> Statistics:
-    """Measure what TrAct does on a batch, in float64.
-
-    Args:
-        calls: Calls of layers on the batch. Those without TrAct are left out; those without a
-            gradient get no norms and no shares.
-
-    Returns:
-        A record per call with TrAct, and the warnings of all of them. A number that is not defined
-        is NaN: all of a batch that is empty or has entries that are not finite.
-    """
+    """Measure what TrAct does on a batch, in float64."""
     treated = [call for call in calls if call.record.lambda_ is not None]
     times = Counter(call.record.name for call in treated)
     layers, warnings = [], []

@@ -18,20 +18,11 @@ from tract_fx.passes.onnx_graph.step_names import (
 from tract_fx.step.low_precision import raise_products
 from tract_fx.step.ort_training import collect_results
 
-__all__ = ["without_update"]
-
 _OF_UPDATES = frozenset({IS_UPDATE, LEARNING_RATE, LOSS_SCALE, STEP, STEPS_WITH_SCALE})
 
 
 def without_update(model: ir.Model) -> ir.Model:
-    """Take the update out of a step's graph, and collect its gradients.
-
-    Args:
-        model: A step for any ONNX Runtime. Not changed.
-
-    Returns:
-        The training graph. The loss's scale is 1 in it, λ a constant, and no product is rounded.
-    """
+    """Take the update out of a step's graph, and collect its gradients."""
     model = model.clone()
     raise_products(model)
     graph = model.graph

@@ -20,8 +20,6 @@ from tract_fx.passes.records import InputLayer
 from tract_fx.preconditioner import LAYER_CALLS, OPERANDS
 from tract_fx.reference.observed import ObservedCall
 
-__all__ = ["TappedCall", "Taps", "no_such_call", "tap"]
-
 
 @dataclass
 class TappedCall:
@@ -47,24 +45,13 @@ class TappedCall:
     first_order: bool = True
 
     def keep(self, gradient: Tensor) -> None:
-        """Keep a gradient of the output; a hook.
-
-        Args:
-            gradient: The gradient.
-        """
+        """Keep a gradient of the output; a hook."""
         if torch.is_grad_enabled():  # only with create_graph=True
             self.first_order = False
         self.output_gradient = gradient.detach()
 
     def observed(self, incoming: Tensor | None) -> ObservedCall:
-        """Give the record of the call.
-
-        Args:
-            incoming: The gradient of `weight`, None where there is none.
-
-        Returns:
-            The record.
-        """
+        """Give the record of the call."""
         shape = tuple(self.weight.shape)
         dims = len(shape) - 2
         return ObservedCall(
@@ -92,9 +79,6 @@ class Taps:
         """Let the taps see calls.
 
         Outside they do not: checkpointing runs layers again during the backward pass.
-
-        Yields:
-            Nothing.
         """
         self._listening = True
         try:
@@ -103,16 +87,7 @@ class Taps:
             self._listening = False
 
     def around(self, call: Callable[..., Any], records: Sequence[InputLayer]) -> Callable[..., Any]:
-        """Put a tap around a function or module.
-
-        Args:
-            call: What is called, with one linear layer or convolution in it.
-            records: Of its calls, in the order in which they are made. A call that comes after
-                them (whose result is not used, so that a graph has left it out) has the last.
-
-        Returns:
-            A function that does the same, and that listens.
-        """
+        """Put a tap around a function or module."""
         left = list(records)
 
         def tapped(*args: Any, **kwargs: Any) -> Any:
@@ -195,19 +170,7 @@ class _Tap(nn.Module):
 
 
 def tap(model: nn.Module, records: Sequence[InputLayer]) -> tuple[nn.Module, Taps]:
-    """Put taps on calls of a model.
-
-    Args:
-        model: A GraphModule, whose nodes the records name, or an eager model, whose modules they
-            name. Not changed.
-        records: The calls.
-
-    Returns:
-        A copy that shares parameters and buffers, and its taps.
-
-    Raises:
-        UnsupportedModelError: The model has no such call.
-    """  # noqa: DOC502 (raised by what it calls)
+    """Put taps on calls of a model."""
     copied, taps = copy_tree(model), Taps()
     if isinstance(copied, fx.GraphModule):
         _tap_nodes(copied, taps, records)
@@ -262,16 +225,7 @@ def _layer_calls(module: nn.Module) -> int:
 
 
 def no_such_call(model: nn.Module, record: InputLayer, reason: str) -> UnsupportedModelError:
-    """Make the error that says that the plain model does not make a call, or not as a module's.
-
-    Args:
-        model: The plain model.
-        record: The call.
-        reason: What is missing.
-
-    Returns:
-        The error.
-    """
+    """Make the error that says that the plain model does not make a call, or not as a module's."""
     if isinstance(model, fx.GraphModule):
         inner = []
     else:

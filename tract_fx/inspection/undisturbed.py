@@ -16,8 +16,6 @@ from torch.nn.parameter import is_lazy
 
 from tract_fx import torch_private
 
-__all__ = ["undisturbed"]
-
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 
 
@@ -41,12 +39,6 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
     leave alone.
 
     Inside, gradients are on, and convolutions on CUDA are deterministic.
-
-    Args:
-        *modules: The models that run.
-
-    Yields:
-        Nothing.
     """
     every = list(dict.fromkeys(m for module in modules for m in module.modules()))
     state = _State(every)

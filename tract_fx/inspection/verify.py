@@ -18,26 +18,15 @@ import torch
 from torch import Tensor
 
 from tract_fx.inspection.comparison import (
-    NEGLIGIBLE,
     OTHER_TOLERANCE,
     coarser,
     coarsest,
     compare_runs,
 )
-from tract_fx.inspection.marks import lost_marks
 from tract_fx.inspection.records import Check, Verification, WeightCheck
 from tract_fx.inspection.runs import Runs
 from tract_fx.passes.records import InputLayer
 from tract_fx.reference.distance import relative_error
-
-__all__ = [
-    "DISTINCT",
-    "NEGLIGIBLE",
-    "OPERATOR_TOLERANCE",
-    "OTHER_TOLERANCE",
-    "lost_marks",
-    "verify",
-]
 
 OPERATOR_TOLERANCE = {
     torch.float64: 1e-8,
@@ -85,18 +74,7 @@ def verify(
     lost: Sequence[str] = (),
     untreated: Sequence[InputLayer] = (),
 ) -> Verification:
-    """Compare what the rewritten model gave with float64 and with the plain model.
-
-    Args:
-        runs: Both models' runs on a batch.
-        expected: The calls that should have TrAct.
-        lost: What `lost_marks` found.
-        untreated: Calls that consume the model's input and do not have TrAct: beside one that has,
-            they are noted.
-
-    Returns:
-        The verdict and what it rests on.
-    """
+    """Compare what the rewritten model gave with float64 and with the plain model."""
     terms = _gather(runs)
     weights, wrong = [], []
     for name, of_parameter in terms.items():

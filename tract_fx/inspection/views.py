@@ -25,8 +25,6 @@ from tract_fx.inspection.sources import source_of
 from tract_fx.passes.fx_graph.reasons import carries_no_values
 from tract_fx.passes.fx_graph.values import resolve
 
-__all__ = ["graph_view"]
-
 _PASSED_ON = {"getitem", "detach", "alias", "t", "lift_fresh_copy"}
 _RESHAPED = {
     *("view", "_unsafe_view", "reshape", "transpose", "permute", "expand", "clone", "squeeze"),
@@ -45,20 +43,7 @@ def graph_view(
     whole: bool = False,
     note: str = "",
 ) -> GraphView:
-    """Make a picture of a graph.
-
-    Args:
-        gm: A traced, exported, rewritten, joint or expanded graph.
-        title: What the picture shows.
-        inputs: What each placeholder is; by default an input by its own name.
-        outputs: What each of the output node's values is, None for those not to be shown.
-        radius: How many steps from TrAct's nodes the picture goes.
-        whole: Whether it shows all of the graph instead.
-        note: What a reader has to know.
-
-    Returns:
-        The picture.
-    """
+    """Make a picture of a graph."""
     nodes = _Reader(gm, inputs, outputs).read()
     shown = nodes if whole else neighbourhood(nodes, radius)
     own = {node.name for node in nodes}

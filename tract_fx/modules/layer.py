@@ -19,17 +19,6 @@ from torch.nn.utils import parametrize
 from tract_fx.modules.op_on_weight import OpOnWeight, refuse_frozen_value
 from tract_fx.preconditioner import GEOMETRY, LAYER_KINDS, multiply, refuse_script
 
-__all__ = [
-    "TractLayer",
-    "is_standard",
-    "own_forward",
-    "plain_class",
-    "to_plain",
-    "to_tract",
-    "tract_lambda",
-    "tract_scope",
-]
-
 _FUNCTIONS = {kind.module: kind.function for kind in LAYER_KINDS}
 
 

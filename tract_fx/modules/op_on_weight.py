@@ -18,8 +18,6 @@ from tract_fx.errors import UnsupportedLayerError, UnsupportedTransformError
 from tract_fx.function_mode import FunctionMode
 from tract_fx.preconditioner import LAYER_KINDS, multiply
 
-__all__ = ["OpOnWeight", "refuse_frozen_value"]
-
 _ARGUMENTS = {kind.function: kind.arguments for kind in LAYER_KINDS}
 
 

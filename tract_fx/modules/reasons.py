@@ -10,8 +10,6 @@ from torch.nn.parameter import is_lazy
 from tract_fx.modules.layer import TractLayer, plain_class
 from tract_fx.preconditioner import kind_of
 
-__all__ = ["TORCH_TRACT", "Why", "is_of_torch_tract", "why_not"]
-
 
 @dataclass(frozen=True)
 class Why:

@@ -15,8 +15,6 @@ from torch import Tensor, fx, nn
 from tract_fx import torch_private
 from tract_fx.modules.layer import own_forward
 
-__all__ = ["copy_tree", "named_tensors", "still_reaches"]
-
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 

@@ -31,8 +31,6 @@ from tract_fx.preconditioner.products import linear_gram
 from tract_fx.preconditioner.settings import CallSettings
 from tract_fx.preconditioner.solve import MAX_FLOAT32_AMPLIFICATION
 
-__all__ = ["DirectCall", "direct_gradient", "is_quicker", "suits_direct_call"]
-
 # Products up to which float64 takes no longer than asking whether float32 does: of all, or of the
 # R × R matrix, where X in float32 makes the rest.
 _SMALL, _SMALL_SYSTEM = 5e5, 4e6
@@ -221,7 +219,7 @@ def _group_gradient(dz: Tensor, rows: Tensor, lambda_: float) -> Tensor:
     """Compute one group's, of (out, R) and (R, n).
 
     In float32 or float64, the system and the product each, by what the numbers allow.
-    """  # noqa: DOC201
+    """
     count, columns = rows.shape
     by_rows, single = count < columns, rows.dtype == torch.float32
     small = _work(count, columns, dz.shape[0]) <= _SMALL
@@ -240,7 +238,7 @@ def _scaled_gradient(dz: Tensor, rows: Tensor, lambda_: float) -> Tensor:
 
     Where rows or columns depend on each other and λ is small, float64 may not do either: then by
     X's singular values.
-    """  # noqa: DOC201
+    """
     count, columns = rows.shape
     largest = max(map(abs, map(float, torch.aminmax(dz))))
     if not math.isfinite(largest):
@@ -264,7 +262,7 @@ def _quickly_by_rows(dz: Tensor, rows: Tensor, lambda_: float) -> Tensor | None:
 
     The least eigenvalue of A is λR at least: an error of eps trace(XXᵀ) in A, and that of the
     product with X, in float32.
-    """  # noqa: DOC201
+    """
     x, wide, count = rows.double(), dz.double(), rows.shape[0]
     ridge, eps = lambda_ * count, torch.finfo(torch.float64).eps
     matrix = x @ x.mT
@@ -299,7 +297,7 @@ def _quickly_by_columns(dz: Tensor, rows: Tensor, lambda_: float, small: bool) -
     """With A = XᵀX + λR I, of float32 numbers; None where digits are lost.
 
     Of little in float64, else in float32 on the terms on which the Gram by pieces is.
-    """  # noqa: DOC201
+    """
     count, dtype = rows.shape[0], torch.float64 if small else torch.float32
     ridge = lambda_ * count
     if not small and (count > _LONG or not _in_range(dtype, ridge)):
@@ -338,7 +336,7 @@ def _by_rows(dz: Tensor, rows: Tensor, lambda_: float, dtype: torch.dtype) -> Te
     error of eps √R in w H = dz D⁻¹, with z = wD⁻¹, gives zX one of eps √R ‖w‖ ‖H⁻¹D⁻¹X‖. With μ
     the least eigenvalue of H that norm is below 1/√μ and ‖D⁻¹X‖/μ. The product's own error is
     eps ‖D⁻¹X‖ ‖w‖.
-    """  # noqa: DOC201
+    """
     count, largest = rows.shape[0], _LARGEST_ERROR[rows.dtype]
     ridge, x = lambda_ * count, rows.to(dtype)
     if not _in_range(dtype, ridge):
@@ -373,7 +371,7 @@ def _by_columns(dz: Tensor, rows: Tensor, lambda_: float) -> Tensor | None:
 
     With H and D as for rows: its error and that of dz XD⁻¹ are eps (√n ‖w‖ + ‖XD⁻¹‖ ‖dz‖), and 1/μ
     of it in w.
-    """  # noqa: DOC201
+    """
     x, wide, count, columns = rows.double(), dz.double(), *rows.shape
     system = _System.of(x.mT @ x, lambda_ * count, dz.shape[0])
     if system is None:

@@ -12,8 +12,6 @@ from torch.nn import functional
 
 from tract_fx.preconditioner.layer_kinds import kind_of
 
-__all__ = ["PatchGeometry"]
-
 
 @dataclass(frozen=True)
 class PatchGeometry:

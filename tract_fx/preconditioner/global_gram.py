@@ -35,18 +35,6 @@ from tract_fx.preconditioner.solve import (
     without_rounding,
 )
 
-__all__ = [
-    "Shared",
-    "gather_rows",
-    "pack",
-    "packed_size",
-    "precondition_over_group",
-    "row_counts",
-    "solve_with_gram",
-    "sum_of_all",
-    "unpack",
-]
-
 
 @dataclass(frozen=True)
 class Shared:
@@ -79,7 +67,7 @@ def precondition_over_group(
     Raises:
         ProcessGroupError: The processes' layers differ, or not all have come.
         UnsupportedLayerError: `grad` and `x` are not of one layer of that geometry.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     geometry, lambda_ = settings.geometry, settings.lambda_
     with torch.no_grad(), torch_private.full_precision(x.device):
         group = resolve(scope.group)

@@ -26,8 +26,6 @@ from tract_fx.preconditioner.products import (
 )
 from tract_fx.preconditioner.row_blocks import row_block_gram, row_block_work
 
-__all__ = ["GramWork", "gram", "gram_algorithm", "gram_sum", "gram_work"]
-
 # Entries of one piece of patches, or of the rows' blocks at a time. On a CPU they should stay in
 # the caches between the copy that makes them and the product that reads them; on an accelerator
 # they should fill the machine.

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["GEOMETRY", "LAYER_CALLS", "LAYER_KINDS", "OPERANDS", "LayerKind", "kind_of", "op_name"]
-
 OPERANDS = ("input", "weight", "bias")
 GEOMETRY = ("stride", "padding", "dilation", "groups")
 

@@ -39,8 +39,6 @@ from tract_fx.preconditioner.operators import (
 from tract_fx.preconditioner.settings import CallSettings, check_lambda
 from tract_fx.preconditioner.sharding import register_sharding_rules
 
-__all__ = ["multiply", "precondition_grad", "refuse_script"]
-
 
 def precondition_grad(
     weight: Tensor,
@@ -176,7 +174,7 @@ def multiply(
     Raises:
         UnsupportedTransformError: As `precondition_grad`.
         UnsupportedLayerError: As `precondition_grad`.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     if scope is None and torch.is_grad_enabled() and _is_plain(weight, input):
         geometry = {k: tuple(v) if isinstance(v, list) else v for k, v in geometry.items()}
         settings = _settings(

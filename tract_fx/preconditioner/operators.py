@@ -24,17 +24,6 @@ from tract_fx.preconditioner.settings import CallSettings, read_settings
 from tract_fx.preconditioner.solve import precondition_weight_gradient
 from tract_fx.preconditioner.step_gram import count_in_step
 
-__all__ = [
-    "EXPORT_REMEDY",
-    "PRECONDITION_GRAD_OPERATOR",
-    "precondition",
-    "precondition_grad_eagerly",
-    "precondition_grad_function",
-    "refuse_onnx_export",
-    "refuse_transforms",
-    "to_training_graph",
-]
-
 # The custom operators: what a compiler or exporter sees.
 
 

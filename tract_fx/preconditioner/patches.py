@@ -9,8 +9,6 @@ import torch
 
 from tract_fx.preconditioner.geometry import PatchGeometry
 
-__all__ = ["patch_blocks", "patch_matrix", "unfolded"]
-
 
 def patch_matrix(x: torch.Tensor, geometry: PatchGeometry, dtype: torch.dtype) -> torch.Tensor:
     """Unfold a whole input.

@@ -20,18 +20,6 @@ import torch.distributed as dist
 from tract_fx import torch_private
 from tract_fx.errors import InvalidGramError, ProcessGroupError
 
-__all__ = [
-    "TIME_LIMIT",
-    "WORLD",
-    "GramScope",
-    "GroupChoice",
-    "agree",
-    "group_name",
-    "group_of",
-    "resolve",
-    "waited",
-]
-
 WORLD = "world"
 """Names the group of all processes that is made for TrAct alone, by the first backward pass."""
 
@@ -200,7 +188,7 @@ def agree(group: Any, layer: str, settings: str, rows: int) -> int:
 
     Raises:
         ProcessGroupError: They are not, or one has not come within the time limit.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     own = f"{layer}, {settings}"
     agreed = _agreed.setdefault(group, {})
     if own not in agreed:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["ALIGNED", "Work", "add_products", "complete_", "linear_gram", "mirror_", "product_work"]
-
 ALIGNED = 8
 """Matrices whose columns are a multiple of it are multiplied faster."""
 

@@ -36,8 +36,6 @@ from tract_fx.preconditioner.products import (
 )
 from tract_fx.preconditioner.windows import Window, fill, planes_of
 
-__all__ = ["Plan", "best_plan", "left_rows", "row_block_gram", "row_block_work"]
-
 _WIDEST = 32
 """Output positions that a block has at most."""
 

@@ -14,8 +14,6 @@ from torch import Tensor
 from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.layer_kinds import LAYER_KINDS
 
-__all__ = ["apply_rows", "apply_rows_transposed", "outer_rows"]
-
 
 def apply_rows(x: Tensor, weight: Tensor, geometry: PatchGeometry) -> Tensor:
     """X Wᵀ.

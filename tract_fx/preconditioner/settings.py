@@ -14,8 +14,6 @@ from torch import Tensor
 from tract_fx.errors import InvalidLambdaError
 from tract_fx.preconditioner.geometry import PatchGeometry
 
-__all__ = ["DEFAULT_LAMBDA", "LAMBDA_REMEDY", "CallSettings", "check_lambda", "read_settings"]
-
 DEFAULT_LAMBDA = 0.1
 LAMBDA_REMEDY = f"The paper uses 0.05, {DEFAULT_LAMBDA} (the default) and 0.2"
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["register_sharding_rules"]
-
 
 @functools.cache
 def register_sharding_rules() -> None:

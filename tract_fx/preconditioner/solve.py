@@ -18,17 +18,6 @@ from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.gram_matrix import gram
 from tract_fx.preconditioner.patches import patch_matrix
 
-__all__ = [
-    "MAX_FLOAT32_AMPLIFICATION",
-    "SolvePlan",
-    "by_groups",
-    "plan_solve",
-    "precondition_by_plan",
-    "precondition_weight_gradient",
-    "row_space_solve",
-    "without_rounding",
-]
-
 # The Gram in float32 carries an error of about eps·trace, which the solve magnifies by 1/λ. Past
 # this product (an input in [0, 255], say) a CPU computes Gram and factor in float64 at once.
 # Nothing cheaper was found that holds 2e-5 on photographs: at the operator, with the 768 columns of
@@ -130,7 +119,7 @@ def precondition_weight_gradient(
 
     Raises:
         UnsupportedLayerError: `grad` and `x` are not of one layer of that geometry.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     with torch.no_grad():
         plan = plan_solve(grad.dtype, x, lambda_, geometry, input_dtype)
         return precondition_by_plan(grad, x, lambda_, geometry, plan, input_dtype)
@@ -163,7 +152,7 @@ def precondition_by_plan(
 
     Raises:
         UnsupportedLayerError: `grad` and `x` are not of one layer of that geometry.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     with torch.no_grad(), torch_private.full_precision(x.device):
         with torch_private.traced_stage(_FIRST_STAGE[plan.form]):
             x = geometry.batched(x if input_dtype is None else x.to(input_dtype))
@@ -337,7 +326,7 @@ def _split(
     """Give Zᵀ of the part inside, (groups, R, out), the part outside, and whether it is rounding.
 
     `thin` is the factor of K + μI.
-    """  # noqa: DOC201
+    """
     # cholesky_solve wants the unknown on the right: Zᵀ throughout.
     z = torch.cholesky_solve((grad @ columns).mT, thin)
     z = z + mu * torch.cholesky_solve(z, thin)

@@ -28,8 +28,6 @@ from tract_fx.preconditioner.process_groups import GramScope, agree, resolve
 from tract_fx.preconditioner.settings import CallSettings
 from tract_fx.preconditioner.solve import plan_solve, row_space_solve
 
-__all__ = ["StepGram", "close_step", "count_in_step", "open_step"]
-
 _open: dict[str, StepGram] = {}
 
 

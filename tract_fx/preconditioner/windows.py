@@ -12,8 +12,6 @@ from torch.nn import functional
 from tract_fx.preconditioner.geometry import PatchGeometry
 from tract_fx.preconditioner.patches import unfolded
 
-__all__ = ["Window", "fill", "planes_of"]
-
 
 @dataclass(frozen=True)
 class Window:

@@ -24,8 +24,6 @@ from torch import Tensor
 if TYPE_CHECKING:  # arrays come from ONNX Runtime alone, and numpy with it
     import numpy as np
 
-__all__ = ["Agreeing", "distance", "norm", "relative_error"]
-
 Agreeing: TypeAlias = Literal["numbers", "infinities", "all"]
 """What of equal entries counts as equal: numbers alone, infinities as well, or NaN too.
 

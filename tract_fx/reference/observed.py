@@ -17,8 +17,6 @@ from torch import Tensor
 
 from tract_fx.passes.records import InputLayer
 
-__all__ = ["AllRows", "ObservedCall"]
-
 _ENTRIES = 1 << 24
 """Entries of X in float64 that are held at a time, 128 MiB."""
 
@@ -268,7 +266,7 @@ class ObservedCall:
         """Leave out what is outside of the space of this process's own rows, if that is rounding.
 
         The other processes' rows span more, where P would magnify it.
-        """  # noqa: DOC201
+        """
         basis, _ = self._basis(self._own_rows())
         inside = wide @ basis @ basis.mT
         size = torch.linalg.matrix_norm(wide)[:, None, None]

@@ -14,12 +14,6 @@ from tract_fx.passes.onnx_graph.calls import Layout, OnnxCall
 from tract_fx.passes.onnx_graph.treated import TreatedCall
 from tract_fx.reference.observed import ObservedCall
 
-__all__ = [
-    "from_weight_layout",
-    "observe_call",
-    "to_weight_layout",
-]
-
 
 def observe_call(treated: TreatedCall, values: Mapping[str, np.ndarray]) -> ObservedCall:
     """Bring what a call read and what came back to the form of every inspection.
@@ -55,15 +49,7 @@ def observe_call(treated: TreatedCall, values: Mapping[str, np.ndarray]) -> Obse
 
 
 def to_weight_layout(call: OnnxCall, gradient: np.ndarray) -> Tensor:
-    """Bring a gradient of the weight operand to torch's layout, (out, n).
-
-    Args:
-        call: The call.
-        gradient: The gradient as the node reads the weight.
-
-    Returns:
-        The gradient.
-    """
+    """Bring a gradient of the weight operand to torch's layout, (out, n)."""
     tensor = _tensor(gradient)
     return tensor.mT.contiguous() if call.layout is Layout.IN_OUT else tensor
 
@@ -90,7 +76,7 @@ def _convolution(node: ir.Node) -> Callable[[Tensor, Tensor], Tensor]:
     """The node's own convolution, which ONNX Runtime has in float32 only.
 
     On a one-hot weight that is exact: every output is one of the input's float32 numbers.
-    """  # noqa: DOC201
+    """
     run = _own_node(node, ir.DataType.FLOAT)
     return lambda x, weight: run(x.float(), weight.float()).double()
 

@@ -15,8 +15,6 @@ from tract_fx.shell.locate_command import locate
 from tract_fx.shell.rewrite_command import rewrite
 from tract_fx.shell.train_command import train
 
-__all__ = ["app"]
-
 EXIT_CODES = (
     "Exit codes: 0, done. 1, not possible, for a reason given in one line on the standard error. "
     "2, wrong usage."

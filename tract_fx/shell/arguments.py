@@ -14,15 +14,6 @@ from torch import Tensor
 from tract_fx.errors import ArtifactsExistError
 from tract_fx.preconditioner import DEFAULT_LAMBDA
 
-__all__ = [
-    "InputShapes",
-    "Lambda",
-    "Layers",
-    "example_inputs",
-    "layer_choice",
-    "refuse_existing",
-]
-
 Lambda = Annotated[
     float | None,
     typer.Option(
@@ -49,18 +40,7 @@ InputShapes = Annotated[
 
 
 def layer_choice(layers: Sequence[str] | None, lambda_: float | None) -> dict[str, float] | None:
-    """Read `--layer`.
-
-    Args:
-        layers: What was given, `NAME` or `NAME=λ`.
-        lambda_: λ of those without.
-
-    Returns:
-        λ by name, None where no layers were named.
-
-    Raises:
-        BadParameter: What follows a `=` is no number.
-    """
+    """Read `--layer`."""
     if not layers:
         return None
     chosen: dict[str, float] = {}
@@ -76,18 +56,7 @@ def layer_choice(layers: Sequence[str] | None, lambda_: float | None) -> dict[st
 
 
 def example_inputs(shapes: Sequence[str] | None, seed: int) -> Any:
-    """Make the example inputs that `--input-shape` describes.
-
-    Args:
-        shapes: What was given, `SIZES`, `SIZES:DTYPE` or `NAME=SIZES:DTYPE`.
-        seed: Of the noise.
-
-    Returns:
-        A tuple of positional arguments or a dictionary of keyword arguments; None without shapes.
-
-    Raises:
-        BadParameter: A shape can't be read, or some have names and some not.
-    """
+    """Make the example inputs that `--input-shape` describes."""
     if not shapes:
         return None
     generator = torch.Generator().manual_seed(seed)
@@ -117,15 +86,7 @@ def _example(text: str, generator: torch.Generator) -> tuple[str, Tensor]:
 
 
 def refuse_existing(place: Path, overwrite: bool) -> None:
-    """Say before the work, not behind it, that there is no place for its result.
-
-    Args:
-        place: Where the result goes.
-        overwrite: Whether what is there may be replaced.
-
-    Raises:
-        ArtifactsExistError: Something is there that may not.
-    """
+    """Say before the work, not behind it, that there is no place for its result."""
     if os.path.lexists(place) and not overwrite:
         raise ArtifactsExistError(
             str(place),

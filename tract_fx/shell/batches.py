@@ -12,27 +12,12 @@ import numpy as np
 from tract_fx.artifacts.manifest import TensorSpec
 from tract_fx.errors import InvalidBatchError
 
-__all__ = ["Arrays", "batches_of", "read_arrays"]
-
 Arrays = dict[str, np.ndarray[Any, Any]]
 """The batch's inputs and targets, by name, all of one length."""
 
 
 def read_arrays(path: Path, specs: Sequence[TensorSpec], batch_size: int) -> Arrays:
-    """Read a data set.
-
-    Args:
-        path: An `.npz` file.
-        specs: What a batch consists of. The file has an array for each, of many rows; other arrays
-            in it are left aside.
-        batch_size: Rows per batch.
-
-    Returns:
-        The arrays.
-
-    Raises:
-        InvalidBatchError: The file can't be read, lacks an array, or its arrays don't fit together.
-    """
+    """Read a data set."""
     names = [spec.name for spec in specs]
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -78,16 +63,7 @@ def _check_batch_size(specs: Sequence[TensorSpec], batch_size: int, length: int)
 def batches_of(
     arrays: Arrays, batch_size: int, generator: np.random.Generator | None = None
 ) -> Iterator[Arrays]:
-    """Cut a data set into batches.
-
-    Args:
-        arrays: The data set.
-        batch_size: Rows per batch; the last one has what is left.
-        generator: Shuffles the rows; None leaves them in order.
-
-    Yields:
-        The batches.
-    """
+    """Cut a data set into batches."""
     length = len(next(iter(arrays.values())))
     order = np.arange(length) if generator is None else generator.permutation(length)
     for start in range(0, length, batch_size):

@@ -24,8 +24,6 @@ from tract_fx.errors import MissingRuntimeError, TractWarning
 from tract_fx.passes.fx_graph import tract_pass
 from tract_fx.reference.distance import relative_error
 
-__all__ = ["TOLERANCE", "Check", "Step", "checks", "devices"]
-
 TOLERANCE = 1e-4
 """Largest relative error of a float32 gradient. Rounding gives below 1e-6 on these steps, and
 the plain gradient is off by more than 0.1."""
@@ -76,25 +74,11 @@ class Step:
         self.labels = labels.to(device)
 
     def error(self, weight_gradient: Tensor) -> float:
-        """Give the relative error of the first layer's gradient.
-
-        Args:
-            weight_gradient: The gradient.
-
-        Returns:
-            Its distance from the definition, by the definition's norm.
-        """
+        """Give the relative error of the first layer's gradient."""
         return relative_error(weight_gradient, self.expected)
 
     def error_of(self, treated: nn.Module) -> float:
-        """Run the step in PyTorch, without TF32 and the like in the plain layers.
-
-        Args:
-            treated: The model with TrAct.
-
-        Returns:
-            The relative error of the gradient.
-        """
+        """Run the step in PyTorch, without TF32 and the like in the plain layers."""
         weight = next(p for p in treated.parameters() if p.shape == self.expected.shape)
         with torch.backends.cudnn.flags(allow_tf32=False):
             loss = functional.cross_entropy(treated(self.images), self.labels)
@@ -102,11 +86,7 @@ class Step:
         return self.error(gradient)
 
     def error_in_onnx_runtime(self) -> float:
-        """Export the step, and train it once with plain gradient descent.
-
-        Returns:
-            The relative error of the gradient, read off the update.
-        """
+        """Export the step, and train it once with plain gradient descent."""
         export_training: Any = extras.load("tract_fx.export", "export_training")
         gradient_descent: Any = extras.load("tract_fx.export", "SGD")
         load_trainer: Any = extras.load("tract_fx.trainers", "load_trainer")
@@ -149,11 +129,7 @@ def _definition(
 
 
 def devices() -> list[torch.device]:
-    """Name the devices that PyTorch can run on here.
-
-    Returns:
-        The CPU, then each accelerator.
-    """
+    """Name the devices that PyTorch can run on here."""
     found = [torch.device("cpu")]
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
@@ -163,11 +139,7 @@ def devices() -> list[torch.device]:
 
 
 def checks() -> Iterator[Check]:
-    """Make the checks, one after the other.
-
-    Yields:
-        What became of each.
-    """
+    """Make the checks, one after the other."""
     for device in devices():
         step = convolution(device)
         yield from _in_pytorch("3×3 convolution", step, device)
@@ -187,6 +159,7 @@ def _error_of(step: Step, treat: Callable[[Step], nn.Module]) -> float:
 
 
 def convolution(device: torch.device) -> Step:
+    """A strided convolution first."""
     first = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, stride=2), nn.Flatten())
     return Step(
         first, lambda x: functional.unfold(x, 3, padding=1, stride=2).mT.flatten(0, 1), device
@@ -194,6 +167,7 @@ def convolution(device: torch.device) -> Step:
 
 
 def linear(device: torch.device) -> Step:
+    """A linear layer first."""
     first = nn.Sequential(nn.Flatten(), nn.Linear(3 * _SIZE * _SIZE, 6))
     return Step(first, lambda x: x.flatten(1), device)
 

@@ -15,8 +15,6 @@ from tract_fx import __version__, torch_version
 from tract_fx.shell.doctor_checks import TOLERANCE, Check, checks, devices
 from tract_fx.shell.reporting import Debug, output, printing, reporting, status
 
-__all__ = ["doctor"]
-
 # By distribution, with the extra that brings it.
 _PACKAGES = {
     "numpy": "onnx",
@@ -47,7 +45,7 @@ def doctor(debug: Debug = False) -> None:
     \b
     Example:
       tract-fx doctor
-    """  # noqa: D301, DOC501 (typer's Exit ends the command; click keeps the lines of a paragraph that begins with \b)
+    """  # noqa: D301 (typer's Exit ends the command; click keeps the lines of a paragraph that begins with \b)
     with printing():
         output().print(_installed(), _devices(), sep="\n")
     made = []

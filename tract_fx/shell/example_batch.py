@@ -11,21 +11,9 @@ import torch
 from tract_fx import extras
 from tract_fx.errors import InvalidBatchError
 
-__all__ = ["read_example_batch"]
-
 
 def read_example_batch(path: Path) -> tuple[torch.Tensor, ...] | dict[str, torch.Tensor]:
-    """Read a batch.
-
-    Args:
-        path: An `.npz` file, as `numpy.savez` writes it.
-
-    Returns:
-        The arrays by name, or in order where `numpy.savez` was given no names.
-
-    Raises:
-        InvalidBatchError: The file can't be read, holds what is no tensor, or leaves out a place.
-    """
+    """Read a batch."""
     load = extras.load("numpy", "load")
     try:
         with load(path, allow_pickle=False) as file:

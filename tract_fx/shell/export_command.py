@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from tract_fx.artifacts.optimizers import OptimizerConfig
     from tract_fx.export import TrainingArtifacts
 
-__all__ = ["export"]
-
 
 def _described(loss: LossKind) -> str:
     return f"{loss.name} (class indices)" if loss.classes else str(loss.name)

@@ -37,8 +37,6 @@ from tract_fx.shell.targets import (
     read_target,
 )
 
-__all__ = ["EXIT_CODES", "InspectCommand", "inspect"]
-
 EXIT_CODES = (
     "Exit codes: 0, done. 1, not possible, for a reason given in one line on the standard error. "
     "2, wrong usage. 3, not verified as right: the gradient is wrong, or there was none to compare."
@@ -50,15 +48,7 @@ class InspectCommand(TyperCommand):
     """A command whose `--backward` may stand without a value, which typer has no word for."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Give a bare `--backward` its value.
-
-        Args:
-            ctx: The context of the call.
-            args: The arguments as typed.
-
-        Returns:
-            What is left of them.
-        """
+        """Give a bare `--backward` its value."""
         end = args.index("--") if "--" in args else len(args)
         options = ["--backward=short" if a == "--backward" else a for a in args[:end]]
         return super().parse_args(ctx, options + args[end:])
@@ -134,7 +124,7 @@ def inspect(
       tract-fx inspect nets.resnet:resnet18 --input-shape 8,3,224,224 --verify --backward
       tract-fx inspect artifacts/training_model.onnx --verify
       tract-fx inspect model.pt2 --data batch.npz --html report.html
-    """  # noqa: D301, DOC501 (the text of --help: click keeps the lines behind a \b)
+    """  # noqa: D301 (the text of --help: click keeps the lines behind a \b)
     if data is not None and input_shape:
         wrong_usage("--data has the batch: without --input-shape")
     if as_is and (layer or lambda_ is not None):

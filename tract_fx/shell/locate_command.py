@@ -20,8 +20,6 @@ from tract_fx.shell.targets import (
     read_target,
 )
 
-__all__ = ["locate"]
-
 
 @reporting
 def locate(

@@ -22,18 +22,6 @@ from tract_fx.errors import (
     UnsupportedModelError,
 )
 
-__all__ = [
-    "Debug",
-    "Overwrite",
-    "messages",
-    "output",
-    "printing",
-    "reporting",
-    "status",
-    "users_code",
-    "wrong_usage",
-]
-
 Command = TypeVar("Command", bound=Callable[..., None])
 
 Debug = Annotated[
@@ -43,44 +31,22 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 
 
 def output() -> Console:
-    """Make a console for results.
-
-    Returns:
-        One on the standard output, as it is now.
-    """
+    """Make a console for results."""
     return Console(highlight=False)
 
 
 def messages() -> Console:
-    """Make a console for what is no result.
-
-    Returns:
-        One on the standard error, as it is now.
-    """
+    """Make a console for what is no result."""
     return Console(stderr=True, highlight=False)
 
 
 def wrong_usage(message: str) -> NoReturn:
-    """End with exit code 2: arguments don't go together.
-
-    Args:
-        message: What is wrong.
-
-    Raises:
-        BadParameter: Always.
-    """
+    """End with exit code 2: arguments don't go together."""
     raise typer.BadParameter(message)
 
 
 def reporting(command: Command) -> Command:
-    """Let a command end with one line on the standard error and exit code 1 where it fails.
-
-    Args:
-        command: The command, which has an argument `debug`.
-
-    Returns:
-        The command to register.
-    """
+    """Let a command end with one line on the standard error and exit code 1 where it fails."""
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> None:
@@ -104,14 +70,7 @@ def _print_line(kind: str, message: str, colour: str) -> None:
 
 @contextmanager
 def users_code() -> Iterator[None]:
-    """Keep what the user's model prints out of a command's results, and the command going.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        UnsupportedModelError: The model ends the process.
-    """
+    """Keep what the user's model prints out of a command's results, and the command going."""
     try:
         with redirect_stdout(sys.stderr):
             yield
@@ -125,15 +84,7 @@ def users_code() -> Iterator[None]:
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Say in one line where the standard output takes no more.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ArtifactsWriteError: It takes no more.
-        BrokenPipeError: Nobody reads it any more, which ends a command without a word.
-    """
+    """Say in one line where the standard output takes no more."""
     try:
         yield
     except BrokenPipeError:
@@ -174,14 +125,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def status(text: str) -> Iterator[None]:
-    """Show a spinner while something takes long, on a terminal.
-
-    Args:
-        text: What is being done.
-
-    Yields:
-        Nothing.
-    """
+    """Show a spinner while something takes long, on a terminal."""
     console = messages()
     if not console.is_terminal:
         yield

@@ -16,8 +16,6 @@ from tract_fx.shell.reporting import Debug, Overwrite, output, reporting, status
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["rewrite"]
-
 
 @reporting
 def rewrite(

@@ -14,19 +14,9 @@ if TYPE_CHECKING:
     from tract_fx.artifacts.manifest import Manifest, TensorSpec
     from tract_fx.export import TrainingArtifacts
 
-__all__ = ["export_table", "findings_tables"]
-
 
 def export_table(artifacts: TrainingArtifacts, findings: Findings | None) -> Table:
-    """Describe what an export wrote.
-
-    Args:
-        artifacts: The record of it.
-        findings: What locating found in the model, None where it was not located.
-
-    Returns:
-        A table of two columns.
-    """
+    """Describe what an export wrote."""
     manifest = artifacts.manifest
     table = Table(title=escape(str(artifacts.directory)), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
@@ -51,14 +41,7 @@ def export_table(artifacts: TrainingArtifacts, findings: Findings | None) -> Tab
 
 
 def findings_tables(findings: Findings) -> list[Table]:
-    """Describe what locating found.
-
-    Args:
-        findings: The records.
-
-    Returns:
-        A table of the layers on the input and one of what can't be treated, each where there are.
-    """
+    """Describe what locating found."""
     tables = []
     if findings.layers:
         table = Table(title="Layers that consume the input", title_justify="left")

@@ -22,17 +22,6 @@ from tract_fx.passes.records import Findings
 from tract_fx.preconditioner import DEFAULT_LAMBDA
 from tract_fx.program import arguments, capture
 
-__all__ = [
-    "DIRECTORY_HELP",
-    "TARGET_HELP",
-    "Target",
-    "find_layers",
-    "graph_in",
-    "is_factory",
-    "put_tract",
-    "read_target",
-]
-
 TARGET_HELP = (
     "An .onnx model, a .pt2 exported program, or package.module:factory, a function without "
     "arguments that returns a torch.nn.Module."
@@ -57,33 +46,14 @@ class Target:
 
 
 def is_factory(text: str) -> bool:
-    """Tell `package.module:factory` from a path.
-
-    Args:
-        text: The argument.
-
-    Returns:
-        Whether both sides of its colon are Python names.
-    """
+    """Tell `package.module:factory` from a path."""
     module, colon, factory = text.rpartition(":")
     names = [*module.split("."), *factory.split(".")]
     return bool(colon) and all(name.isidentifier() for name in names)
 
 
 def read_target(text: str, inputs: Any, seed: int) -> Target:
-    """Read a model.
-
-    Args:
-        text: `package.module:factory`, or the path of an `.onnx` or `.pt2` file.
-        inputs: Example inputs, None where none were given.
-        seed: What PyTorch's random numbers start from before a factory is called.
-
-    Returns:
-        The model, with example inputs that it has itself where none were given.
-
-    Raises:
-        UnsupportedModelError: There is no such model, or it can't be read.
-    """
+    """Read a model."""
     if is_factory(text):
         torch.manual_seed(seed)
         return Target(_made_by(text), inputs)
@@ -106,17 +76,7 @@ def read_target(text: str, inputs: Any, seed: int) -> Target:
 
 
 def graph_in(directory: Path) -> Path:
-    """Find the training graph in a directory of `tract-fx export`.
-
-    Args:
-        directory: A directory.
-
-    Returns:
-        The graph's file.
-
-    Raises:
-        UnsupportedModelError: There is none.
-    """
+    """Find the training graph in a directory of `tract-fx export`."""
     name = extras.load("tract_fx.artifacts.directory", "TRAINING_MODEL")
     file: Path = directory / name
     if not file.is_file():
@@ -181,17 +141,7 @@ def _load_program(path: Path) -> ExportedProgram:
 def put_tract(
     target: Target, lambda_: float | None, layers: dict[str, float] | None
 ) -> nn.Module | ExportedProgram:
-    """Put TrAct on a PyTorch model: on its graph where fx can trace it, else on the eager model.
-
-    Args:
-        target: A PyTorch model. One that has TrAct already stays as it is where neither λ nor
-            layers are given.
-        lambda_: λ of layers without one of their own.
-        layers: λ by layer, where the choice is the user's.
-
-    Returns:
-        The rewritten model.
-    """
+    """Put TrAct on a PyTorch model: on its graph where fx can trace it, else on the eager model."""
     model = target.model
     assert not isinstance(model, Path)
     if lambda_ is None and layers is None and _has_tract(model):
@@ -206,17 +156,7 @@ def put_tract(
 
 
 def find_layers(target: Target) -> Findings:
-    """Locate a PyTorch model's input layers, for a report.
-
-    Args:
-        target: The model.
-
-    Returns:
-        What was found.
-
-    Raises:
-        UntraceableModelError: A graph of the model needs example inputs, and there are none.
-    """
+    """Locate a PyTorch model's input layers, for a report."""
     model = target.model
     assert not isinstance(model, Path)
     if isinstance(model, (ExportedProgram, fx.GraphModule)):

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from tract_fx.shell.batches import Arrays
     from tract_fx.trainers.ort_trainer import OrtTrainer
 
-__all__ = ["train"]
-
 
 @reporting
 def train(
@@ -87,12 +85,6 @@ def _steps(trainer: OrtTrainer, arrays: Arrays, batch_size: int, epochs: int) ->
 
     Where the optimizer accumulates, the last ones that don't fill an update of their own are left
     out: gathered gradients can't be saved.
-
-    Returns:
-        Their number, in all epochs together.
-
-    Raises:
-        UnsupportedTrainingError: They don't fill one update.
     """
     every = trainer.manifest.optimizer.accumulate
     given = epochs * math.ceil(len(next(iter(arrays.values()))) / batch_size)
@@ -108,11 +100,7 @@ def _steps(trainer: OrtTrainer, arrays: Arrays, batch_size: int, epochs: int) ->
 def _train_epoch(
     trainer: OrtTrainer, arrays: Arrays, batch_size: int, seed: int, limit: int, title: str
 ) -> tuple[float, int]:
-    """Train on all rows once, or on what a number of batches reaches.
-
-    Returns:
-        The mean loss over the rows, and the number of batches.
-    """
+    """Train on all rows once, or on what a number of batches reaches."""
     import numpy as np
 
     from tract_fx.shell.batches import batches_of

@@ -20,8 +20,6 @@ from tract_fx.function_mode import FunctionMode
 from tract_fx.recurrent import Cell, Weights, elman, gru, lstm, run_layer
 from tract_fx.step.sampling import affine_grid, grid_sample
 
-__all__ = ["COMPOSITIONS"]
-
 aten = torch.ops.aten
 
 COMPOSITIONS: dict[Any, Callable[..., Any]] = {

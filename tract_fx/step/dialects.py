@@ -11,8 +11,6 @@ from tract_fx.step.ort_kernels import KERNEL_FORMULAS, KERNELS
 from tract_fx.step.random_masks import MASKS
 from tract_fx.step.translations import TRANSLATIONS
 
-__all__ = ["ORT_TRAINING", "STANDARD", "Dialect"]
-
 
 @dataclass(frozen=True)
 class Dialect:

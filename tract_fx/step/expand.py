@@ -14,8 +14,6 @@ from tract_fx.step.gradient_names import own_output_gradient, read_transposed
 from tract_fx.step.names import free_name
 from tract_fx.step.schemas import MARKER, MARKER_DOMAIN, WEIGHT_MARKER
 
-__all__ = ["expand_markers"]
-
 
 def expand_markers(model: ir.Model, float64: bool) -> None:
     """Replace the markers, in place.
@@ -89,7 +87,7 @@ def _readers(weight: ir.Node) -> list[ir.Node]:
     """The products that read a weight, in order: the call, and derivatives of it.
 
     One that reads it transposed becomes a Gemm that does so itself.
-    """  # noqa: DOC201
+    """
     value = weight.outputs[0]
     read_transposed(value)
     products = {n for n in value.consumers() if match_call(n) and n.inputs[1] is value}

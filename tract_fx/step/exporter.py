@@ -22,14 +22,6 @@ from tract_fx.preconditioner import to_training_graph
 from tract_fx.quiet import quiet
 from tract_fx.torch_version import NEWEST_TESTED, TESTED, version_number
 
-__all__ = [
-    "decompositions",
-    "fake_arguments",
-    "open_sizes",
-    "refuse_bounded_batch",
-    "translate_graph",
-]
-
 # PyTorch's translations of these give outputs that a backward pass reads another meaning.
 _INEXACT = ("batch_norm", "native_layer_norm", "native_group_norm", "nll_loss", "native_dropout")
 
@@ -70,11 +62,7 @@ def _registry() -> Any:
 
 
 def decompositions() -> Mapping[Any, Callable[..., Any]]:
-    """Give PyTorch's decompositions of what has no exact translation.
-
-    Returns:
-        Decompositions by operator.
-    """
+    """Give PyTorch's decompositions of what has no exact translation."""
     return _decompositions(len(torch._decomp.decomposition_table))
 
 
@@ -96,15 +84,7 @@ def _decompositions(known: int) -> Mapping[Any, Callable[..., Any]]:
 
 
 def open_sizes(batch: Sequence[Tensor], dynamic_batch: bool) -> list[tuple[int, ...]]:
-    """Tell which axes of a batch are its size.
-
-    Args:
-        batch: Tensors.
-        dynamic_batch: Whether that size is left open.
-
-    Returns:
-        For each, the first axis where its size is that of the first tensor; else none.
-    """
+    """Tell which axes of a batch are its size."""
     size = next((len(tensor) for tensor in batch if tensor.dim()), None)
     return [(0,) if dynamic_batch and t.dim() and len(t) == size else () for t in batch]
 
@@ -112,16 +92,7 @@ def open_sizes(batch: Sequence[Tensor], dynamic_batch: bool) -> list[tuple[int, 
 def fake_arguments(
     state: Mapping[str, Tensor], batch: Sequence[Tensor], opened: Sequence[Sequence[int]]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Make fake tensors to trace with, those of the batch with open sizes.
-
-    Args:
-        state: Tensors whose sizes are fixed.
-        batch: Tensors of a batch.
-        opened: For each of these, the axes whose sizes are left open; the first one's are the same.
-
-    Returns:
-        Fakes of both, in order.
-    """
+    """Make fake tensors to trace with, those of the batch with open sizes."""
 
     class Related(nn.Module):
         """Adds all up along the first axis, so that what is left open there is one size."""
@@ -149,14 +120,7 @@ def fake_arguments(
 
 
 def refuse_bounded_batch(batch: Sequence[Tensor]) -> None:
-    """Refuse a trace that holds for some sizes of the batch alone.
-
-    Args:
-        batch: The fakes that it was made with.
-
-    Raises:
-        ExportError: The model asked for the batch's size, and took a branch by it.
-    """
+    """Refuse a trace that holds for some sizes of the batch alone."""
     environment = batch[0].fake_mode.shape_env  # type: ignore[attr-defined]
     firsts: list[Any] = [t.shape[0] for t in batch if t.dim() and not isinstance(t.shape[0], int)]
     expressions = [size.node.expr for size in firsts]
@@ -187,18 +151,7 @@ def _holds(condition: Any) -> bool:
 def translate_graph(
     graph: fx.GraphModule, translations: Translations
 ) -> tuple[ir.Model, list[ir.Value]]:
-    """Translate an fx graph of aten operators to ONNX.
-
-    Args:
-        graph: The graph, of flat arguments. Not changed.
-        translations: Translations of operators beside PyTorch's own, or in place of them.
-
-    Returns:
-        The model, without outputs, and the values that the graph gives.
-
-    Raises:
-        ExportError: PyTorch has no translation of an operator.
-    """
+    """Translate an fx graph of aten operators to ONNX."""
     way = _translate_publicly if _exporter() is None else _translate_privately
     graph = fx.GraphModule(graph, torch_private.copy_graph(graph.graph))
     constants = _as_arguments(graph)

@@ -15,8 +15,6 @@ from torch import Tensor
 from tract_fx.importer.resizing import resize_matrix
 from tract_fx.step.weight_gradient import weight_gradient
 
-__all__ = ["FORMULAS", "each"]
-
 aten = torch.ops.aten
 
 FORMULAS: dict[Any, Callable[..., Any]] = {}
@@ -32,15 +30,7 @@ def _for(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def each(sizes: Sequence[int], dims: int) -> list[int]:
-    """Give a size for each dimension, where one stands for all.
-
-    Args:
-        sizes: One size, one for each dimension, or none.
-        dims: Number of dimensions.
-
-    Returns:
-        The sizes.
-    """
+    """Give a size for each dimension, where one stands for all."""
     return list(sizes) * dims if len(sizes) == 1 else list(sizes)
 
 
@@ -95,7 +85,7 @@ def _avg_pool(
     """Padded here, with a share for each window: of what lies outside runtimes count other parts.
 
     ONNX Runtime 1.19.2 and 1.32 also move a Pad into a pool behind it, whatever that counts.
-    """  # noqa: DOC201
+    """
     if not ceil_mode and counts_padding and divisor is None:
         return NotImplemented  # type: ignore[no-any-return]
     dims = len(kernel) if len(kernel) > 1 else x.dim() - 2

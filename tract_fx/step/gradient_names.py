@@ -12,16 +12,9 @@ import onnx_ir as ir
 from tract_fx.passes.onnx_graph.calls import MICROSOFT, Layout, OnnxCall, is_standard, match_call
 from tract_fx.step.names import free_name
 
-__all__ = ["name_gradients", "own_output_gradient", "read_transposed"]
-
 
 def name_gradients(graph: ir.Graph, gradients: Mapping[str, str]) -> None:
-    """Name the gradients of the calls that read a parameter as it is, in place.
-
-    Args:
-        graph: A step's graph.
-        gradients: Names of the parameters' gradients.
-    """
+    """Name the gradients of the calls that read a parameter as it is, in place."""
     parameters = {str(value.name): value for value in graph.inputs if value.name in gradients}
     results = {str(value.name): value for value in graph.outputs}
     for name, parameter in parameters.items():
@@ -84,17 +77,7 @@ def _name(graph: ir.Graph, call: OnnxCall, term: ir.Value, dz: ir.Value) -> None
 
 
 def own_output_gradient(graph: ir.Graph, term: ir.Value, value: ir.Value, name: str) -> ir.Value:
-    """Give a call's output's gradient a value of its own: other layers may have the same one.
-
-    Args:
-        graph: The graph, edited in place.
-        term: The call's term of its weight's gradient.
-        value: The output's gradient.
-        name: Its name.
-
-    Returns:
-        The value of that name, which the term is computed from.
-    """
+    """Give a call's output's gradient a value of its own: other layers may have the same one."""
     copy = ir.node("Identity", [value], name=name)
     result = copy.outputs[0]
     result.name, result.shape, result.type = name, value.shape, value.type

@@ -8,8 +8,6 @@ import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.provenance import PREFIX
 
-__all__ = ["PRECISIONS", "lower_products", "raise_products"]
-
 PRECISIONS = ("float16", "bfloat16")
 """By their names in PyTorch."""
 
@@ -26,10 +24,6 @@ def lower_products(model: ir.Model, precision: str) -> None:
     """Round what products read and give, in place: Gemm and MatMul, in float16 convolutions.
 
     Parameters, their gradients, sums, norms, losses, TrAct and the update stay float32.
-
-    Args:
-        model: A step's graph.
-        precision: One of `PRECISIONS`.
     """
     graph = model.graph
     dtype, products = _PRODUCTS[precision]
@@ -57,11 +51,7 @@ def lower_products(model: ir.Model, precision: str) -> None:
 
 
 def raise_products(model: ir.Model) -> None:
-    """Take those roundings out again, in place.
-
-    Args:
-        model: What `lower_products` has changed.
-    """
+    """Take those roundings out again, in place."""
     graph = model.graph
     for node in list(graph):
         name = str(node.name)

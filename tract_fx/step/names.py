@@ -9,22 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["BATCH", "batch_names", "free_name", "output_names"]
-
 BATCH = "batch"
 """Name of the batch's size where it is left open."""
 
 
 def free_name(name: str, taken: set[str | None]) -> str:
-    """Find a name that is not in use, and take it.
-
-    Args:
-        name: The name wanted.
-        taken: Names in use, which grow.
-
-    Returns:
-        The name, with a number if it was taken.
-    """
+    """Find a name that is not in use, and take it."""
     number, found = 0, name
     while found in taken:
         number += 1
@@ -36,18 +26,7 @@ def free_name(name: str, taken: set[str | None]) -> str:
 def batch_names(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], targets: int, taken: set[str]
 ) -> tuple[str, ...]:
-    """Name a batch's tensors after the forward method's arguments.
-
-    Args:
-        model: The model.
-        args: Positional arguments of a call.
-        kwargs: Keyword arguments of a call.
-        targets: How many targets there are.
-        taken: Names in use.
-
-    Returns:
-        The inputs' names, then the targets'.
-    """
+    """Name a batch's tensors after the forward method's arguments."""
     known = [
         name
         for name, p in inspect.signature(model.forward).parameters.items()
@@ -64,15 +43,7 @@ def batch_names(
 
 
 def output_names(output: Any, taken: set[str]) -> dict[str, Tensor]:
-    """Name the tensors that a model returns by their places.
-
-    Args:
-        output: What it returns.
-        taken: Names in use.
-
-    Returns:
-        The tensors by name, in order.
-    """
+    """Name the tensors that a model returns by their places."""
     places, _ = pytree.tree_flatten_with_path(output)
     used: set[str | None] = {*taken}
     named = {}

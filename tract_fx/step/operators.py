@@ -10,8 +10,6 @@ from torch import fx
 
 from tract_fx.errors import ExportError
 
-__all__ = ["TESTED", "refuse_untested", "untested"]
-
 aten = torch.ops.aten
 
 _ATEN = """
@@ -55,15 +53,7 @@ _POOLS_BACKWARD = (
 
 
 def untested(nodes: Iterable[fx.Node], translations: Collection[Any]) -> str | None:
-    """Say what among operators has no translation that was compared with PyTorch.
-
-    Args:
-        nodes: Nodes of a traced step.
-        translations: Operators that are translated by this library.
-
-    Returns:
-        What it is, in words; None where there is nothing.
-    """
+    """Say what among operators has no translation that was compared with PyTorch."""
     calls = [node for node in nodes if node.op == "call_function"]
     others = [node for node in calls if node.target not in translations]
     names = sorted({operator_name(node) for node in others} - TESTED)
@@ -78,15 +68,7 @@ def untested(nodes: Iterable[fx.Node], translations: Collection[Any]) -> str | N
 
 
 def refuse_untested(graph: fx.GraphModule, translations: Collection[Any]) -> None:
-    """Refuse operators whose translation nobody has compared with PyTorch.
-
-    Args:
-        graph: A traced step.
-        translations: Operators that are translated by this library.
-
-    Raises:
-        ExportError: It has one, or reads max-pooling's indices otherwise than to differentiate.
-    """
+    """Refuse operators whose translation nobody has compared with PyTorch."""
     for node in graph.graph.nodes:
         is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if is_random and node.target not in translations:
@@ -106,14 +88,7 @@ def refuse_untested(graph: fx.GraphModule, translations: Collection[Any]) -> Non
 
 
 def operator_name(node: fx.Node) -> str:
-    """Name what a node calls.
-
-    Args:
-        node: A node that calls a function.
-
-    Returns:
-        `aten.add.Tensor` for an operator, a Python function's own name.
-    """
+    """Name what a node calls."""
     target: Any = node.target
     is_operator = isinstance(target, torch._ops.OpOverload)
     return str(target) if is_operator else str(target.__name__)

@@ -16,8 +16,6 @@ from torch import Tensor
 from tract_fx.passes.onnx_graph.calls import MICROSOFT
 from tract_fx.step.formulas import FORMULAS, each
 
-__all__ = ["KERNELS", "KERNEL_FORMULAS"]
-
 aten = torch.ops.aten
 op: Any = opset18
 
@@ -91,7 +89,7 @@ def _batch_norm_kernel(
     """With momentum zero its running statistics are the batch's; PyTorch's variance is unbiased.
 
     The kernel writes over the statistics that it is given, which are therefore made for it.
-    """  # noqa: DOC201
+    """
     momentum, eps = settings
     zero = op.Constant(value_float=0.0)
     given = op.Mul(mean, zero), op.Mul(variance, zero)

@@ -21,8 +21,6 @@ from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.step.trace import StepTrace
 
-__all__ = ["CheckpointTensors", "hold_tensors", "to_evaluation_graph", "to_training_graph"]
-
 
 @dataclass(frozen=True)
 class CheckpointTensors:
@@ -45,20 +43,7 @@ def to_training_graph(
     parameters: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
 ) -> CheckpointTensors:
-    """Turn a step's graph into a training graph, in place.
-
-    Args:
-        model: What `write_step` made of the trace.
-        trace: The trace.
-        parameters: The model's parameters by name, frozen ones too.
-        buffers: The model's buffers by name. Those that a step leaves alone become constants.
-
-    Returns:
-        The names of the checkpoint's tensors.
-
-    Raises:
-        ExportError: A step changes a buffer that is neither floating nor a counter.
-    """  # noqa: DOC502 (raised by hold_tensors)
+    """Turn a step's graph into a training graph, in place."""
     graph = model.graph
     tensors, given = hold_tensors(model, trace, parameters, buffers)
     results = {str(value.name): value for value in graph.outputs}
@@ -79,14 +64,7 @@ def collect_results(
     gradients: Mapping[str, ir.Value],
     statistics: Mapping[str, ir.Value],
 ) -> None:
-    """Let a graph add gradients to buffers, and write over running statistics, in place.
-
-    Args:
-        model: The graph, whose output is the loss.
-        inputs: What it takes beside the buffers.
-        gradients: Gradients by parameter, both among its values.
-        statistics: New values by buffer, both among its values.
-    """
+    """Let a graph add gradients to buffers, and write over running statistics, in place."""
     graph, given = model.graph, {str(value.name): value for value in inputs}
     reset = _value(RESET, ir.DataType.BOOL, [1])
     accumulators = []
@@ -114,18 +92,6 @@ def hold_tensors(
     """Tell what of a step's graph a checkpoint holds; make constants of other tensors, in place.
 
     Counters are no matter of the graph's: what computes them goes.
-
-    Args:
-        model: What `write_step` made of the trace.
-        trace: The trace.
-        parameters: The model's parameters by name, frozen ones too.
-        buffers: The model's buffers by name.
-
-    Returns:
-        The names of the checkpoint's tensors, and by name the graph's inputs, theirs among them.
-
-    Raises:
-        ExportError: A step changes a buffer that is neither floating nor a counter.
     """
     graph = model.graph
     integers = [name for name in trace.buffers if not buffers[name].is_floating_point()]
@@ -157,12 +123,6 @@ def to_evaluation_graph(
     """Turn the graph of a step without gradients into an evaluation graph, in place.
 
     ONNX Runtime hands over all of the checkpoint's tensors, in the training graph's order.
-
-    Args:
-        model: What `write_step` made of the trace.
-        trace: The trace.
-        tensors: The checkpoint's tensors.
-        state: All tensors of the model by name.
     """
     graph = model.graph
     given = {str(value.name): value for value in graph.inputs}

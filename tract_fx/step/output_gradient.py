@@ -13,8 +13,6 @@ from tract_fx.errors import ExportError
 from tract_fx.preconditioner import PRECONDITION_GRAD_OPERATOR
 from tract_fx.step.names import free_name
 
-__all__ = ["PRECONDITION_STEP", "TREATED_WEIGHT", "ancestors", "attach_output_gradients"]
-
 aten = torch.ops.aten
 
 
@@ -68,19 +66,7 @@ _SAME_NUMBERS = {
 def attach_output_gradients(
     graph: fx.GraphModule, gradients: Mapping[str, fx.Node], parameters: Mapping[str, fx.Node]
 ) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Put `PRECONDITION_STEP` and `TREATED_WEIGHT` in the place of TrAct's operators, in place.
-
-    Args:
-        graph: A traced step, in which convolutions' derivatives are whole.
-        gradients: The parameters' gradients in it by their names, after which calls are named.
-        parameters: The parameters themselves.
-
-    Returns:
-        λ by the name of each call, and the names of those whose weight gets no gradient.
-
-    Raises:
-        ExportError: A call is under autocast.
-    """
+    """Put `PRECONDITION_STEP` and `TREATED_WEIGHT` in the place of TrAct's operators, in place."""
     forward = list(_calls(graph, PRECONDITION_GRAD_OPERATOR))
     taken: set[str | None] = set()
     lambdas: dict[str, float] = {}
@@ -116,14 +102,7 @@ def attach_output_gradients(
 
 
 def ancestors(node: Any) -> set[fx.Node]:
-    """Give a node and all that it is computed from.
-
-    Args:
-        node: The node.
-
-    Returns:
-        The nodes.
-    """
+    """Give a node and all that it is computed from."""
     reached, pending = {node}, [node]
     while pending:
         new = [n for n in pending.pop().all_input_nodes if n not in reached]
@@ -164,7 +143,7 @@ def _output_gradient(gradient: Any, x: Any) -> Any:
     """Find the other operand of the product that a weight's gradient is; None where it is none.
 
     Of a linear layer it is (R, out), whatever the output's shape is.
-    """  # noqa: DOC201
+    """
     *_, product = _origins(gradient)
     inputs = set(_origins(x))
     if product.target is operator.getitem:

@@ -10,8 +10,6 @@ import onnx
 
 from tract_fx.passes.onnx_graph.calls import MICROSOFT
 
-__all__ = ["MARKER", "MARKER_DOMAIN", "WEIGHT_MARKER", "known_operators"]
-
 MARKER_DOMAIN, MARKER, WEIGHT_MARKER = "tract_fx.step", "Precondition", "TreatedWeight"
 
 _Operator = tuple[str, str, str, dict[str, str]]

@@ -11,8 +11,6 @@ from tract_fx.passes.onnx_graph.provenance import PREFIX
 from tract_fx.step.ort_training import CheckpointTensors, hold_tensors
 from tract_fx.step.trace import StepTrace
 
-__all__ = ["to_step_graph"]
-
 
 def to_step_graph(
     model: ir.Model,
@@ -25,19 +23,7 @@ def to_step_graph(
     It takes the batch, the trained parameters, frozen ones and running statistics, and the update's
     inputs; λ of each call is an input too, with a value of its own. It gives the loss, and under
     the names that `trace.updates` and `trace.buffers` have for them what becomes of the others.
-
-    Args:
-        model: What `write_step` made of the trace.
-        trace: The trace.
-        parameters: The model's parameters by name, frozen ones too.
-        buffers: The model's buffers by name. Those that a step leaves alone become constants.
-
-    Returns:
-        The names of the checkpoint's tensors.
-
-    Raises:
-        ExportError: A step changes a buffer that is neither floating nor a counter.
-    """  # noqa: DOC502 (raised by hold_tensors)
+    """
     graph = model.graph
     tensors, given = hold_tensors(model, trace, parameters, buffers)
     results = {str(value.name): value for value in graph.outputs}

@@ -28,8 +28,6 @@ from tract_fx.step.names import batch_names, free_name, output_names
 from tract_fx.step.operators import refuse_untested, untested
 from tract_fx.step.output_gradient import ancestors, attach_output_gradients
 
-__all__ = ["StepTrace", "Update", "trace_step"]
-
 aten = torch.ops.aten
 
 Loss = Callable[..., Tensor]
@@ -104,31 +102,7 @@ def trace_step(
     scaled: bool = False,
     dialect: Dialect = STANDARD,
 ) -> StepTrace:
-    """Record a step.
-
-    Args:
-        model: The model, in the mode that the step is of. Not changed.
-        args: Positional arguments of a call; a tensor whose first size is the first tensor's is
-            taken for a batch.
-        kwargs: Keyword arguments of a call.
-        loss: Of the model's output and the targets.
-        targets: What the loss takes beside the output.
-        gradients: Whether the step trains; else it gives what the model returns.
-        dynamic_batch: Whether the batch's size is left open.
-        open_axes: For each input the axes whose sizes are left open, where it is not the batch's.
-        names: The names of the inputs and the targets; None for those of the forward method.
-        update: Makes an update of the parameters that have gradients; None leaves them.
-        scaled: Whether the update's input `LOSS_SCALE` is what the loss is multiplied with before
-            gradients are taken, and divided out of them after.
-        dialect: What it is to be written in.
-
-    Returns:
-        The step.
-
-    Raises:
-        ExportError: PyTorch can't trace the step, or an operator in it has no tested translation.
-        UnsupportedTrainingError: The loss is not one number.
-    """  # noqa: DOC502 (raised by what it calls)
+    """Record a step."""
     state = _State.of(model)
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -455,7 +429,7 @@ def _kept(
     """Leave out buffers that come out as they went in, and outputs that can't be written.
 
     Returns the names that are left, and why outputs are left out.
-    """  # noqa: DOC201
+    """
     nodes: Any = graph.graph.output_node().args[0]
     placeholders = dict(zip(inputs, graph.graph.find_nodes(op="placeholder"), strict=True))
     names = ["", *results.outputs, *results.gradients, *results.buffers, *updates]

@@ -18,8 +18,6 @@ from tract_fx.step.random_masks import KEEP_MASK
 from tract_fx.step.schemas import MARKER, MARKER_DOMAIN, WEIGHT_MARKER
 from tract_fx.step.weight_gradient import WEIGHT_GRADIENT, write_weight_gradient
 
-__all__ = ["TRANSLATIONS"]
-
 aten = torch.ops.aten
 
 op: Any = opset18
@@ -98,7 +96,7 @@ def _keep_mask(like: Any, probability: float) -> Any:
     """Dropout's mask; its seed is put in afterwards.
 
     ONNX Runtime 1.32 takes a Dropout of known numbers for none where its mask is not read.
-    """  # noqa: DOC201
+    """
     if probability in (0, 1):
         every = op.Constant(value_float=float(probability))
         return op.CastLike(op.Expand(every, op.Shape(like)), like)

@@ -15,8 +15,6 @@ import torch
 from onnxscript import opset18
 from torch import Tensor
 
-__all__ = ["WEIGHT_GRADIENT", "weight_gradient", "write_weight_gradient"]
-
 op: Any = opset18
 
 # In ONNX Runtime 1.32 on two cores a step takes 0.77 of the convolved form's with a ResNet-18 at

@@ -16,24 +16,9 @@ from tract_fx.step.names import BATCH, free_name
 from tract_fx.step.schemas import known_operators
 from tract_fx.step.trace import StepTrace
 
-__all__ = ["write_step"]
-
 
 def write_step(trace: StepTrace, seed: int | None = 0) -> ir.Model:
-    """Translate a step.
-
-    Args:
-        trace: The step.
-        seed: What the random numbers of dropout are derived from; None where whoever runs the graph
-            sets the runtime's generator.
-
-    Returns:
-        A graph of opset 18 with the trace's inputs, but those that nothing reads, and its outputs,
-        under their names. λ of each call is the initializer `tract/CALL/lambda`.
-
-    Raises:
-        ExportError: PyTorch has no translation of an operator, or TrAct can't be exact.
-    """  # noqa: DOC502 (raised by what it calls)
+    """Translate a step."""
     with known_operators():
         model, results = exporter.translate_graph(trace.graph, trace.dialect.translations)
     graph = model.graph

@@ -18,19 +18,9 @@ from tract_fx.artifacts.batches import BatchValue, on_host
 from tract_fx.errors import MissingRuntimeError
 from tract_fx.ort_training import Device, any_runtime, ort_value
 
-__all__ = ["ort_value_of", "own_value", "shared_tensors", "wait_for_torch"]
-
 
 def ort_value_of(value: BatchValue, device: Device) -> Any:
-    """Give ONNX Runtime a value on a device, where it lies there already without a copy.
-
-    Args:
-        value: An array, C-contiguous, or a tensor as `dense` gives it.
-        device: The device.
-
-    Returns:
-        An `onnxruntime.OrtValue`. Of a tensor it keeps the memory alive by itself.
-    """
+    """Give ONNX Runtime a value on a device, where it lies there already without a copy."""
     native, memory = _native(), _memory(device)
     if isinstance(value, torch.Tensor) and memory.type == "cpu":
         value = value.cpu()
@@ -48,15 +38,7 @@ def ort_value_of(value: BatchValue, device: Device) -> Any:
 
 
 def own_value(value: BatchValue, device: Device) -> Any:
-    """Copy a value to a device, ready to be read there.
-
-    Args:
-        value: An array, or a dense tensor.
-        device: The device.
-
-    Returns:
-        An `onnxruntime.OrtValue`, whose memory lives as long as it and all that share it.
-    """
+    """Copy a value to a device, ready to be read there."""
     if not isinstance(value, torch.Tensor):
         # An OrtValue of an array does not keep the array; one of a tensor keeps the tensor.
         value = torch.from_numpy(np.array(value, order="C"))
@@ -68,18 +50,7 @@ def own_value(value: BatchValue, device: Device) -> Any:
 
 
 def shared_tensors(values: Mapping[str, Any], device: Device) -> dict[str, torch.Tensor]:
-    """Look at values of ONNX Runtime as tensors.
-
-    Args:
-        values: `onnxruntime.OrtValue`s by name.
-        device: Where they lie.
-
-    Returns:
-        Tensors by name, which share the values' memory and keep it alive.
-
-    Raises:
-        MissingRuntimeError: If ONNX Runtime or PyTorch can't share them.
-    """
+    """Look at values of ONNX Runtime as tensors."""
     if not hasattr(_native().OrtValue, "to_dlpack"):
         raise MissingRuntimeError(
             f"tensors in the memory of ONNX Runtime {any_runtime().__version__}",
@@ -96,11 +67,7 @@ def shared_tensors(values: Mapping[str, Any], device: Device) -> dict[str, torch
 
 
 def wait_for_torch(device: Device) -> None:
-    """Wait for what PyTorch's current stream of a device has queued.
-
-    Args:
-        device: The device.
-    """
+    """Wait for what PyTorch's current stream of a device has queued."""
     if _memory(device).type == "cuda" and torch.cuda.is_initialized():
         torch.cuda.current_stream(device.index).synchronize()
 

@@ -14,8 +14,6 @@ from tract_fx.trainers.ort_trainer import OrtTrainer
 from tract_fx.trainers.randomness import OWN_GENERATOR, operators, seed_of, seeded
 from tract_fx.trainers.run_state import open_run, read_checked
 
-__all__ = ["load_trainer"]
-
 
 def load_trainer(
     directory: str | os.PathLike[str], *, device: object = "cpu", seed: int | None = None
@@ -45,7 +43,7 @@ def load_trainer(
         DamagedArtifactsError: If the directory is incomplete, altered, or of another kind.
         MissingRuntimeError: If ONNX Runtime, or the provider, is not there or does not start.
         UnsupportedTrainingError: If the seed is no integer.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise UnsupportedTrainingError(
             f"seed={seed!r}", "a seed is an integer", "Pass an int, or None"

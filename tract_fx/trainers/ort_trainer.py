@@ -37,8 +37,6 @@ from tract_fx.trainers.sessions import GradientSession, Predictor
 from tract_fx.trainers.state_dict import read_kept, read_state, without_kept, write_state
 from tract_fx.trainers.stock_run import StockRun
 
-__all__ = ["OrtTrainer"]
-
 
 class OrtTrainer:
     """Trains a model from its artifacts. Made by `tract_fx.load_trainer`.
@@ -148,7 +146,7 @@ class OrtTrainer:
             InvalidBatchError: If the batch does not fit. Nothing is changed then.
             FailedRunError: If ONNX Runtime failed. Micro-batches since the last update are
                 dropped then.
-        """  # noqa: DOC502 (raised by what it calls)
+        """
         values = self._checked(self._training_specs, batch, named, "train_step")
         require_variance(values, self._manifest.min_batch, "train_step")
         pending = self._pending
@@ -189,7 +187,7 @@ class OrtTrainer:
         Raises:
             InvalidBatchError: If the batch does not fit.
             FailedRunError: If ONNX Runtime failed.
-        """  # noqa: DOC502 (raised by what it calls)
+        """
         values = self._checked(self._training_specs, batch, named, "evaluate")
         with _failures("evaluate"):
             return self._run.evaluate(values)
@@ -210,7 +208,7 @@ class OrtTrainer:
             InvalidBatchError: If the inputs do not fit.
             UnsupportedTrainingError: If the model gives a loss alone.
             FailedRunError: If ONNX Runtime failed.
-        """  # noqa: DOC502 (raised by what it calls)
+        """
         if self._predictor is None:
             self._predictor = Predictor(self._graphs[EVAL_MODEL], self._manifest, self._device)
         needed = self._predictor.inputs
@@ -238,7 +236,7 @@ class OrtTrainer:
         Raises:
             InvalidBatchError: If the batch does not fit.
             FailedRunError: If ONNX Runtime failed.
-        """  # noqa: DOC502 (raised by what it calls)
+        """
         values = self._checked(self._training_specs, batch, named, "compute_gradients")
         require_variance(values, self._manifest.min_batch, "compute_gradients")
         if isinstance(self._run, StockRun):
@@ -295,7 +293,7 @@ class OrtTrainer:
         Raises:
             MissingRuntimeError: If ONNX Runtime or PyTorch can't share memory: stock ONNX Runtime
                 before 1.21, and on a GPU a PyTorch without CUDA.
-        """  # noqa: DOC502 (raised by what it calls)
+        """
         values = {spec.name: self._run.live_value(spec.name) for spec in self._manifest.parameters}
         tensors = shared_tensors(values, self._device)
         return tensors | {key: tensors[name] for key, name in self._manifest.aliases.items()}
@@ -309,7 +307,7 @@ class OrtTrainer:
         Raises:
             StateMismatchError: If keys, shapes or dtypes differ. Nothing is changed then.
             TrainerStateError: If an update is unfinished.
-        """  # noqa: DOC502 (raised by what it calls)
+        """
         self._require_finished("load_state_dict")
         wait_for_torch(self._device)
         trained = without_kept(self._kept, state)
@@ -330,7 +328,7 @@ class OrtTrainer:
             TrainerStateError: If an update is unfinished: gradient buffers can't be saved.
             ArtifactsExistError: If something is there that may not be replaced.
             ArtifactsWriteError: If the system refuses.
-        """  # noqa: DOC502 (raised by what it calls)
+        """
         self._require_finished("save")
         with write_directory(directory, overwrite) as new:
             for name, graph in self._graphs.items():

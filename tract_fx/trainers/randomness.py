@@ -20,8 +20,6 @@ import onnx
 from tract_fx.ort_training import any_runtime
 from tract_fx.passes.onnx_graph.calls import RANDOM
 
-__all__ = ["OWN_GENERATOR", "SHARED_GENERATOR", "operators", "seed_of", "seeded"]
-
 # Operators that draw from the process's generators, and those that each have one of their own.
 SHARED_GENERATOR = frozenset({"BiasDropout", "BitmaskBiasDropout", "BitmaskDropout", "Dropout"})
 OWN_GENERATOR = frozenset(RANDOM)
@@ -34,13 +32,6 @@ def seed_of(seed: int, batch: int) -> int:
 
     Neighbouring numbers would not do: ONNX Runtime itself counts up from the seed, one for each
     dropout of a graph, so that the second one's mask would be the first one's of the next batch.
-
-    Args:
-        seed: The run's seed.
-        batch: Number of training batches before this one.
-
-    Returns:
-        A number of 62 bits.
     """
     digest = hashlib.sha256(f"tract_fx dropout {seed} {batch}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 2
@@ -48,14 +39,7 @@ def seed_of(seed: int, batch: int) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Run a graph with the generators set, and without another thread's run in between.
-
-    Args:
-        seed: What to set the generators to; None for a graph that does not draw.
-
-    Yields:
-        Nothing.
-    """
+    """Run a graph with the generators set, and without another thread's run in between."""
     if seed is None:
         yield
         return
@@ -65,14 +49,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def operators(model: bytes) -> set[str]:
-    """List the operators of a model, those in branches, loops and local functions included.
-
-    Args:
-        model: The serialised model.
-
-    Returns:
-        Their names, without domains.
-    """
+    """List the operators of a model, those in branches, loops and local functions included."""
     proto = onnx.ModelProto.FromString(model)
     found: set[str] = set()
     pending = [list(proto.graph.node), *(list(function.node) for function in proto.functions)]

@@ -35,8 +35,6 @@ from tract_fx.ort_training import (
 from tract_fx.trainers.progress import Progress
 from tract_fx.trainers.stock_run import StockRun
 
-__all__ = ["FILES", "RunState", "open_run", "read_checked"]
-
 FILES = {
     ORT_TRAINING: ((TRAINING_MODEL, EVAL_MODEL, OPTIMIZER_MODEL), (CHECKPOINT,)),
     STOCK: ((TRAINING_MODEL, EVAL_MODEL), (MODEL_TENSORS, OPTIMIZER_TENSORS)),
@@ -59,34 +57,18 @@ class RunState:
     optimizer: Any
 
     def train(self, batch: Mapping[str, BatchValue], progress: Progress) -> float:
-        """Add a batch's gradients to those of the update.
-
-        Args:
-            batch: The batch by name, in order.
-            progress: Where in the run the batch stands.
-
-        Returns:
-            The loss.
-        """
+        """Add a batch's gradients to those of the update."""
         module = self.module.train()
         if progress.first:
             module.lazy_reset_grad()
         return _first(module(*map(on_host, batch.values())))
 
     def set_learning_rate(self, rate: float) -> None:
-        """Set what the next updates go by.
-
-        Args:
-            rate: The learning rate.
-        """
+        """Set what the next updates go by."""
         self.optimizer.set_learning_rate(rate)
 
     def update(self) -> bool:
-        """Make the optimizer's update.
-
-        Returns:
-            True.
-        """
+        """Make the optimizer's update."""
         self.optimizer.step()
         return True
 
@@ -94,47 +76,19 @@ class RunState:
         """Do nothing: the next update's first micro-batch starts anew."""
 
     def evaluate(self, batch: Mapping[str, BatchValue]) -> float:
-        """Compute the loss in evaluation mode.
-
-        Args:
-            batch: The batch by name, in order.
-
-        Returns:
-            The loss.
-        """
+        """Compute the loss in evaluation mode."""
         return _first(self.module.eval()(*map(on_host, batch.values())))
 
     def value(self, name: str) -> Array:
-        """Copy a parameter to the host.
-
-        Args:
-            name: Its name in the checkpoint.
-
-        Returns:
-            A new array. (What ONNX Runtime hands out on the CPU is its own memory, writable.)
-        """
+        """Copy a parameter to the host."""
         return np.array(self.checkpoint.parameters[name].data, order="C")
 
     def live_value(self, name: str) -> Any:
-        """Take a parameter where it lies, for a session to read from.
-
-        Args:
-            name: Its name in the checkpoint.
-
-        Returns:
-            An `onnxruntime.OrtValue`.
-        """
+        """Take a parameter where it lies, for a session to read from."""
         return parameter_value(self.checkpoint.parameters[name])
 
     def gradient(self, name: str) -> Array:
-        """Copy a trainable parameter's gradient buffer to the host.
-
-        Args:
-            name: Its name in the checkpoint.
-
-        Returns:
-            A new array.
-        """
+        """Copy a trainable parameter's gradient buffer to the host."""
         return np.array(self.checkpoint.parameters[name].grad, order="C")
 
     def set_value(self, name: str, value: BatchValue) -> None:
@@ -147,12 +101,7 @@ class RunState:
         self.checkpoint.parameters[name].data = np.array(on_host(value), order="C")
 
     def save(self, folder: Path, others: Mapping[str, Array]) -> None:
-        """Write a checkpoint with the optimizer's state.
-
-        Args:
-            folder: Where to.
-            others: Tensors of the state_dict that the checkpoint does not hold; not written.
-        """
+        """Write a checkpoint with the optimizer's state."""
         training_api().CheckpointState.save_checkpoint(
             self.checkpoint, os.fspath(folder / CHECKPOINT), include_optimizer_state=True
         )
@@ -164,18 +113,7 @@ def _first(outputs: Any) -> float:
 
 
 def read_checked(directory: str | os.PathLike[str]) -> tuple[Manifest, dict[str, bytes]]:
-    """Check a directory, and read its graphs.
-
-    Args:
-        directory: The directory.
-
-    Returns:
-        The manifest, and by name the serialised graphs and the tensors that training leaves alone.
-
-    Raises:
-        DamagedArtifactsError: If the directory is not complete and unaltered, or not for ONNX
-            Runtime Training.
-    """
+    """Check a directory, and read its graphs."""
     manifest = read_directory(directory)
     if manifest.target not in FILES:
         raise DamagedArtifactsError(
@@ -209,22 +147,7 @@ def open_run(
     graphs: Mapping[str, bytes],
     device: Device,
 ) -> RunState | StockRun:
-    """Start a run from a directory.
-
-    Args:
-        directory: The directory, checked.
-        manifest: Its manifest.
-        graphs: Its serialised graphs by file name.
-        device: Where it runs.
-
-    Returns:
-        The run, with the manifest's learning rate.
-
-    Raises:
-        DamagedArtifactsError: If the checkpoint or a graph is not the manifest's, or ONNX Runtime
-            does not take them.
-        MissingRuntimeError: If the parameters are not on the device.
-    """
+    """Start a run from a directory."""
     if manifest.target == STOCK:
         return StockRun(directory, manifest, graphs, device)
     if device.provider not in TRAINING_PROVIDERS:

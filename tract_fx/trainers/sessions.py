@@ -20,8 +20,6 @@ from tract_fx.trainers.randomness import seeded
 from tract_fx.trainers.run_state import RunState
 from tract_fx.trainers.stock_run import StockRun
 
-__all__ = ["GradientSession", "Predictor"]
-
 
 class Predictor:
     """The evaluation graph, cut back to the predictions.
@@ -62,15 +60,7 @@ class Predictor:
         self._session = inference_session(graph, device)
 
     def run(self, run: RunState | StockRun, inputs: Mapping[str, BatchValue]) -> list[Array]:
-        """Predict.
-
-        Args:
-            run: The run whose parameters are used.
-            inputs: The model's inputs by name; those that the predictions don't need are left.
-
-        Returns:
-            The predictions, in the manifest's order.
-        """
+        """Predict."""
         feeds = {name: run.live_value(name) for name in self._parameters}
         feeds |= {name: ort_value_of(inputs[name], self._device) for name in self.inputs}
         return run_session(self._session, feeds)
@@ -94,16 +84,7 @@ class GradientSession:
     def run(
         self, run: RunState | StockRun, inputs: Mapping[str, BatchValue], seed: int | None
     ) -> dict[str, Array]:
-        """Compute gradients.
-
-        Args:
-            run: The run whose parameters are used. It stays as it is.
-            inputs: The batch by name.
-            seed: For the random numbers, None where the graph draws none.
-
-        Returns:
-            The gradients by parameter.
-        """
+        """Compute gradients."""
         feeds = {name: ort_value_of(value, self._device) for name, value in inputs.items()}
         buffers = {}
         for spec in self._parameters:
@@ -120,18 +101,7 @@ class GradientSession:
 
 
 def _cut(model: bytes, outputs: Sequence[str]) -> tuple[bytes, set[str]]:
-    """Keep what some outputs of a graph need.
-
-    Args:
-        model: The serialised model.
-        outputs: Names of the outputs.
-
-    Returns:
-        The model, and the names of its inputs.
-
-    Raises:
-        DamagedArtifactsError: If the graph has no such output.
-    """
+    """Keep what some outputs of a graph need."""
     whole = ir.from_proto(onnx.ModelProto.FromString(model))
     known = {value.name: value for value in whole.graph.outputs}
     missing = [name for name in outputs if name not in known]

@@ -15,36 +15,16 @@ from tract_fx.errors import StateMismatchError
 from tract_fx.trainers.run_state import RunState
 from tract_fx.trainers.stock_run import StockRun
 
-__all__ = ["read_kept", "read_state", "without_kept", "write_state"]
-
 
 def read_kept(stored: bytes | None) -> dict[str, torch.Tensor]:
-    """Read the tensors of the state_dict that training leaves alone.
-
-    Args:
-        stored: The file, None where there is none.
-
-    Returns:
-        The tensors, by state_dict key.
-    """
+    """Read the tensors of the state_dict that training leaves alone."""
     if stored is None:
         return {}
     return dict(torch.load(io.BytesIO(stored), weights_only=True))
 
 
 def without_kept(kept: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> dict[str, Any]:
-    """Take out of a state_dict what training leaves alone, after a look that it is the same.
-
-    Args:
-        kept: The tensors that training leaves alone.
-        state: Tensors or arrays, by state_dict key.
-
-    Returns:
-        The rest.
-
-    Raises:
-        StateMismatchError: One of them is missing or has other values.
-    """
+    """Take out of a state_dict what training leaves alone, after a look that it is the same."""
     for key, value in kept.items():
         if key not in state or not torch.equal(torch.as_tensor(state[key]).cpu(), value):
             raise StateMismatchError(
@@ -58,16 +38,7 @@ def without_kept(kept: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> 
 def read_state(
     run: RunState | StockRun, manifest: Manifest, counters: Mapping[str, int]
 ) -> dict[str, torch.Tensor]:
-    """Copy a run's tensors.
-
-    Args:
-        run: The run.
-        manifest: Its manifest.
-        counters: The counters' present values.
-
-    Returns:
-        Tensors on the CPU: parameters, then aliases (the same tensor objects), then counters.
-    """
+    """Copy a run's tensors."""
     state = {spec.name: torch.from_numpy(run.value(spec.name)) for spec in manifest.parameters}
     state |= {key: state[name] for key, name in manifest.aliases.items()}
     return state | {key: torch.tensor(value) for key, value in counters.items()}
@@ -76,20 +47,7 @@ def read_state(
 def write_state(
     run: RunState | StockRun, manifest: Manifest, state: Mapping[str, Any]
 ) -> dict[str, int]:
-    """Replace a run's tensors, all of them or none.
-
-    Args:
-        run: The run.
-        manifest: Its manifest.
-        state: Tensors or arrays under the keys that `read_state` gives.
-
-    Returns:
-        The counters' values.
-
-    Raises:
-        StateMismatchError: If a key is missing or unknown, a shape or dtype differs, or an alias
-            has other values than what it is an alias of. Nothing is changed then.
-    """
+    """Replace a run's tensors, all of them or none."""
     known = {spec.name for spec in manifest.parameters} | {*manifest.aliases, *manifest.counters}
     for word, keys in (("no", known - state.keys()), ("an unknown", state.keys() - known)):
         if keys:

@@ -37,8 +37,6 @@ from tract_fx.trainers.dlpack import ort_value_of, own_value
 from tract_fx.trainers.progress import Progress
 from tract_fx.trainers.randomness import seeded
 
-__all__ = ["StockRun", "gradient_model"]
-
 
 class StockRun:
     """The tensors of one run, and its sessions.
@@ -112,15 +110,7 @@ class StockRun:
         return tuple(name for name in self._spare if name not in parameters)
 
     def train(self, batch: Mapping[str, BatchValue], progress: Progress) -> float:
-        """Take a step. Where it fails, the tensors are as before.
-
-        Args:
-            batch: The batch by name.
-            progress: Where in the run the batch stands.
-
-        Returns:
-            The loss.
-        """
+        """Take a step. Where it fails, the tensors are as before."""
         given: dict[str, BatchValue] = {
             **batch,
             LEARNING_RATE: np.asarray(progress.learning_rate, np.float32),
@@ -142,18 +132,10 @@ class StockRun:
         return float(binding.get_outputs()[0].numpy())
 
     def set_learning_rate(self, rate: float) -> None:
-        """Do nothing: every step is told.
-
-        Args:
-            rate: The learning rate.
-        """
+        """Do nothing: every step is told."""
 
     def update(self) -> bool:
-        """Do nothing: the step itself has made the update.
-
-        Returns:
-            Whether it has; with loss scaling it skips one whose gradients are not finite.
-        """
+        """Do nothing: the step itself has made the update."""
         if LOSS_SCALE not in self._values:
             return True
         now, before = (values[LOSS_SCALE].numpy() for values in (self._values, self._spare))
@@ -166,14 +148,7 @@ class StockRun:
                 self._values[name] = own_value(np.zeros_like(value.numpy()), self._device)
 
     def gradient(self, name: str) -> Array:
-        """Refuse: a step leaves none.
-
-        Args:
-            name: The parameter's name.
-
-        Raises:
-            TrainerStateError: Always.
-        """
+        """Refuse: a step leaves none."""
         raise TrainerStateError(
             f"the gradient of {name} after a step",
             "the step's graph has used it up in its update",
@@ -183,15 +158,7 @@ class StockRun:
     def compute_gradients(
         self, batch: Mapping[str, BatchValue], seed: int | None
     ) -> dict[str, Array]:
-        """Compute gradients. Nothing is changed.
-
-        Args:
-            batch: The batch by name.
-            seed: For the random numbers, None where the graph draws none.
-
-        Returns:
-            The gradients by parameter.
-        """
+        """Compute gradients. Nothing is changed."""
         names = [spec.name for spec in self._manifest.parameters if spec.trainable]
         if self._gradients is None:
             model = gradient_model(self._training, names)
@@ -204,14 +171,7 @@ class StockRun:
         return {n: np.array(value.numpy()) for n, value in zip(names, found, strict=True)}
 
     def evaluate(self, batch: Mapping[str, BatchValue]) -> float:
-        """Compute the loss in evaluation mode.
-
-        Args:
-            batch: The batch by name.
-
-        Returns:
-            The loss.
-        """
+        """Compute the loss in evaluation mode."""
         feeds = self._feeds(batch)
         for value in self._evaluation.get_inputs():
             if value.name in self._values:
@@ -220,25 +180,11 @@ class StockRun:
         return float(self._evaluation.run_with_ort_values([name], feeds)[0].numpy())
 
     def value(self, name: str) -> Array:
-        """Copy a tensor to the host.
-
-        Args:
-            name: Its name.
-
-        Returns:
-            A new array.
-        """
+        """Copy a tensor to the host."""
         return np.array(self._values[name].numpy(), order="C")
 
     def live_value(self, name: str) -> Any:
-        """Take a tensor where it lies; it is the run's until the next step.
-
-        Args:
-            name: Its name.
-
-        Returns:
-            An `onnxruntime.OrtValue`.
-        """
+        """Take a tensor where it lies; it is the run's until the next step."""
         return self._values[name]
 
     def set_value(self, name: str, value: BatchValue) -> None:
@@ -251,27 +197,14 @@ class StockRun:
         self._values[name] = own_value(value, self._device)
 
     def save(self, folder: Path, others: Mapping[str, Array]) -> None:
-        """Write the tensors.
-
-        Args:
-            folder: Where to.
-            others: Tensors of the state_dict that this run does not hold.
-        """
+        """Write the tensors."""
         parameters = [spec.name for spec in self._manifest.parameters]
         write_tensors({**others, **{n: self.value(n) for n in parameters}}, folder / MODEL_TENSORS)
         write_tensors({n: self.value(n) for n in self.states}, folder / OPTIMIZER_TENSORS)
 
 
 def gradient_model(training: bytes, names: Sequence[str]) -> bytes:
-    """Cut a step's graph back to its gradients.
-
-    Args:
-        training: The serialised graph.
-        names: Names of the parameters.
-
-    Returns:
-        The serialised graph that gives them, in order.
-    """
+    """Cut a step's graph back to its gradients."""
     model = ir.from_proto(onnx.ModelProto.FromString(training))
     made = {value.name: value for node in model.graph for value in node.outputs}
     cut(model.graph, [made[f"{name}{GRADIENT}"] for name in names])

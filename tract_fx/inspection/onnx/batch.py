@@ -16,8 +16,6 @@ from tract_fx.export.made_up import made_up_numbers
 from tract_fx.inspection.onnx.subject import OnnxSubject
 from tract_fx.passes.onnx_graph.values import static_shape
 
-__all__ = ["OnnxBatch", "make_batch"]
-
 _OPEN_SIZE = 4
 _SEED = 0
 
@@ -40,19 +38,7 @@ class OnnxBatch:
 
 
 def make_batch(subject: OnnxSubject, example_inputs: Any) -> OnnxBatch:
-    """Bring together what a graph is run on.
-
-    Args:
-        subject: The graph.
-        example_inputs: A tuple in the order of the graph's inputs, a mapping by name, one array, or
-            None. What is missing is noise: random numbers from a fixed seed.
-
-    Returns:
-        The batch.
-
-    Raises:
-        InvalidBatchError: It does not fit what the graph takes.
-    """  # noqa: DOC502 (raised by what it calls)
+    """Bring together what a graph is run on."""
     generator = np.random.default_rng(_SEED)
     feeds, missing = _feeds(subject.inputs, example_inputs, generator)
     parameters, notes = subject.parameters, [f"Noise for {', '.join(missing)}"] if missing else []

@@ -15,8 +15,6 @@ from tract_fx.passes.onnx_graph.provenance import PREFIX, provenance_of
 from tract_fx.passes.onnx_graph.treated import TreatedCall
 from tract_fx.passes.onnx_graph.values import ancestors, carries_no_values, operands
 
-__all__ = ["Drawing", "forward_nodes"]
-
 Kind: TypeAlias = Literal["input", "parameter", "constant", "operation", "tract", "output"]
 Part: TypeAlias = Literal["forward", "backward"]
 
@@ -27,14 +25,7 @@ _RESHAPED = frozenset({"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze
 
 
 def forward_nodes(model: ir.Model) -> set[ir.Node]:
-    """Give the nodes of the forward pass.
-
-    Args:
-        model: A training graph or a forward one.
-
-    Returns:
-        What computes the loss; of a forward graph all.
-    """
+    """Give the nodes of the forward pass."""
     return ancestors(model.graph.outputs[0]) if is_training_graph(model) else set(model.graph)
 
 
@@ -75,11 +66,7 @@ class Drawing:
         self._weights = {call.plain: call.call.weight for call in treated}
 
     def add(self, node: ir.Node) -> None:
-        """Draw a node of the graph.
-
-        Args:
-            node: The node; with the first one of TrAct's nodes of a call come the others.
-        """
+        """Draw a node of the graph."""
         call = self._owners.get(node)
         if call is None:
             self._add_node(node)

@@ -30,8 +30,6 @@ from tract_fx.passes.onnx_graph.find import LocatedOnnx, locate
 from tract_fx.passes.onnx_graph.provenance import PREFIX
 from tract_fx.passes.onnx_graph.treated import TreatedCall, treated_calls, without_tract
 
-__all__ = ["inspect_onnx"]
-
 _FORWARD = (
     "A forward graph: TrAct is a property of gradients, and goes in when a training graph is made "
     "of it, by export_training, or by generate_artifacts and tract_onnx_pass"
@@ -70,7 +68,7 @@ def inspect_onnx(
         InvalidBatchError: The batch does not fit the graph.
         FailedRunError: ONNX Runtime can't run the graph on the batch.
         MissingRuntimeError: ONNX Runtime Training is not installed.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     graphs = _read(model)
     subject = graphs.subject
     asked = verify or statistics or example_inputs is not None

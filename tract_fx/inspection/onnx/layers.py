@@ -19,16 +19,6 @@ from tract_fx.passes.onnx_graph.treated import TreatedCall
 from tract_fx.passes.onnx_graph.values import subgraphs
 from tract_fx.reference.observed import ObservedCall
 
-__all__ = [
-    "BRANCHES",
-    "Form",
-    "chosen_form",
-    "conditions_of",
-    "forms_of",
-    "onnx_calls",
-    "onnx_layer_reports",
-]
-
 _TRACE = "pkg.torch.onnx.stack_trace"
 """Where torch's exporter notes the line that a node comes from."""
 
@@ -69,14 +59,7 @@ class Form:
 
 
 def onnx_calls(located: LocatedOnnx) -> LayerCalls:
-    """Sort the calls of a graph.
-
-    Args:
-        located: What locating found.
-
-    Returns:
-        The calls.
-    """
+    """Sort the calls of a graph."""
     traces = {r.node: call.node.metadata_props.get(_TRACE, "") for r, call in located.eligible}
     sources = {name: source_in(trace) for name, trace in traces.items()}
     return sort_calls(located.findings, [record for record, _ in located.eligible], sources, {})
@@ -88,17 +71,7 @@ def onnx_layer_reports(
     observed: Sequence[ObservedCall],
     values: Mapping[str, np.ndarray],
 ) -> tuple[LayerReport, ...]:
-    """Report on the calls with TrAct, and on those on the input without.
-
-    Args:
-        calls: The calls.
-        treated: The nodes of those with TrAct.
-        observed: What they read on a batch; empty where nothing was run.
-        values: What the conditions of `conditions_of` were in that run, by name.
-
-    Returns:
-        A record per call: those with TrAct first, each kind in graph order.
-    """
+    """Report on the calls with TrAct, and on those on the input without."""
     nodes = {call.record.node: call for call in treated}
     runs = {call.record.node: call for call in observed}
     reports = []
@@ -120,14 +93,7 @@ def onnx_layer_reports(
 
 
 def forms_of(call: TreatedCall) -> tuple[Form, ...]:
-    """Take apart how TrAct's gradient of a call is computed.
-
-    Args:
-        call: The call.
-
-    Returns:
-        One form, or one per branch of an If, and of the Ifs in it.
-    """
+    """Take apart how TrAct's gradient of a call is computed."""
     return _forms(Form(call.nodes, call.result))
 
 
@@ -145,27 +111,12 @@ def _forms(form: Form) -> tuple[Form, ...]:
 
 
 def conditions_of(call: TreatedCall) -> tuple[str, ...]:
-    """Name the values by which the graph chooses the form.
-
-    Args:
-        call: The call.
-
-    Returns:
-        The names of values of one boolean each, none where there is one form.
-    """
+    """Name the values by which the graph chooses the form."""
     return tuple(dict.fromkeys(name for form in forms_of(call) for name in form.conditions))
 
 
 def chosen_form(call: TreatedCall, values: Mapping[str, np.ndarray]) -> Form | None:
-    """Tell the form that ran.
-
-    Args:
-        call: The call.
-        values: The conditions' values in that run, by their names.
-
-    Returns:
-        The form, None where the graph has several and did not run.
-    """
+    """Tell the form that ran."""
     known = {name: bool(values[name].item()) for name in conditions_of(call) if name in values}
     return next((f for f in forms_of(call) if f.conditions.items() <= known.items()), None)
 

@@ -20,8 +20,6 @@ from tract_fx.reference.observed import ObservedCall
 from tract_fx.reference.onnx_calls import observe_call
 from tract_fx.trainers.randomness import OWN_GENERATOR
 
-__all__ = ["GraphRun", "OnnxRuns", "run_form", "run_gradients", "run_with_terms", "run_with_tract"]
-
 _ACCUMULATOR = "InPlaceAccumulatorV2"
 
 
@@ -66,20 +64,7 @@ class OnnxRuns:
 def run_with_tract(
     model: ir.Model, plain: ir.Model, treated: tuple[TreatedCall, ...], batch: OnnxBatch
 ) -> OnnxRuns:
-    """Run a training graph with TrAct on a batch.
-
-    Args:
-        model: The graph. Not changed.
-        plain: The same without TrAct. Not changed.
-        treated: The calls with TrAct.
-        batch: What to run it on.
-
-    Returns:
-        The run.
-
-    Raises:
-        FailedRunError: ONNX Runtime can't run the graph on the batch.
-    """  # noqa: DOC502 (raised by what it calls)
+    """Run a training graph with TrAct on a batch."""
     model, plain = _seeded(model), _seeded(plain)
     names = [name for call in treated for name in call.read]
     names += [name for call in treated for name in conditions_of(call)]
@@ -100,19 +85,7 @@ def _seeded(model: ir.Model) -> ir.Model:
 
 
 def run_gradients(model: ir.Model, batch: OnnxBatch, names: Iterable[str] = ()) -> GraphRun:
-    """Run a training graph once on the CPU.
-
-    Args:
-        model: A training graph. Not changed.
-        batch: What to run it on.
-        names: Values to read besides.
-
-    Returns:
-        What it computed.
-
-    Raises:
-        FailedRunError: ONNX Runtime can't run the graph on the batch.
-    """  # noqa: DOC502 (raised by what it calls)
+    """Run a training graph once on the CPU."""
     gathered = accumulated_gradients(model)
     outputs = [str(v.name) for v in model.graph.outputs if not _accumulates(v)]
     read = list(dict.fromkeys((*outputs, *gathered.values(), *names)))
@@ -139,19 +112,7 @@ def run_with_terms(
 
     What is behind the terms, a sum over several calls or the chain rule to the parameters that a
     weight is computed from, is the plain graph's own.
-
-    Args:
-        plain: A training graph without TrAct. Not changed.
-        batch: What to run it on.
-        terms: What to put in, by the term's name.
-        parameters: Names of the parameters whose gradients are wanted.
-
-    Returns:
-        The gradients of those that the graph accumulates, by the parameter's name.
-
-    Raises:
-        FailedRunError: ONNX Runtime can't run the graph on the batch.
-    """  # noqa: DOC502 (raised by what it calls)
+    """
     model = plain.clone()
     values = {value.name: value for node in model.graph for value in node.outputs}
     given = {}
@@ -184,21 +145,7 @@ def run_form(
     names: Iterable[str],
     form: Form | None = None,
 ) -> dict[str, np.ndarray]:
-    """Run the nodes that the pass made for a call, apart from the rest of the graph.
-
-    Args:
-        model: A training graph with TrAct. Not changed.
-        call: The call in it.
-        values: The input, plain gradient and output gradient, by name.
-        names: Names of the values to read.
-        form: The form to put in the place of the Ifs, so that values in its branch can be read.
-
-    Returns:
-        The values.
-
-    Raises:
-        FailedRunError: ONNX Runtime can't run the nodes.
-    """  # noqa: DOC501, DOC502 (made by _failed)
+    """Run the nodes that the pass made for a call, apart from the rest of the graph."""
     alone = model.clone()
     graph = alone.graph
     for choice, when in () if form is None else form.choices:

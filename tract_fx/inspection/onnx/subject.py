@@ -32,8 +32,6 @@ from tract_fx.passes.onnx_graph.parameters import (
 from tract_fx.passes.onnx_graph.step_names import has_update
 from tract_fx.passes.onnx_graph.values import static_shape
 
-__all__ = ["OnnxSubject", "read_subject"]
-
 
 @dataclass(frozen=True)
 class OnnxSubject:
@@ -61,20 +59,7 @@ class OnnxSubject:
 
 
 def read_subject(model: onnx.ModelProto | ir.Model | str | os.PathLike[str]) -> OnnxSubject:
-    """Read a graph, and the checkpoint beside it.
-
-    Args:
-        model: A ModelProto, an onnx-ir model, an `.onnx` file, or a directory that
-            `export_training` wrote. Not changed.
-
-    Returns:
-        The subject.
-
-    Raises:
-        UnsupportedModelError: It is no ONNX model, or a training graph in an unknown form.
-        DamagedArtifactsError: The directory is not complete and unaltered, or the checkpoint beside
-            a training graph is another model's.
-    """  # noqa: DOC502 (some are raised by what it calls)
+    """Read a graph, and the checkpoint beside it."""
     manifest = checkpoint = None
     tensors = MODEL_TENSORS, CHECKPOINT
     if isinstance(model, (str, os.PathLike)):

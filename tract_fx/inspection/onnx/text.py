@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-__all__ = ["graph_text"]
-
 _MOST_ENTRIES = 8
 
 

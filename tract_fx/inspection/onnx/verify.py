@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tract_fx.artifacts.manifest import Manifest
 from tract_fx.errors import FailedRunError
+from tract_fx.inspection.comparison import NEGLIGIBLE, OTHER_TOLERANCE
 from tract_fx.inspection.onnx.layers import chosen_form, forms_of
 from tract_fx.inspection.onnx.runs import (
     GraphRun,
@@ -21,12 +22,7 @@ from tract_fx.inspection.onnx.runs import (
     run_with_terms,
 )
 from tract_fx.inspection.records import Check, Verification, WeightCheck
-from tract_fx.inspection.verify import (
-    DISTINCT,
-    NEGLIGIBLE,
-    OPERATOR_TOLERANCE,
-    OTHER_TOLERANCE,
-)
+from tract_fx.inspection.verify import DISTINCT, OPERATOR_TOLERANCE
 from tract_fx.passes.onnx_graph.provenance import provenance_of
 from tract_fx.passes.onnx_graph.treated import TreatedCall
 from tract_fx.passes.onnx_graph.values import subgraphs
@@ -35,8 +31,6 @@ from tract_fx.preconditioner.solve import MAX_FLOAT32_AMPLIFICATION
 from tract_fx.reference.distance import norm, relative_error
 from tract_fx.reference.observed import ObservedCall
 from tract_fx.reference.onnx_calls import from_weight_layout, observe_call, to_weight_layout
-
-__all__ = ["manifest_problems", "verify_runs", "wiring_problems"]
 
 _TOLERANCE = OPERATOR_TOLERANCE[torch.float32]
 _SAME = OTHER_TOLERANCE[torch.float32]
@@ -48,14 +42,7 @@ _MOST_COLUMNS = 2048
 
 
 def wiring_problems(treated: Sequence[TreatedCall]) -> tuple[str, ...]:
-    """Look whether TrAct's results are read where the plain gradients were.
-
-    Args:
-        treated: The calls with TrAct.
-
-    Returns:
-        What is wrong, in words.
-    """
+    """Look whether TrAct's results are read where the plain gradients were."""
     problems = []
     for call in treated:
         name = call.record.name
@@ -77,16 +64,7 @@ def _lies_in(node: ir.Node, call: TreatedCall) -> bool:
 def manifest_problems(
     manifest: Manifest | None, present: Mapping[str, float], records: Sequence[InputLayer]
 ) -> tuple[str, ...]:
-    """Compare the calls with TrAct with those that an export has written down.
-
-    Args:
-        manifest: The manifest, None where there is none.
-        present: λ of the calls that have TrAct, by the node's name.
-        records: All calls that could have it.
-
-    Returns:
-        What is wrong, in words.
-    """
+    """Compare the calls with TrAct with those that an export has written down."""
     frozen = {record.node for record in records if record.frozen}
     problems = []
     for layer in () if manifest is None else manifest.layers:
@@ -103,18 +81,7 @@ def manifest_problems(
 
 
 def verify_runs(runs: OnnxRuns, problems: Sequence[str]) -> Verification:
-    """Compare gradients and outputs with the definition in float64 and with the plain graph.
-
-    Args:
-        runs: A run of the graph with TrAct.
-        problems: What is known to be wrong already.
-
-    Returns:
-        The verification.
-
-    Raises:
-        FailedRunError: ONNX Runtime can't run the plain graph on the batch.
-    """  # noqa: DOC502 (raised by what it calls)
+    """Compare gradients and outputs with the definition in float64 and with the plain graph."""
     before = run_gradients(runs.plain, runs.batch)
     weights, found = _weight_checks(runs, before)
     forms, notes_of_forms = _form_checks(runs)
@@ -261,7 +228,7 @@ def _resized(
 
     None where one image alone makes as many rows as there are columns, so that the other form never
     runs, and where it would take too long.
-    """  # noqa: DOC201
+    """
     axis = 1 if treated.call.input_transposed else 0
     x, dz = str(treated.call.input.name), str(treated.output_gradient.name)
     images = values[x].shape[axis]

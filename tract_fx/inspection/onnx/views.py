@@ -13,8 +13,6 @@ from tract_fx.inspection.onnx.layers import Form, forms_of
 from tract_fx.inspection.records import Backward, GraphView, ViewNode
 from tract_fx.passes.onnx_graph.treated import TreatedCall
 
-__all__ = ["OnnxPictures"]
-
 
 @dataclass(frozen=True)
 class OnnxPictures:
@@ -37,11 +35,7 @@ class OnnxPictures:
     whole: bool
 
     def changed(self) -> GraphView:
-        """Draw what the rewrite changed.
-
-        Returns:
-            The picture; without TrAct that of the layers on the input.
-        """
+        """Draw what the rewrite changed."""
         title = "TrAct in the training graph" if self.treated else "The layers on the input"
         return self._view(title, Drawing(*self._source(), {}, None), 1)
 
@@ -52,16 +46,7 @@ class OnnxPictures:
         *,
         expanded: bool,
     ) -> Backward:
-        """Draw the backward pass.
-
-        Args:
-            chosen: The form of TrAct that ran, by the call's node; none where nothing was run.
-            shapes: Dtype and shape of values inside TrAct's nodes, by name.
-            expanded: Whether to draw TrAct's operators, too.
-
-        Returns:
-            The pictures.
-        """
+        """Draw the backward pass."""
         title = "Forward and backward pass, TrAct as one node per call"
         short = self._view(title, Drawing(*self._source(), {}, None), 2)
         if not expanded or not self.treated:

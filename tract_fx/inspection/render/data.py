@@ -9,8 +9,6 @@ from typing import Any
 
 from tract_fx.inspection.inspection import Inspection
 
-__all__ = ["SCHEMA", "to_data"]
-
 SCHEMA = "tract_fx.inspection/1"
 """Name and version of the form. A field that goes, or changes its meaning, needs another number."""
 
@@ -19,16 +17,7 @@ _COMPUTED = ("taken", "passed", "verdict", "hidden")
 
 
 def to_data(inspection: Inspection) -> dict[str, Any]:
-    """Give an inspection as data that JSON can hold.
-
-    Args:
-        inspection: The records.
-
-    Returns:
-        `{"schema": …, field: value, …}` with the records' field names (`lambda_` is `"lambda"`).
-        Records are dictionaries, with their verdicts `taken`, `passed` and `verdict`; tuples are
-        lists; numbers that are not finite are the strings `"nan"`, `"inf"` and `"-inf"`.
-    """
+    """Give an inspection as data that JSON can hold."""
     return {"schema": SCHEMA, **_plain(inspection)}
 
 

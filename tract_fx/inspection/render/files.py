@@ -13,24 +13,9 @@ from tract_fx.inspection.inspection import Inspection
 from tract_fx.inspection.records import GraphView
 from tract_fx.inspection.render.data import to_data
 
-__all__ = ["save"]
-
 
 def save(inspection: Inspection, path: Path) -> Path:
-    """Write an inspection to a file, which is never there in half.
-
-    Args:
-        inspection: The records.
-        path: Where to. Folders that are missing are made; a file that is there is replaced.
-
-    Returns:
-        The path.
-
-    Raises:
-        UnsupportedFormatError: The suffix is none of `.html`, `.svg`, `.dot` and `.json`.
-        MissingRuntimeError: A package that this kind of file needs is not installed, or Graphviz.
-        ArtifactsWriteError: The file can't be written.
-    """  # noqa: DOC502 (some are raised by what it calls)
+    """Write an inspection to a file, which is never there in half."""
     write = _WRITERS.get(path.suffix.lower())
     if write is None:
         raise UnsupportedFormatError(

@@ -21,8 +21,6 @@ from tract_fx.inspection.render.pictures import LEGEND, svg
 from tract_fx.inspection.render.plots import share_plot, spectrum_plot
 from tract_fx.inspection.render.text import aligned, graph_lines
 
-__all__ = ["notebook_html", "page_html"]
-
 _MOST_DRAWN = 240
 _MOST_LINES = 4000
 _KINDS = {"graph": "torch.fx graph", "module": "eager model", "onnx": "ONNX graph"}
@@ -58,26 +56,12 @@ class _Measured:
 
 
 def page_html(inspection: Inspection) -> str:
-    """Make a page of an inspection.
-
-    Args:
-        inspection: The records.
-
-    Returns:
-        An HTML document that holds all it needs: it opens without a network.
-    """
+    """Make a page of an inspection."""
     return _environment().get_template("page.html").render(_context(inspection))
 
 
 def notebook_html(inspection: Inspection) -> str:
-    """Make an inspection's form for the output of a notebook's cell.
-
-    Args:
-        inspection: The records.
-
-    Returns:
-        An HTML element. Its styles apply to nothing outside it, and it has no scripts.
-    """
+    """Make an inspection's form for the output of a notebook's cell."""
     return _environment().get_template("notebook.html").render(_context(inspection))
 
 
@@ -180,14 +164,7 @@ def _measured(layer: LayerStatistics) -> _Measured:
 
 
 def _ruler(weight: WeightCheck) -> list[tuple[str, float]]:
-    """Place a weight's errors on a logarithmic axis.
-
-    Args:
-        weight: The comparison.
-
-    Returns:
-        What is marked and where, in percent of the axis; without what has no place there.
-    """
+    """Place a weight's errors on a logarithmic axis."""
     marks = {
         "tolerance": weight.operator.tolerance,
         "floor": weight.floor,

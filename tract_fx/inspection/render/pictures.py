@@ -12,8 +12,6 @@ from tract_fx.errors import MissingRuntimeError
 from tract_fx.inspection.records import GraphView, ViewNode
 from tract_fx.inspection.render.words import place, plural, printable, shorten
 
-__all__ = ["LEGEND", "dot_source", "picture_file", "svg"]
-
 _GRAPHVIZ_MISSING = (
     "Install Graphviz: apt-get install graphviz, brew install graphviz, or "
     "conda install -c conda-forge graphviz"
@@ -65,13 +63,6 @@ def dot_source(view: GraphView, *, legend: bool = True) -> str:
     The forward pass runs down on the left; the backward pass runs up beside it, so that a layer and
     its gradient stand near each other. In a neighbourhood that shows TrAct in stages both run down:
     most of it is TrAct then, which begins at the layer's input.
-
-    Args:
-        view: What to draw.
-        legend: Whether the picture has a title and a legend.
-
-    Returns:
-        DOT.
     """
     graph = graphviz.Digraph()
     graph.attr(
@@ -221,18 +212,7 @@ def _caption(view: GraphView) -> str:
 
 
 def svg(view: GraphView) -> str:
-    """Draw a picture to be put into a page.
-
-    Args:
-        view: What to draw.
-
-    Returns:
-        An SVG element on a transparent background, without ids, so that a page can hold several.
-        Nodes have their kind as class; a title tells their full names, shapes and source lines.
-
-    Raises:
-        MissingRuntimeError: Graphviz is not installed, or fails.
-    """  # noqa: DOC502 (raised by what it calls)
+    """Draw a picture to be put into a page."""
     root = _draw(view, legend=False)
     for element in root.iter():
         element.attrib.pop("id", None)
@@ -240,17 +220,7 @@ def svg(view: GraphView) -> str:
 
 
 def picture_file(view: GraphView) -> str:
-    """Draw a picture to be a file of its own, with a title and a legend.
-
-    Args:
-        view: What to draw.
-
-    Returns:
-        An SVG document.
-
-    Raises:
-        MissingRuntimeError: Graphviz is not installed, or fails.
-    """  # noqa: DOC502 (raised by what it calls)
+    """Draw a picture to be a file of its own, with a title and a legend."""
     text = ElementTree.tostring(_draw(view, legend=True), encoding="unicode")
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
 

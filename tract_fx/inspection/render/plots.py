@@ -18,8 +18,6 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from tract_fx.inspection.records import ImageShare, LayerStatistics
 from tract_fx.inspection.shares import correlation
 
-__all__ = ["share_plot", "spectrum_plot"]
-
 _WIDTH = 440.0
 """Pixels. A picture this narrow can be shown at 340 with letters of 10, and at 560."""
 
@@ -67,14 +65,7 @@ _DRAWN = 1000
 
 
 def spectrum_plot(layer: LayerStatistics) -> str:
-    """Draw the Gram's eigenvalues with λ, and where TrAct acts.
-
-    Args:
-        layer: The statistics of a call.
-
-    Returns:
-        An `<svg>` element, without XML declaration.
-    """
+    """Draw the Gram's eigenvalues with λ, and where TrAct acts."""
     with style.context(["default", _STYLE]):
         positive = [value for value in layer.eigenvalues if value > 0]
         above = sum(value > layer.lambda_ for value in positive)
@@ -155,14 +146,7 @@ def _label_lambda(axes: Axes, lambda_: float, at_right: bool) -> None:
 
 
 def share_plot(layer: LayerStatistics) -> str:
-    """Draw each image's share of the update against its contrast and its brightness.
-
-    Args:
-        layer: The statistics of a call.
-
-    Returns:
-        An `<svg>` element, without XML declaration.
-    """
+    """Draw each image's share of the update against its contrast and its brightness."""
     with style.context(["default", _STYLE]):
         title = _share_title(layer)
         images = [image for image in layer.images if math.isfinite(image.plain + image.tract)]
@@ -235,16 +219,7 @@ def _draw_shares(axes: Axes, images: Sequence[ImageShare], step: int, looks: str
 
 
 def _figure(title: str, heights: Sequence[float], above: float) -> tuple[Figure, list[Axes]]:
-    """Lay out panels below one another, and the title above them.
-
-    Args:
-        title: Written over as many lines as it needs.
-        heights: Of the panels, in pixels.
-        above: Room above each panel.
-
-    Returns:
-        The figure, and an empty panel per height.
-    """
+    """Lay out panels below one another, and the title above them."""
     lines = textwrap.wrap(title, 50)
     below, left, right = _LINE * 2.9, 66.0, 10.0
     height = 6 + _LINE * len(lines) + sum(above + panel + below for panel in heights)
@@ -292,13 +267,6 @@ def _svg(figure: Figure, label: str) -> str:
 
     Its ids are its own (matplotlib counts from 1 in every figure), its style sheet, which would
     hold for the whole page, becomes the element's style, and text takes the page's colour.
-
-    Args:
-        figure: The figure.
-        label: What a screen reader says of it.
-
-    Returns:
-        The element.
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

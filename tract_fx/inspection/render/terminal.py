@@ -39,8 +39,6 @@ from tract_fx.inspection.render.words import (
 )
 from tract_fx.passes.records import Refusal
 
-__all__ = ["print_inspection"]
-
 _COLORS = {"right": "green", "wrong": "red", "open": "yellow"}
 _TRACT, _DIM = "bold dark_orange", "dim"
 _MOST_ITEMS, _MOST_DIFF_LINES, _WORST = 8, 60, 4
@@ -60,12 +58,7 @@ _ASCII = str.maketrans(
 
 
 def print_inspection(inspection: Inspection, console: Console | None = None) -> None:
-    """Print an inspection.
-
-    Args:
-        inspection: The records.
-        console: Where to; the standard output by default.
-    """
+    """Print an inspection."""
     console = Console() if console is None else console
     if console.encoding.lower().startswith("utf"):
         console.print(_everything(inspection))

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from tract_fx.inspection.records import ForwardDiff, GraphView, ViewNode
 from tract_fx.inspection.render.words import place, plural, printable
 
-__all__ = ["TRACT_MARK", "GraphLine", "diff_text", "graph_lines", "graph_text"]
-
 TRACT_MARK = "▸"
 """Begins every line of TrAct's, so that it shows without colour too."""
 
@@ -39,15 +37,7 @@ class GraphLine:
 
 
 def graph_lines(view: GraphView) -> list[GraphLine]:
-    """Write a graph.
-
-    Args:
-        view: The graph, or part of it.
-
-    Returns:
-        A line per node in the order in which they run, a heading where another part or stage
-        begins, and what was left out.
-    """
+    """Write a graph."""
     lines: list[GraphLine] = []
     part, stage = "", ""
     for node in view.nodes:
@@ -78,26 +68,12 @@ def _code(node: ViewNode) -> str:
 
 
 def graph_text(view: GraphView) -> str:
-    """Write a graph as text.
-
-    Args:
-        view: The graph, or part of it.
-
-    Returns:
-        Lines `name = label(inputs)  # shape  ← file:line`, TrAct's marked with ▸.
-    """
+    """Write a graph as text."""
     return "\n".join(aligned(graph_lines(view)))
 
 
 def aligned(lines: Sequence[GraphLine]) -> list[str]:
-    """Put shapes and sources of lines below each other.
-
-    Args:
-        lines: The lines.
-
-    Returns:
-        A string for each.
-    """
+    """Put shapes and sources of lines below each other."""
     codes = [_indented(line) for line in lines]
     width = max((len(code) for code in codes if len(code) <= _WIDEST), default=0)
     details = [f"# {line.detail}" if line.detail else "" for line in lines]
@@ -116,12 +92,5 @@ def _indented(line: GraphLine) -> str:
 
 
 def diff_text(diff: ForwardDiff) -> str:
-    """Write what a rewrite changed.
-
-    Args:
-        diff: Both graphs.
-
-    Returns:
-        A unified diff, or a sentence where both are the same.
-    """
+    """Write what a rewrite changed."""
     return "\n".join(map(printable, diff.lines())) or "Nothing was changed."

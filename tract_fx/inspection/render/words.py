@@ -18,23 +18,6 @@ from tract_fx.inspection.records import (
 )
 from tract_fx.passes.records import InputLayer
 
-__all__ = [
-    "Verdict",
-    "join_path",
-    "measured",
-    "number",
-    "operation",
-    "place",
-    "plural",
-    "printable",
-    "rows_and_columns",
-    "sentence",
-    "shape",
-    "shorten",
-    "verdict",
-    "worst",
-]
-
 # Control characters act on a terminal; those and lone surrogates are not allowed in XML.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
@@ -67,14 +50,7 @@ class Verdict:
 
 
 def verdict(inspection: Inspection) -> Verdict:
-    """Say whether the model trains with TrAct's gradient.
-
-    Args:
-        inspection: The records.
-
-    Returns:
-        The answer, in words and numbers.
-    """
+    """Say whether the model trains with TrAct's gradient."""
     verification = inspection.verification
     if verification is not None:
         return _verified(inspection, verification)
@@ -139,14 +115,7 @@ def _names(layers: Sequence[LayerReport]) -> list[str]:
 
 
 def worst(checks: Sequence[Check]) -> list[Check]:
-    """Sort comparisons.
-
-    Args:
-        checks: In any order.
-
-    Returns:
-        The same, those closest to their tolerance or beyond it first.
-    """
+    """Sort comparisons."""
 
     def key(check: Check) -> tuple[bool, float]:
         if check.error == 0:
@@ -158,27 +127,12 @@ def worst(checks: Sequence[Check]) -> list[Check]:
 
 
 def printable(text: str) -> str:
-    """Take out of a name what a terminal would act on and XML does not allow.
-
-    Args:
-        text: Any string.
-
-    Returns:
-        One line, with � for each of those characters.
-    """
+    """Take out of a name what a terminal would act on and XML does not allow."""
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def shorten(text: str, most: int) -> str:
-    """Cut the middle out of a long name.
-
-    Args:
-        text: The name.
-        most: The most characters that may stay, at least 3.
-
-    Returns:
-        The name in at most so many characters, more of its end than of its start.
-    """
+    """Cut the middle out of a long name."""
     if len(text) <= most:
         return text
     start = (most - 1) // 3
@@ -186,15 +140,7 @@ def shorten(text: str, most: int) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Write a measured number.
-
-    Args:
-        value: The number; None where there is none.
-        digits: Significant digits.
-
-    Returns:
-        `"0.871"`, `"2.13e-7"`, `"19,683"`, `"nan"`, `"inf"`, or a dash for None.
-    """
+    """Write a measured number."""
     if value is None:
         return "–"
     if not math.isfinite(value) or value == 0:
@@ -206,55 +152,25 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def plural(count: int, one: str, many: str) -> str:
-    """Count things.
-
-    Args:
-        count: How many.
-        one: The noun for one of them.
-        many: The noun for another number.
-
-    Returns:
-        Such as `"1 node"`, `"1,204 nodes"`.
-    """
+    """Count things."""
     return f"{count:,} {one if count == 1 else many}"
 
 
 def sentence(text: str) -> str:
-    """Begin a note with a capital, unless it begins with a name or a formula.
-
-    Args:
-        text: A note or warning.
-
-    Returns:
-        The text.
-    """
+    """Begin a note with a capital, unless it begins with a name or a formula."""
     first = text.partition(" ")[0]
     return text[0].upper() + text[1:] if first in _BEGINNINGS else text
 
 
 def shape(sizes: Sequence[int] | None) -> str:
-    """Write a shape.
-
-    Args:
-        sizes: The sizes, None where they are not known.
-
-    Returns:
-        Such as `"32×3×224×224"`.
-    """
+    """Write a shape."""
     if sizes is None:
         return "unknown shape"
     return "×".join(map(str, sizes)) or "scalar"
 
 
 def operation(record: InputLayer) -> str:
-    """Say what a layer does to its input.
-
-    Args:
-        record: The layer.
-
-    Returns:
-        Such as `"conv2d 3 → 64, 7×7, stride 2, padding 3"`; what is 1 or 0 by default is left out.
-    """
+    """Say what a layer does to its input."""
     geometry, sizes = record.geometry, record.weight_shape
     groups = 1 if geometry is None else geometry.groups
     channels = "" if sizes is None or len(sizes) < 2 else f" {sizes[1] * groups} → {sizes[0]}"
@@ -275,14 +191,7 @@ def operation(record: InputLayer) -> str:
 
 
 def measured(layer: LayerStatistics) -> list[tuple[str, str, str]]:
-    """Say what was measured of a call.
-
-    Args:
-        layer: The call.
-
-    Returns:
-        What it is, the value, and how that is meant. The eigenvalues come first, if there are any.
-    """
+    """Say what was measured of a call."""
 
     def both(plain: float, tract: float) -> str:
         return f"{number(plain)} → {number(tract)}"
@@ -316,14 +225,7 @@ def _padding(pairs: Sequence[tuple[int, int]]) -> str:
 
 
 def rows_and_columns(layer: LayerReport) -> str:
-    """Give the size of X.
-
-    Args:
-        layer: The layer.
-
-    Returns:
-        Such as `"401,408 rows × 147 columns"`.
-    """
+    """Give the size of X."""
     rows = "rows not counted" if layer.rows is None else plural(layer.rows, "row", "rows")
     columns = "?" if layer.columns is None else plural(layer.columns, "column", "columns")
     groups = 1 if layer.record.geometry is None else layer.record.geometry.groups
@@ -331,15 +233,7 @@ def rows_and_columns(layer: LayerReport) -> str:
 
 
 def join_path(names: Sequence[str], most: int = 6) -> str:
-    """Write the way from the model's input to a node.
-
-    Args:
-        names: The nodes' names.
-        most: The most names to write.
-
-    Returns:
-        Such as `"x → sub → … 3 more … → conv1"`.
-    """
+    """Write the way from the model's input to a node."""
     shown = list(names)
     if len(shown) > most:
         shown[most // 2 : len(shown) - most // 2] = [f"… {len(shown) - most // 2 * 2} more …"]
@@ -347,14 +241,7 @@ def join_path(names: Sequence[str], most: int = 6) -> str:
 
 
 def place(source: SourceLine | None) -> str:
-    """Name a line of the user's code in short.
-
-    Args:
-        source: The line, None where it is not known.
-
-    Returns:
-        Such as `"resnet.py:41"`, empty for None.
-    """
+    """Name a line of the user's code in short."""
     if source is None:
         return ""
     return f"{re.split(_SEPARATORS, source.file)[-1]}:{source.line}"
