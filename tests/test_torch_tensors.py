@@ -218,6 +218,21 @@ def test_however_it_lies(way: str, folder: Path) -> None:
     assert (given.stride(), given.requires_grad, given.data_ptr()) == before[1:]
 
 
+SPECS = (
+    TensorSpec("x", "float32", ("batch", 3)),
+    TensorSpec("labels", "int64", ("batch",), 5, -100),
+)
+X, Y = torch.zeros(4, 3), torch.arange(4)
+
+
+def test_numbers_that_are_yet_to_be_negated() -> None:
+    """A view with the sign in a bit beside it, in one piece."""
+    view = torch._neg_view(X + 3)
+    assert view.is_neg() and view.is_contiguous()
+    (value,) = check_batch(SPECS[:1], (view,), {}, "predict")
+    assert bool((ort_value_of(value, CPU).numpy() == -3).all())
+
+
 def test_what_is_not_aligned_is_copied() -> None:
     """Kernels load 16 bytes at once, on a GPU from such addresses alone."""
     (value,) = check_batch([TensorSpec("x", "int64", (None,))], (Y[1:],), {}, "predict")
@@ -225,11 +240,6 @@ def test_what_is_not_aligned_is_copied() -> None:
     assert value.data_ptr() % 16 == 0 != Y[1:].data_ptr() % 16
 
 
-SPECS = (
-    TensorSpec("x", "float32", ("batch", 3)),
-    TensorSpec("labels", "int64", ("batch",), 5, -100),
-)
-X, Y = torch.zeros(4, 3), torch.arange(4)
 BAD_BATCHES: dict[str, tuple[Any, ...]] = {
     "labels is missing": (X,),
     "given 3 values: it takes 2": (X, Y, Y),
@@ -334,8 +344,9 @@ def test_labels_of_bytes() -> None:
 
 def overwrite_what_is_free(size: int) -> None:
     gc.collect()
-    for _ in range(20):
-        torch.full((size,), torch.nan)
+    made = [np.full(size, np.nan, np.float32) for _ in range(20)]
+    made += [torch.full((size,), torch.nan).numpy() for _ in range(20)]
+    del made
 
 
 def test_memory_lives_as_long_as_it_is_read() -> None:
@@ -353,6 +364,16 @@ def test_memory_lives_as_long_as_it_is_read() -> None:
     del tensor
     gc.collect()
     assert memory() is None
+
+
+@pytest.mark.parametrize("size", [5, 100, 2_000, 20_000])
+def test_memory_of_its_own_is_kept_by_those_who_look(size: int) -> None:
+    """An OrtValue of an array itself keeps nothing."""
+    wanted = np.arange(size, dtype=np.float32)
+    for given in (wanted, torch.from_numpy(wanted)):
+        tensor = shared_tensors({"x": own_value(given, CPU)}, CPU)["x"]
+        overwrite_what_is_free(size)
+        assert torch.equal(tensor, torch.from_numpy(wanted))
 
 
 def test_a_step_keeps_no_batch(folder: Path) -> None:
