@@ -10,7 +10,7 @@ from typing import Any
 
 from tract_fx.errors import DamagedArtifactsError
 from tract_fx.export.loss_scaling import LossScale
-from tract_fx.export.optimizers import SGD, AdamW
+from tract_fx.export.optimizers import OptimizerConfig
 from tract_fx.export.record_json import decode, encode
 
 __all__ = [
@@ -153,7 +153,7 @@ class Manifest:
     versions: dict[str, str]
     layers: tuple[TractLayer, ...]
     loss: str
-    optimizer: SGD | AdamW
+    optimizer: OptimizerConfig
     precision: str = "float32"
     loss_scale: LossScale | None = None
     inputs: tuple[TensorSpec, ...]
