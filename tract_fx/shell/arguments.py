@@ -18,6 +18,7 @@ __all__ = [
     "InputShapes",
     "Lambda",
     "Layers",
+    "Trainable",
     "example_inputs",
     "layer_choice",
     "refuse_existing",
@@ -35,6 +36,14 @@ Layers = Annotated[
         "--layer",
         metavar="NAME[=λ]",
         help="A layer that TrAct goes on, where the choice is yours. Repeatable.",
+    ),
+]
+Trainable = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="An ONNX model's initializer to train, where the usual ones are not meant. "
+        "Repeatable.",
     ),
 ]
 InputShapes = Annotated[
