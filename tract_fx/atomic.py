@@ -103,11 +103,7 @@ def write_file(place: Path, data: bytes, check: Callable[[], None] = lambda: Non
 
 
 def flush(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to the disk.
-
-    Args:
-        path: The file or folder.
-    """
+    """Bring a file, or a folder's list of names, to the disk."""
     if path.is_dir() and os.name == "nt":  # folders can't be opened there
         return
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -119,17 +115,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def system_errors(place: Path) -> Iterator[None]:
-    """Give the system's refusals the three parts of our errors.
-
-    Args:
-        place: What is written.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ArtifactsWriteError: The block has raised an OSError that is none of ours.
-    """  # noqa: DOC501 (ours pass, the system's are caught)
+    """Give the system's refusals the three parts of our errors."""
     try:
         if "\0" in str(place):
             raise OSError("no name has a null character")

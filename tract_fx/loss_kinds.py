@@ -56,12 +56,5 @@ _BY_VALUE: dict[Any, LossKind] = {
 
 
 def loss_kind(loss: object) -> LossKind | None:
-    """Tell the kind of a loss.
-
-    Args:
-        loss: A name, a function or a module.
-
-    Returns:
-        The kind, None for any other value and for classes derived from PyTorch's.
-    """
+    """Tell the kind of a name, a function or a module; None for others, derived classes too."""
     return _BY_VALUE.get(type(loss) if isinstance(loss, nn.Module) else loss)

@@ -65,14 +65,7 @@ def is_standard(node: ir.Node, *op_types: str) -> bool:
 
 
 def opset_of(model: ir.Model) -> int:
-    """Tell a model's version of ONNX's own operators.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The version, 0 where it has none.
-    """
+    """Tell a model's version of ONNX's own operators, 0 where it has none."""
     return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
 
 

@@ -275,14 +275,7 @@ def operation(record: InputLayer) -> str:
 
 
 def measured(layer: LayerStatistics) -> list[tuple[str, str, str]]:
-    """Say what was measured of a call.
-
-    Args:
-        layer: The call.
-
-    Returns:
-        What it is, the value, and how that is meant. The eigenvalues come first, if there are any.
-    """
+    """Say what was measured of a call: what it is, the value, and how that is meant."""
 
     def both(plain: float, tract: float) -> str:
         return f"{number(plain)} → {number(tract)}"
