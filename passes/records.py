@@ -97,15 +97,7 @@ class Findings:
 
 
 def layer_name(node: str, weight: tuple[str, ...]) -> str:
-    """Name a layer by its weight: by the module that a weight is of, else by the weight itself.
-
-    Args:
-        node: Name of the node that calls the layer.
-        weight: Names of the parameters that its weight is computed from.
-
-    Returns:
-        The name, the node's where there are no parameters.
-    """
+    """Name a layer by the module that its weight is of, else by the weight, else by the node."""
     if not weight:
         return node
     module, _, rest = weight[0].partition(".parametrizations.")

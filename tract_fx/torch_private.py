@@ -375,11 +375,7 @@ def kept_translations() -> Iterator[None]:
 
 @contextmanager
 def no_printed_graphs() -> Iterator[None]:
-    """Let PyTorch raise alone in the places where it also prints the graph at which it fails.
-
-    Yields:
-        Nothing.
-    """
+    """Let PyTorch raise alone in the places where it also prints the graph at which it fails."""
     places = [vars(importlib.import_module(name)) for name in _PRINTING]
     try:
         for names in places:

@@ -141,7 +141,7 @@ class Manifest:
     versions: dict[str, str]
     layers: tuple[TractLayer, ...]
     loss: str
-    optimizer: SGD | AdamW
+    optimizer: OptimizerConfig
     precision: str = "float32"
     loss_scale: LossScale | None = None
     inputs: tuple[TensorSpec, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from glob import escape
 from typing import Any, TypeAlias
@@ -15,7 +15,6 @@ from tract_fx.errors import UnsupportedTrainingError
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _EXACT_INTEGERS = 2**24  # up to here float32 holds every integer
-_KNOWN = '"adamw", "sgd", an AdamW or SGD record, a torch.optim.AdamW or a torch.optim.SGD'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +99,19 @@ class SGD:
 
 OptimizerConfig: TypeAlias = AdamW | SGD
 Parameters: TypeAlias = "Mapping[str, torch.nn.Parameter]"
-_RECORDS: dict[str, type[AdamW] | type[SGD]] = {"adamw": AdamW, "sgd": SGD}
+_RECORDS: dict[str, type[OptimizerConfig]] = {"adamw": AdamW, "sgd": SGD}
+# Adam is AdamW without weight decay.
+_OF_TORCH: dict[type[torch.optim.Optimizer], type[OptimizerConfig]] = {
+    torch.optim.AdamW: AdamW,
+    torch.optim.Adam: AdamW,
+    torch.optim.SGD: SGD,
+}
+_OF_STEPS = {"weight_decays", "max_grad_norm", "accumulate"}  # which torch's groups do not hold
+_NAMES = [record.__name__ for record in _RECORDS.values()]
+_KNOWN = (
+    f"{', '.join(map(repr, _RECORDS))}, a record {' or '.join(_NAMES)}, or an optimizer of "
+    "torch.optim of these names"
+)
 
 
 def weight_decay_of(config: OptimizerConfig, name: str) -> float:
@@ -200,7 +211,7 @@ def _decays(
 def _refuse_torch(optimizer: torch.optim.Optimizer) -> None:
     """Refuse what no graph is built for."""
     name = type(optimizer).__name__
-    if type(optimizer) not in {torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD}:
+    if type(optimizer) not in _OF_TORCH:
         raise UnsupportedTrainingError(
             f"The optimizer {name}", "No graph is built for this class", f"Use {_KNOWN}"
         )
@@ -230,18 +241,19 @@ def _read_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> O
             "The schedule would be lost, and its first step kept as the learning rate",
             "Pass a record with the settings, and set trainer.learning_rate as you go",
         )
-    if isinstance(optimizer, torch.optim.SGD):
-        return SGD(**_plain(group, "lr", "momentum", "dampening", "weight_decay", "nesterov"))
-    if group["weight_decay"] != 0 and not group.get("decoupled_weight_decay", False):
+    decoupled = not isinstance(optimizer, torch.optim.Adam) or group.get("decoupled_weight_decay")
+    if group["weight_decay"] != 0 and not decoupled:
         raise UnsupportedTrainingError(
             f"Adam with weight_decay={group['weight_decay']}",
             "Its decay goes into both moments, which the AdamW of ONNX Runtime has no place for",
             "Use AdamW, whose weight decay is decoupled, or weight_decay=0",
         )
-    return AdamW(**_plain(group, "lr", "betas", "eps", "weight_decay"))
+    record = _OF_TORCH[type(optimizer)]
+    names = [entry.name for entry in fields(record) if entry.name not in _OF_STEPS]
+    return record(**_plain(group, names))
 
 
-def _plain(group: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def _plain(group: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Read settings, some of which may be tensors of one element."""
 
     def number(value: Any) -> Any:

@@ -28,6 +28,7 @@ import onnx_ir as ir
 from tract_fx.artifacts.optimizers import SGD, AdamW, OptimizerConfig
 from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.passes.onnx_graph.calls import MICROSOFT
+from tract_fx.passes.onnx_graph.nodes import Nodes
 
 _Attribute: TypeAlias = float | ir.Graph
 
@@ -126,10 +127,10 @@ def _prepare(graph: _UpdateGraph, config: OptimizerConfig, parameters: int) -> i
     if config.accumulate > 1:
         count = graph.constant("micro_batches", np.float32(config.accumulate))
         gradients = graph.map(
-            gradients, parameters, "mean", lambda gradient, _: graph.node("Div", gradient, count)
+            gradients, parameters, "mean", lambda gradient, _: graph.op("Div", gradient, count)
         )
     if config.max_grad_norm is not None:
-        gradients = graph.node(
+        gradients = graph.op(
             "InplaceClipGradNorm", gradients, domain=MICROSOFT, max_norm=config.max_grad_norm
         )
     if isinstance(config, AdamW):
@@ -138,8 +139,8 @@ def _prepare(graph: _UpdateGraph, config: OptimizerConfig, parameters: int) -> i
         decay = graph.constant("weight_decay", np.float32(config.weight_decay))
 
         def add_decay(gradient: ir.Value, index: ir.Value) -> ir.Value:
-            parameter = graph.node("SequenceAt", graph.parameters, index)
-            return graph.node("Add", gradient, graph.node("Mul", parameter, decay))
+            parameter = graph.op("SequenceAt", graph.parameters, index)
+            return graph.op("Add", gradient, graph.op("Mul", parameter, decay))
 
         gradients = graph.map(gradients, parameters, "weight_decay", add_decay)
     if config.dampening != 0 and config.momentum > 0:
@@ -148,12 +149,12 @@ def _prepare(graph: _UpdateGraph, config: OptimizerConfig, parameters: int) -> i
             gradients,
             parameters,
             "dampening",
-            lambda gradient, _: graph.node("Mul", gradient, share),
+            lambda gradient, _: graph.op("Mul", gradient, share),
         )
     return gradients
 
 
-class _UpdateGraph:
+class _UpdateGraph(Nodes):
     """A graph under construction, with the inputs that ONNX Runtime feeds.
 
     Args:
@@ -161,6 +162,7 @@ class _UpdateGraph:
     """
 
     def __init__(self, moments: int) -> None:
+        super().__init__("optimizer")
         self.learning_rate = ir.Value(
             name="learning_rate", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.FLOAT)
         )
@@ -171,9 +173,7 @@ class _UpdateGraph:
         self.gradients = _sequence("gradients")
         names = ("first_order_moments", "second_order_moments")
         self.moments = [_sequence(name) for name in names[:moments]]
-        self._nodes: list[ir.Node] = []
         self._constants: dict[str, ir.Value] = {}
-        self._scope = "optimizer"
 
     def constant(self, name: str, value: np.generic | np.ndarray) -> ir.Value:
         """Returns the initializer of this name, which is the same at every call."""
@@ -181,16 +181,6 @@ class _UpdateGraph:
             tensor = ir.tensor(np.asarray(value), name=name)
             self._constants[name] = ir.val(name, const_value=tensor)
         return self._constants[name]
-
-    def node(
-        self, op: str, *inputs: ir.Value, domain: str = "", **attributes: _Attribute
-    ) -> ir.Value:
-        """Add a node and return its first output."""
-        name = f"{self._scope}/{op}_{len(self._nodes)}"
-        node = ir.node(op, inputs, attributes, domain=domain, name=name)
-        node.outputs[0].name = name + "_output"
-        self._nodes.append(node)
-        return node.outputs[0]
 
     def map(
         self,
@@ -200,22 +190,22 @@ class _UpdateGraph:
         change: Callable[[ir.Value, ir.Value], ir.Value],
     ) -> ir.Value:
         """Change each element, given with its index, into an element of a new sequence."""
-        self._scope = f"optimizer/{what}"
+        self.prefix = f"optimizer/{what}"
         changed = []
         for position in range(length):
             index = self.constant(f"index_{position}", np.int64(position))
-            changed.append(change(self.node("SequenceAt", sequence, index), index))
-        result = self.node("SequenceConstruct", *changed)
-        self._scope = "optimizer"
+            changed.append(change(self.op("SequenceAt", sequence, index), index))
+        result = self.op("SequenceConstruct", *changed)
+        self.prefix = "optimizer"
         return result
 
     def first_step_else(self, value: float) -> ir.Value:
         """Returns a scalar: 1 in the first update, `value` in later ones."""
         axis = self.constant("first_axis", np.array([0], np.int64))
-        step = self.node("Squeeze", self.step, axis)
-        is_first = self.node("Equal", step, self.constant("one", np.int64(1)))
+        step = self.op("Squeeze", self.step, axis)
+        is_first = self.op("Equal", step, self.constant("one", np.int64(1)))
         first, later = np.float32(1), np.float32(value)
-        return self.node(
+        return self.op(
             "Where", is_first, self.constant("first", first), self.constant("later", later)
         )
 
@@ -231,7 +221,7 @@ class _UpdateGraph:
         self, op: str, *inputs: ir.Value, domain: str = "", **attributes: _Attribute
     ) -> ir.Value:
         """Add a node whose first output says whether an update was made."""
-        flag = self.node(op, *inputs, domain=domain, **attributes)
+        flag = self.op(op, *inputs, domain=domain, like=None, **attributes)
         flag.type = ir.TensorType(ir.DataType.BOOL)
         return flag
 
@@ -240,13 +230,13 @@ class _UpdateGraph:
         shape = self.constant("flag_shape", np.array([1], np.int64))
         branches: dict[str, ir.Graph] = {}
         for branch, flag in (("then_branch", None), ("else_branch", updated)):
-            main, self._nodes = self._nodes, []
-            self._scope = f"optimizer/{branch}"
+            main, self.nodes = self.nodes, []
+            self.prefix = f"optimizer/{branch}"
             # The flag's shape is (1,), which ONNX Runtime's inference takes for ().
             done = self._flag("Reshape", self.sgd(gradients) if flag is None else flag, shape)
             done.shape = ir.Shape([1])
-            branches[branch] = ir.Graph([], [done], nodes=self._nodes, name=branch)
-            self._scope, self._nodes = "optimizer", main
+            branches[branch] = ir.Graph([], [done], nodes=self.nodes, name=branch)
+            self.prefix, self.nodes = "optimizer", main
         return self._flag(
             "If",
             updated,
@@ -260,7 +250,7 @@ class _UpdateGraph:
         graph = ir.Graph(
             [self.learning_rate, self.step, self.parameters, self.gradients, *self.moments],
             [updated],
-            nodes=self._nodes,
+            nodes=self.nodes,
             initializers=list(self._constants.values()),
             opset_imports=dict(_OPSETS),
             name="optimizer",

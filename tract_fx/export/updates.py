@@ -6,7 +6,7 @@ Formulas are those of `torch.optim.SGD` and `torch.optim.AdamW`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def _updated(
     finite = None if scaling is None else all_finite(gradients)
     if config.max_grad_norm is not None:
         gradients = _clipped(gradients, config.max_grad_norm)
-    rule = _adamw if isinstance(config, AdamW) else _sgd
+    rule = _RULES[type(config)]
     new: dict[str, Tensor] = {}
     for name, gradient in gradients.items():
         states = {
@@ -62,7 +62,7 @@ def _updated(
             if key.rpartition(".")[0] == name
         }
         parameter, *changed = rule(
-            config,  # type: ignore[arg-type]
+            config,
             weight_decay_of(config, name),
             parameters[name],
             gradient,
@@ -90,6 +90,13 @@ def _clipped(gradients: Tensors, most: float) -> dict[str, Tensor]:
     norms = torch.stack([(gradient * gradient).sum() for gradient in gradients.values()])
     share = (most / (norms.sum().sqrt() + 1e-6)).clamp(max=1.0)
     return {name: gradient * share for name, gradient in gradients.items()}
+
+
+def _states(config: OptimizerConfig) -> tuple[str, ...]:
+    """What a rule keeps of each parameter, in the order in which it gives it back."""
+    if isinstance(config, AdamW):
+        return ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if config.momentum else ()
 
 
 def _sgd(
@@ -132,3 +139,6 @@ def _adamw(
     square = second * states["exp_avg_sq"] + (1 - second) * gradient * gradient
     decayed = parameter * (1 - rate * decay) if decay else parameter
     return decayed - rate / correction * mean / (square.sqrt() / root + config.eps), mean, square
+
+
+_RULES: dict[type[OptimizerConfig], Callable[..., tuple[Tensor, ...]]] = {SGD: _sgd, AdamW: _adamw}

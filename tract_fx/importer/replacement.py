@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.node_names import described
+from tract_fx.passes.onnx_graph.nodes import Nodes
 
 
-class Replacement:
+class Replacement(Nodes):
     """Nodes that stand in for one node of a graph, under its name.
 
     A constant is a Constant node, not an initializer, so that it can't be taken for a parameter.
@@ -22,38 +22,8 @@ class Replacement:
     """
 
     def __init__(self, node: ir.Node) -> None:
+        super().__init__(node.name or node.outputs[0].name or node.op_type)
         self.node = node
-        self.nodes: list[ir.Node] = []
-        self._prefix = node.name or node.outputs[0].name or node.op_type
-
-    def op(
-        self,
-        op_type: str,
-        *inputs: ir.Value | None,
-        domain: str = "",
-        like: ir.Value | None = None,
-        **attributes: Any,
-    ) -> ir.Value:
-        """Add a node with one output.
-
-        Args:
-            op_type: The operator.
-            *inputs: Its inputs, None for one left out.
-            domain: Its domain.
-            like: A value of the result's dtype, if that is known.
-            **attributes: Its attributes.
-
-        Returns:
-            The output.
-        """
-        name = f"{self._prefix}/{op_type}_{len(self.nodes)}"
-        node = ir.node(op_type, list(inputs), attributes, domain=domain, name=name)
-        result = node.outputs[0]
-        result.name = name
-        if like is not None:
-            result.type = like.type
-        self.nodes.append(node)
-        return result
 
     def constant(self, array: np.ndarray) -> ir.Value:
         """Add a Constant.
@@ -64,7 +34,7 @@ class Replacement:
         Returns:
             Its output.
         """
-        tensor = ir.tensor(array, name=f"{self._prefix}/Constant_{len(self.nodes)}")
+        tensor = ir.tensor(array, name=f"{self.prefix}/Constant_{len(self.nodes)}")
         result = self.op("Constant", value=tensor)
         result.dtype, result.shape = tensor.dtype, ir.Shape(array.shape)
         return result
@@ -106,22 +76,22 @@ def known_dtype(value: ir.Value, node: ir.Node) -> ir.DataType:
 
     Raises:
         ExportError: If shape inference has not found it.
-    """
+    """  # noqa: DOC501, DOC502 (made by _unknown)
     if value.dtype is None:
-        raise ExportError(
-            f"{described(node)} reads {value.name!r} of unknown dtype",
-            "it can't be written with other operators without it",
-            "Run onnx.shape_inference.infer_shapes on the model first",
-        )
+        raise _unknown(value, node, "dtype", "")
     return value.dtype
 
 
 def known_rank(value: ir.Value, node: ir.Node) -> int:
     """Give a value's number of dimensions, which its replacement needs."""
     if value.shape is None:
-        raise ExportError(
-            f"{described(node)} reads {value.name!r} of unknown rank",
-            "it can't be written with other operators without it",
-            "Run onnx.shape_inference.infer_shapes on the model first, or give its inputs shapes",
-        )
+        raise _unknown(value, node, "rank", ", or give its inputs shapes")
     return len(value.shape)
+
+
+def _unknown(value: ir.Value, node: ir.Node, what: str, or_else: str) -> ExportError:
+    return ExportError(
+        f"{described(node)} reads {value.name!r} of unknown {what}",
+        "it can't be written with other operators without it",
+        f"Run onnx.shape_inference.infer_shapes on the model first{or_else}",
+    )

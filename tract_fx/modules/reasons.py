@@ -58,13 +58,6 @@ def why_not(module: nn.Module) -> Why | None:
 
 
 def is_of_torch_tract(kind: type[nn.Module] | str) -> bool:
-    """Tell the official package's layers.
-
-    Args:
-        kind: A module's class, or its full name.
-
-    Returns:
-        Whether it is one of torch_tract's, or derives from one.
-    """
+    """Tell a class that is, or derives from, one of torch_tract's layers; or its full name."""
     names = [kind] if isinstance(kind, str) else [base.__module__ for base in kind.__mro__]
     return any(name.partition(".")[0] == "torch_tract" for name in names)

@@ -1,7 +1,4 @@
-"""The kinds of layer that TrAct is defined for: their modules, functions and operators.
-
-What they have in common: a row of X is what one output position reads, times a weight (out, …).
-"""
+"""The kinds of layer that TrAct is defined for: their modules, functions and operators."""
 
 from __future__ import annotations
 
@@ -37,14 +34,7 @@ class LayerKind:
 
 
 def op_name(dims: int | None) -> str:
-    """Name a layer's operation.
-
-    Args:
-        dims: Spatial dimensions, 0 for a linear layer, None for a convolution of any number.
-
-    Returns:
-        `"linear"`, `"conv1d"`, `"conv2d"`, `"conv3d"` or `"convolution"`.
-    """
+    """Name an operation by its spatial dimensions; None is a convolution of any number."""
     return {0: "linear", None: "convolution"}.get(dims, f"conv{dims}d")
 
 
@@ -78,13 +68,6 @@ LAYER_CALLS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
 
 
 def kind_of(module: nn.Module | type[nn.Module]) -> LayerKind | None:
-    """Tell the kind of a layer.
-
-    Args:
-        module: Any module, or its class.
-
-    Returns:
-        The kind, None for another module.
-    """
+    """Tell the kind of a layer or of its class, None for any other module."""
     cls = module if isinstance(module, type) else type(module)
     return next((kind for kind in LAYER_KINDS if issubclass(cls, kind.module)), None)

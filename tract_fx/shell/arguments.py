@@ -28,6 +28,14 @@ Layers = Annotated[
         help="A layer that TrAct goes on, where the choice is yours. Repeatable.",
     ),
 ]
+Trainable = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="An ONNX model's initializer to train, where the usual ones are not meant. "
+        "Repeatable.",
+    ),
+]
 InputShapes = Annotated[
     list[str] | None,
     typer.Option(

@@ -16,6 +16,7 @@ from tract_fx.shell.arguments import (
     InputShapes,
     Lambda,
     Layers,
+    Trainable,
     example_inputs,
     layer_choice,
     refuse_existing,
@@ -67,14 +68,7 @@ def export(
     accumulate: Annotated[int | None, typer.Option(help="Micro-batches per update.")] = None,
     lambda_: Lambda = None,
     layer: Layers = None,
-    trainable: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="An ONNX model's initializer to train, where the usual ones are not meant. "
-            "Repeatable.",
-        ),
-    ] = None,
+    trainable: Trainable = None,
     output_name: Annotated[
         str | None,
         typer.Option("--output", metavar="NAME", help="The output that the loss reads."),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tract_fx.passes.choose import choose, read_choice
-from tract_fx.shell.arguments import InputShapes, example_inputs
+from tract_fx.shell.arguments import InputShapes, Trainable, example_inputs
 from tract_fx.shell.reporting import Debug, output, printing, reporting, status, users_code
 from tract_fx.shell.tables import findings_tables
 from tract_fx.shell.targets import (
@@ -27,14 +27,7 @@ def locate(
         str, typer.Argument(metavar="TARGET", help=f"{TARGET_HELP} {DIRECTORY_HELP}")
     ],
     input_shape: InputShapes = None,
-    trainable: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="An ONNX forward model's initializer that is trained, where the usual ones are "
-            "not meant. Repeatable.",
-        ),
-    ] = None,
+    trainable: Trainable = None,
     debug: Debug = False,
 ) -> None:
     """Show which layer consumes a model's input, and why TrAct can't go on what else meets it.
