@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tract_fx.artifacts.loss_scaling import LossScale
-from tract_fx.artifacts.optimizers import SGD, AdamW
 from tract_fx.artifacts.record_json import decode, encode
 from tract_fx.errors import DamagedArtifactsError
 

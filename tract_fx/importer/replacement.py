@@ -76,7 +76,7 @@ def known_dtype(value: ir.Value, node: ir.Node) -> ir.DataType:
 
     Raises:
         ExportError: If shape inference has not found it.
-    """  # noqa: DOC501, DOC502 (made by _unknown)
+    """
     if value.dtype is None:
         raise _unknown(value, node, "dtype", "")
     return value.dtype
