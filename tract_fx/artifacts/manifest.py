@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tract_fx.artifacts.loss_scaling import LossScale
+from tract_fx.artifacts.optimizers import OptimizerConfig
 from tract_fx.artifacts.record_json import decode, encode
 from tract_fx.errors import DamagedArtifactsError
 
