@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """What `inspect_graph` found.
 
@@ -51,6 +51,11 @@ class Inspection:
     statistics: Statistics | None
     notes: tuple[str, ...]
     versions: dict[str, str]
+
+    def __repr__(self) -> str:
+        """Say the verdict, the layers and how to see more: a few lines."""
+        lines: str = extras.load("tract_fx.inspection.render.words", "summary")(self)
+        return lines
 
     def print(self, console: Console | None = None) -> None:
         """Print all of it on a terminal.

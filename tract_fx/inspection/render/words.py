@@ -64,6 +64,23 @@ def verdict(inspection: Inspection) -> Verdict:
     return Verdict("open", "TrAct is on no layer", (reason,))
 
 
+def summary(inspection: Inspection) -> str:
+    """An inspection in a few lines: the verdict, its first reason, the layers, how to see more."""
+    found = verdict(inspection)
+    lines = [f"Inspection of {inspection.subject}", f"{found.symbol} {found.headline}"]
+    lines += [f"  {printable(reason)}" for reason in found.reasons[:1]]
+    taken = [layer for layer in inspection.layers if layer.taken]
+    lines += [
+        f"  {printable(layer.record.name)}: {operation(layer.record)}, λ={layer.record.lambda_:g}, "
+        f"{rows_and_columns(layer)}"
+        for layer in taken[:3]
+    ]
+    if len(taken) > 3:
+        lines.append(f"  and {plural(len(taken) - 3, 'call', 'calls')} more with TrAct")
+    lines.append("print() shows all of it, save('page.html') draws it")
+    return "\n".join(lines)
+
+
 def _verified(inspection: Inspection, verification: Verification) -> Verdict:
     good = [w for w in verification.weights if w.operator.passed]
     bad = [w for w in verification.weights if not w.operator.passed]
