@@ -44,9 +44,10 @@ layout:
 	@rm -rf build/typing && mkdir -p build/typing/tract_fx
 	@ln -s $(addprefix ../../../,$(wildcard tract_fx/*) passes) build/typing/tract_fx/
 
+# --quiet would hide the warnings from --strict.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 docs: .venv/.docs layout ## the site, in build/docs; a link that leads nowhere fails
-	$(MKDOCS) build --strict --quiet
+	$(MKDOCS) build --strict
 
 docs-serve: .venv/.docs layout ## the site on this machine, built again with each change
 	$(MKDOCS) serve
