@@ -81,6 +81,14 @@ def test_the_verdict_comes_first() -> None:
         assert wanted in printed(inspection).splitlines()[1]
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_a_repr_is_a_few_lines_with_the_verdict(name: str) -> None:
+    inspection = EVERY[name]()
+    lines = repr(inspection).splitlines()
+    assert len(lines) <= 8 and lines[0].startswith("Inspection of ")
+    assert verdict(inspection).headline in lines[1] and "save(" in lines[-1]
+
+
 def test_a_failure_names_what_failed_with_its_number() -> None:
     text = unwrapped(printed(failing()))
     for wanted in (

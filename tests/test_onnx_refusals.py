@@ -159,8 +159,12 @@ def test_a_filter_with_a_trained_bias() -> None:
 def test_not_a_model(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"class Linear.*ModelProto"):
         find_onnx_input_layers(nn.Linear(2, 2))  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedModelError, match=r"nothing\.onnx.*can't be read"):
+    with pytest.raises(UnsupportedModelError, match=r"nothing\.onnx.*there is no such file"):
         find_onnx_input_layers(tmp_path / "nothing.onnx")
+    for name, says in (("weights.pt", "PyTorch's tensors"), ("model.py", "Python's source")):
+        (tmp_path / name).write_bytes(b"\xff\xff no model \x00")
+        with pytest.raises(UnsupportedModelError, match=says):
+            find_onnx_input_layers(tmp_path / name)
     for content in (b"\xff\xff no model \x00", b""):
         (tmp_path / "broken.onnx").write_bytes(content)
         with pytest.raises(UnsupportedModelError, match=r"can't be read|no graph"):

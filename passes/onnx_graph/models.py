@@ -33,12 +33,28 @@ def as_ir_model(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
     return result
 
 
+_OF_OTHERS = {
+    ".py": "it is Python's source, no model",
+    **dict.fromkeys((".pt", ".pth", ".ckpt"), "it holds PyTorch's tensors, not an ONNX graph"),
+    ".safetensors": "it holds tensors, and no graph",
+}
+"""What files are that people take for models, by suffix."""
+
+
 def _read(path: Path) -> ir.Model:
+    if not path.exists():
+        raise UnsupportedModelError(
+            f"the file {str(path)!r}",
+            "there is no such file",
+            f"Look at its name; relative paths start at {str(Path.cwd())!r}",
+        )
     try:
         proto = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
         raise UnsupportedModelError(
-            f"the file {str(path)!r}", f"it can't be read as ONNX ({error})", "Give an .onnx file"
+            f"the file {str(path)!r}",
+            _OF_OTHERS.get(path.suffix, f"it can't be read as ONNX ({error})"),
+            "Give an .onnx file, or the PyTorch model itself in Python",
         ) from error
     if not proto.HasField("graph"):  # an empty file is a message with nothing in it
         raise UnsupportedModelError(
