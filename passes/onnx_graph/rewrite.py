@@ -11,7 +11,7 @@ from tract_fx.errors import InvalidLambdaError, UnsupportedLayerError, Unsupport
 from tract_fx.passes.onnx_graph.calls import OnnxCall
 from tract_fx.passes.onnx_graph.provenance import Provenance, provenance_of
 from tract_fx.passes.onnx_graph.subgraph import write_tract
-from tract_fx.passes.onnx_graph.values import static_shape
+from tract_fx.passes.onnx_graph.values import static_shape, subgraphs
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient, find_weight_gradient
 from tract_fx.passes.onnx_graph.writer import NodeWriter
 
@@ -176,12 +176,10 @@ def remove_from_graph(model: ir.Model) -> None:
 
 def _release_branches(node: ir.Node) -> None:
     """Let a node's branches let go of the values around them, which may then be removed."""
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            for inner in attribute.as_graph():
-                _release_branches(inner)
-                for index in range(len(inner.inputs)):
-                    inner.replace_input_with(index, None)
+    for inner in (inner for graph in subgraphs(node) for inner in graph):
+        _release_branches(inner)
+        for index in range(len(inner.inputs)):
+            inner.replace_input_with(index, None)
 
 
 def _made(model: ir.Model) -> dict[ir.Node, Provenance]:

@@ -181,14 +181,7 @@ def _read_by_activation(made: _Maker, kind: str | None) -> ir.Value | _NoLogits:
 
 
 def _kind(loss: Loss) -> str | None:
-    """Tell which activation a loss has in it.
-
-    Args:
-        loss: The loss.
-
-    Returns:
-        "classes" for softmax, "binary" for sigmoid, None for neither.
-    """
+    """The activation that a loss has in it: "classes" for softmax, "binary" for sigmoid."""
     key = type(loss) if isinstance(loss, nn.Module) else loss
     if key in _CROSS_ENTROPY:
         return "classes"
@@ -196,15 +189,7 @@ def _kind(loss: Loss) -> str | None:
 
 
 def _without_doubles(candidates: dict[str, ir.Value], loss: Loss) -> dict[str, ir.Value]:
-    """Take outputs for one that are logits and what a softmax or a sigmoid makes of them.
-
-    Args:
-        candidates: Outputs by name.
-        loss: The loss.
-
-    Returns:
-        Of each such set, the logits if they are an output, else any.
-    """
+    """Of outputs that are logits, and what an activation makes of them, keep the logits or one."""
     chosen: dict[ir.Value, str] = {}
     for name, value in candidates.items():
         found = _logits(value, _kind(loss))
@@ -219,18 +204,7 @@ def _without_doubles(candidates: dict[str, ir.Value], loss: Loss) -> dict[str, i
 
 
 def _find(model: ir.Model, name: str) -> ir.Value:
-    """Find a value by name.
-
-    Args:
-        model: The graph.
-        name: The name.
-
-    Returns:
-        The value.
-
-    Raises:
-        UnsupportedTrainingError: If there is none.
-    """
+    """Find a value by name; refused if there is none."""
     made = (v for node in model.graph for v in node.outputs)
     for value in (*model.graph.outputs, *model.graph.inputs, *made):
         if value.name == name:
@@ -244,15 +218,7 @@ def _find(model: ir.Model, name: str) -> ir.Value:
 
 
 def _trains(value: ir.Value) -> bool:
-    """Tell whether a gradient by a value reaches a parameter.
-
-    Args:
-        value: The value.
-
-    Returns:
-        Whether an initializer of several floats is behind it, through operators of ONNX's own
-        domain (and ONNX Runtime's) that have gradients.
-    """
+    """Whether an initializer of several floats is behind a value, by operators with gradients."""
     stack, seen = [value], set()
     while stack:
         current = stack.pop()
@@ -271,15 +237,7 @@ def _trains(value: ir.Value) -> bool:
 
 
 def _over_classes(node: ir.Node, rank: int | None) -> bool:
-    """Tell whether a softmax runs along dimension 1, where PyTorch's cross entropy has the classes.
-
-    Args:
-        node: A Softmax or LogSoftmax.
-        rank: The rank of its result, None if not known.
-
-    Returns:
-        Whether it does, for sure.
-    """
+    """Whether a softmax surely runs along dimension 1, where cross entropy has the classes."""
     version = node.version or (node.graph.opset_imports.get("", 13) if node.graph else 13)
     if version < 13:  # dimensions from the axis on are taken together
         return rank == 2 and node.attributes.get_int("axis", 1) in {1, -1}
@@ -288,14 +246,7 @@ def _over_classes(node: ir.Node, rank: int | None) -> bool:
 
 
 def _binary_pair(node: ir.Node) -> ir.Value | None:
-    """Match Concat(1 − p, p) with p a sigmoid, scikit-learn's binary classifier.
-
-    Args:
-        node: A node.
-
-    Returns:
-        The sigmoid's input.
-    """
+    """What p = sigmoid(·) reads in Concat(1 − p, p), scikit-learn's binary classifier."""
     if not is_standard(node, "Concat") or len(node.inputs) != 2:
         return None
     first, second = node.inputs
@@ -313,14 +264,7 @@ def _binary_pair(node: ir.Node) -> ir.Value | None:
 
 
 def _divides_by_sum(node: ir.Node) -> bool:
-    """Match x ÷ Σx, a normalisation (or a softmax) written out.
-
-    Args:
-        node: A node.
-
-    Returns:
-        Whether it is one.
-    """
+    """Whether it is x ÷ Σx, a normalisation (or a softmax) written out."""
     if not is_standard(node, "Div") or node.inputs[1] is None:
         return False
     divisor = node.inputs[1].producer()
