@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -213,11 +214,36 @@ def test_graphs_of_earlier_versions(fields: tuple[str, ...], size: int | None) -
     assert layer.form.startswith("not recorded in this graph") and layer.gram == ""
     assert found.backward is not None and found.backward.expanded is not None
     own = [node for node in found.backward.expanded.nodes if node.kind == "tract"]
-    assert {node.stage for node in own} - {""} == {"stages not recorded"}
+    assert {node.stage for node in own} - {""} == {"not recorded"}
     assert len(own) > 20
     assert present_lambdas(ir.from_proto(then)) == {"Conv_y": pytest.approx(0.1)}
     batch = batch_for("convnet")
     assert same(training.step(remove_tract_onnx(then), *batch), training.step(None, *batch))
+
+
+@pytest.mark.parametrize("name", ["inverse", "gradient"])
+def test_a_node_that_says_nothing_is_drawn_too(
+    name: str, graphs: dict[str, onnx.ModelProto]
+) -> None:
+    """One of another tool's, in the midst of a form or at its end."""
+    model = ir.from_proto(graphs["lags"])
+    own = f"{PREFIX}Conv_y/in_float32/{name}"
+    node = next(n for n in model.graph.all_nodes() if n.name == own)
+    alien = ir.node("Neg", [node.outputs[0]], name="alien")
+    alien.outputs[0].name, alien.outputs[0].type = "aliens", node.outputs[0].type
+    node.outputs[0].replace_all_uses_with(alien.outputs[0], replace_graph_outputs=True)
+    alien.replace_input_with(0, node.outputs[0])
+    graph = node.graph
+    assert graph is not None
+    graph.insert_after(node, alien)
+    x = np.random.default_rng(0).normal(size=(9, 3, 9, 9)).astype(np.float32)
+    options: dict[str, Any] = {"verify": False, "statistics": False}
+    found = inspect_onnx(model, x, backward="expanded", **options).backward
+    assert found is not None and found.expanded is not None
+    nodes = {drawn.name: drawn for drawn in found.expanded.nodes}
+    assert nodes["aliens"].stage == "not recorded"
+    assert nodes["aliens"].inputs == (f"in_float32/{name}",)
+    assert any("aliens" in drawn.inputs for drawn in nodes.values())
 
 
 def test_records_of_later_versions() -> None:

@@ -60,15 +60,7 @@ def _same(found: np.ndarray, expected: np.ndarray, slack: float = 0.0) -> bool:
 
 
 def _rounded(values: Tensors, seed: int) -> dict[str, np.ndarray]:
-    """Move floating numbers by what float32 rounds them by.
-
-    Args:
-        values: The numbers, by name.
-        seed: What the roundings are drawn from.
-
-    Returns:
-        The same in float64; integers stay.
-    """
+    """Move floating numbers by what float32 rounds them by, in float64; integers stay."""
     generator = np.random.default_rng(seed)
     return {
         name: value.astype(np.float64) * (1 + _ROUNDING * generator.standard_normal(value.shape))

@@ -21,6 +21,7 @@ Part: TypeAlias = Literal["forward", "backward"]
 _GRADIENT, _BUFFER, _RESET = "_grad", "_grad.accumulation.buffer", "lazy_reset_grad"
 _ACCUMULATOR = "InPlaceAccumulatorV2"
 _PASSED_ON = frozenset({"Identity"})
+_STAGES = ("Gram", "factorisation", "solve")
 _RESHAPED = frozenset({"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
@@ -105,9 +106,8 @@ class Drawing:
         forms = forms_of(call) if chosen is None else (chosen,)
         self._inputs(v for node in call.nodes for v in operands(node) if _is_lambda(v))
         for form in forms:
-            for stage, nodes in _stages(form).items():
-                for node in nodes:
-                    self._add_operator(node, stage)
+            for node, stage in _staged(form):
+                self._add_operator(node, stage)
         if len(forms) == 1:
             self._drawn[call.result] = self._drawn[forms[0].end]
             return
@@ -185,15 +185,14 @@ class Drawing:
         return self._sizes.get(str(size.value), "?" if size.value is None else size.value)
 
 
-def _stages(form: Form) -> dict[str, list[ir.Node]]:
-    """Sort a form's nodes by their stage, which reads what those in front of it have made."""
+def _staged(form: Form) -> list[tuple[ir.Node, str]]:
+    """A form's nodes with their stages, which read of none behind them where all are recorded."""
     needed = ancestors(form.end)
-    stages: dict[str, list[ir.Node]] = {stage: [] for stage in ("Gram", "factorisation", "solve")}
-    for node in form.nodes:
-        record = provenance_of(node)
-        if node in needed and record is not None:
-            stages.setdefault(record.stage or "stages not recorded", []).append(node)
-    return stages
+    records = [(node, provenance_of(node)) for node in form.nodes if node in needed]
+    staged = [(node, record.stage if record else "") for node, record in records]
+    if all(stage in _STAGES for _, stage in staged):
+        return sorted(staged, key=lambda pair: _STAGES.index(pair[1]))
+    return [(node, stage or "not recorded") for node, stage in staged]
 
 
 def _kind(node: ir.Node) -> Kind:
