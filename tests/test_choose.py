@@ -14,7 +14,10 @@ from torch import Tensor, fx, nn
 
 from reference import ROUTES, Net, assert_plain, assert_tract, built, exported, images, step
 from tract_fx import (
+    AmbiguousInputLayerError,
+    Findings,
     FrozenLayerWarning,
+    InputLayer,
     TractWarning,
     UnknownLayerError,
     UnsupportedLayerError,
@@ -24,6 +27,7 @@ from tract_fx import (
     tract_module,
     tract_pass,
 )
+from tract_fx.passes.choose import choose, read_choice
 
 each_tracer = pytest.mark.parametrize("route", ROUTES)
 
@@ -401,3 +405,11 @@ def test_step_is_deterministic() -> None:
         a is not None and b is not None and torch.equal(a, b)
         for a, b in zip(first.gradients.values(), second.gradients.values(), strict=True)
     )
+
+
+def test_a_convolution_of_unknown_dimensions_is_suggested() -> None:
+    """As an ONNX graph without shapes has it."""
+    linear = InputLayer("a", "a", "linear", ("a",), (4, 8), None, ("x", "a"), False, None)
+    unknown = InputLayer("b", "b", "convolution", ("b",), None, None, ("x", "b"), False, None)
+    with pytest.raises(AmbiguousInputLayerError, match=r"for example layers=\['b'\]"):
+        choose(Findings((linear, unknown), ()), (linear, unknown), read_choice())

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,12 @@ from typer.testing import CliRunner, Result
 from onnx_models import by_hand, training_graph
 from oracle import Spec, relative_error, tract_gradient
 from tract_fx import SGD, AdamW, MissingRuntimeError, export_training, extras, load_trainer
+from tract_fx.export.manifest import TensorSpec
 from tract_fx.passes import tract_onnx_pass
 from tract_fx.passes.onnx_graph.models import as_ir_model
 from tract_fx.passes.onnx_graph.provenance import present_lambdas
 from tract_fx.shell.app import app
+from tract_fx.shell.train_command import _right_classes
 from tract_fx.trainers.ort_trainer import OrtTrainer
 
 # Float32 on noise, through one layer's system of condition ~10.
@@ -415,6 +418,22 @@ def test_train(exported: Path) -> None:
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in lines[:4]]
     assert losses[3] < losses[0]
     assert "Saved: b (16 updates)" in whole
+
+
+@pytest.mark.parametrize(
+    ("classes", "ignored", "counts"),
+    [(3, None, (2, 4)), (3, 2, (1, 3)), (3, -100, (2, 4)), (None, None, (0, 0))],
+)
+def test_accuracy_is_of_class_indices_that_count(
+    classes: int | None, ignored: int | None, counts: tuple[int, int]
+) -> None:
+    """Whatever the loss is called, by what the manifest says of the target."""
+    target = TensorSpec("y", "int64", ("batch",), classes, ignored)
+    scores = np.eye(3, dtype=np.float32)[[0, 2, 2, 1]]
+    trainer: Any = SimpleNamespace(
+        manifest=SimpleNamespace(targets=(target,), inputs=()), predict=lambda: scores
+    )
+    assert _right_classes(trainer, {"y": np.array([0, 1, 2, 0])}) == counts
 
 
 def test_train_with_accumulation_ends_at_an_update(folder: Path) -> None:
