@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 from onnx_models import by_hand, training_graph
 from oracle import Spec, relative_error, tract_gradient
 from tract_fx import SGD, AdamW, MissingRuntimeError, export_training, extras, load_trainer
-from tract_fx.export.manifest import TensorSpec
+from tract_fx.artifacts.manifest import TensorSpec
 from tract_fx.passes import tract_onnx_pass
 from tract_fx.passes.onnx_graph.models import as_ir_model
 from tract_fx.passes.onnx_graph.provenance import present_lambdas

@@ -11,7 +11,7 @@ from tract_fx.errors import InvalidLambdaError, UnsupportedLayerError, Unsupport
 from tract_fx.passes.onnx_graph.calls import OnnxCall, opset_of
 from tract_fx.passes.onnx_graph.provenance import PREFIX, Provenance, made_nodes
 from tract_fx.passes.onnx_graph.subgraph import write_tract
-from tract_fx.passes.onnx_graph.values import static_shape, subgraphs
+from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient, find_weight_gradient
 from tract_fx.passes.onnx_graph.writer import NodeWriter
 from tract_fx.preconditioner import LAMBDA_REMEDY
