@@ -7,6 +7,7 @@ cuda_kernels.py), so that this holds without a GPU.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -15,7 +16,7 @@ from torch import fx, nn
 
 from cuda_kernels import missing_cuda_kernels
 from nets import NETS, SIZE
-from tract_fx import SGD, AdamW, export_training, tract_pass
+from tract_fx import SGD, AdamW, LossScale, export_training, tract_pass
 
 GRAPHS = ("training_model.onnx", "eval_model.onnx", "optimizer_model.onnx")
 
@@ -70,3 +71,27 @@ def test_losses_and_optimizers_have_cuda_kernels(
     )
     for graph in GRAPHS:
         assert missing_cuda_kernels(onnx.load(tmp_path / "artifacts" / graph)) == []
+
+
+ADAMW, MOMENTUM = AdamW(accumulate=2, max_grad_norm=1.0), SGD(momentum=0.9)
+WHOLE_STEPS: dict[str, dict[str, Any]] = {
+    "adamw, scaled": {"optimizer": ADAMW, "loss_scale": LossScale()},
+    "float16": {"optimizer": MOMENTUM, "precision": "float16", "float64": False},
+}
+
+
+@pytest.mark.parametrize("options", WHOLE_STEPS.values(), ids=WHOLE_STEPS)
+def test_a_step_with_its_update_has_cuda_kernels(options: dict[str, Any], tmp_path: Path) -> None:
+    """As any ONNX Runtime takes it: gradients, clipping, accumulation, scaling, update."""
+    export_training(
+        tract_pass(fx.symbolic_trace(FewRows().train())),
+        torch.randn(2, 3, SIZE, SIZE),
+        tmp_path / "artifacts",
+        target="onnxruntime",
+        verify=False,
+        **options,
+    )
+    step = onnx.load(tmp_path / "artifacts" / "training_model.onnx")
+    assert missing_cuda_kernels(step) == []
+    step.opset_import[0].version = 20  # for which it has none of some
+    assert missing_cuda_kernels(step)

@@ -40,6 +40,7 @@ from tract_fx.errors import (
     TrainerStateError,
     UnsupportedModelError,
 )
+from tract_fx.ort_training import Device, session_options
 from tract_fx.passes import find_onnx_input_layers
 from tract_fx.step import expand
 
@@ -436,3 +437,11 @@ def test_a_step_leaves_no_gradients(tmp_path: Path) -> None:
     trainer.train_step(*batch(4))
     with pytest.raises(TrainerStateError, match="compute_gradients"):
         trainer.gradients()
+
+
+def test_webgpu_is_asked_for_the_layout_that_is_right() -> None:
+    entry = "ep.webgpuexecutionprovider.preferredLayout"
+    options = session_options(Device("WebGpuExecutionProvider"))
+    assert options.get_session_config_entry(entry) == "NCHW"
+    with pytest.raises(RuntimeError, match="preferredLayout"):
+        session_options().get_session_config_entry(entry)
