@@ -80,7 +80,7 @@ def tract_module(
     choice, group = read_choice(lambda_, layers), group_name(gram, process_group)
     if isinstance(model, fx.GraphModule):
         return tract_pass(  # type: ignore[return-value]
-            model, lambda_=lambda_, layers=layers, gram=gram, process_group=process_group
+            model, lambda_=lambda_, layers=choice.by_name, gram=gram, process_group=process_group
         )
     _check_model(model)
     by_name = choice.by_name

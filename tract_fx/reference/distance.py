@@ -94,4 +94,5 @@ def _wide(values: Values) -> Tensor:
     if isinstance(values, Tensor):
         return values.detach().to(torch.complex128 if values.is_complex() else torch.float64)
     dtype = "complex128" if values.dtype.kind == "c" else "float64"
-    return torch.from_numpy(values.astype(dtype, order="C", copy=True))
+    # A number of numpy's own is no array until it has a shape.
+    return torch.from_numpy(values.astype(dtype, order="C", copy=True).reshape(values.shape))
