@@ -94,5 +94,5 @@ def _wide(values: Values) -> Tensor:
     if isinstance(values, Tensor):
         return values.detach().to(torch.complex128 if values.is_complex() else torch.float64)
     dtype = "complex128" if values.dtype.kind == "c" else "float64"
-    # A number of numpy's own is no array until it has a shape.
-    return torch.from_numpy(values.astype(dtype, order="C", copy=True).reshape(values.shape))
+    flat = values.astype(dtype, order="C", copy=True).reshape(-1)  # of a number too an array
+    return torch.from_numpy(flat).reshape(values.shape)
