@@ -6,7 +6,7 @@ vision transformer of patches as large as a quarter of the image, in which it ha
 
 Needs the extra `test`.
 
-python benchmarks/bench_processes_training.py [--quick] [--data FOLDER] [--epochs 10] [--out FOLDER]
+python benchmarks/bench_processes_training.py [--quick] [--data FOLDER] [--images 10000] [--epochs 10] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     made.add_argument("--quick", action="store_true", help="one epoch of 256 images, two seeds")
     made.add_argument("--data", type=Path, help="a folder train/CLASS/*.jpg, test/CLASS/*.jpg")
+    made.add_argument("--images", type=int, default=0, help="to train on; 0 for all of --data")
     made.add_argument("--epochs", type=int, default=10, help="%(default)s")
     made.add_argument("--seeds", type=int, default=3, help="%(default)s")
     made.add_argument("--batch", type=int, default=128, help="of all eight (%(default)s)")
@@ -120,7 +121,7 @@ def main() -> None:
     options = parser().parse_args()
     console = Console()
     epochs, seeds = (1, 2) if options.quick else (options.epochs, options.seeds)
-    dataset = digits() if options.data is None else read(options.data, 0, 0)
+    dataset = digits() if options.data is None else read(options.data, options.images, 0)
     if options.quick:
         train = Split(dataset.train.images[:256], dataset.train.labels[:256])
         dataset = replace(dataset, train=train)
@@ -129,13 +130,16 @@ def main() -> None:
     for net, arm, seed in track(cases, dataset.name, console=console):
         accuracy = run(dataset, net, arm, seed, epochs, options.batch)
         found[net][arm].append(accuracy)
-    title = f"Test accuracy on {dataset.name}, {epochs} epochs, batch {options.batch}: "
+    count = len(dataset.train.images)
+    title = f"Test accuracy on {dataset.name}, {count} images, {epochs} epochs, "
+    title += f"batch {options.batch}: "
     printed = table(title + f"mean ± deviation of {seeds} seeds", "", *ARMS)
     for net, by_arm in found.items():
         cells = (f"{statistics.mean(a):.2%} ± {statistics.stdev(a):.2%}" for a in by_arm.values())
         printed.add_row(net, *cells)
     console.print(printed)
     settings = {"epochs": epochs, "batch": options.batch, "data": dataset.name}
+    settings |= {"images": count}
     record: dict[str, Any] = {**machine(), "quick": options.quick, **settings, "accuracy": found}
     save(console, options.out / "processes_training.json", record)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tract_fx import torch_private
 from tract_fx.errors import MissingRuntimeError
 from tract_fx.ort_training import runtime
 from tract_fx.preconditioner import direct
@@ -27,6 +28,13 @@ def small_layers_too() -> Iterator[None]:
         direct.is_quicker.cache_clear()
         yield
     direct.is_quicker.cache_clear()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_translations() -> Iterator[None]:
+    """PyTorch's exporter reads its table of translations once: half of a small model's export."""
+    with torch_private.kept_translations():
+        yield
 
 
 MISSING = ""

@@ -6,13 +6,12 @@ import dataclasses
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from forked import run_script
 from inspections import EVERY, conv_net, hostile, onnx_graph
 from tract_fx.errors import ArtifactsWriteError, UnsupportedFormatError
 from tract_fx.inspection.records import Backward
@@ -155,34 +154,40 @@ def test_a_name_of_full_length_is_written(tmp_path: Path) -> None:
     assert conv_net().save(tmp_path / f"{'x' * 250}.json").is_file()
 
 
-def test_each_kind_needs_its_own_packages_alone(tmp_path: Path) -> None:
-    """In a process of its own, in which a package can't be imported."""
-    code = """
+WITHOUT = """
 import sys
-for name in sys.argv[2].split():
-    sys.modules[name] = None
+file, tests, *missing = sys.argv[1:]
+for name in (*missing, *sys.modules):
+    if name.split(".")[0] in missing:
+        sys.modules[name] = None
+sys.path.insert(0, tests)
 from inspections import conv_net
 from tract_fx.errors import MissingRuntimeError
 try:
-    print(conv_net().save(sys.argv[1]).stat().st_size > 0)
+    print(conv_net().save(file).stat().st_size > 0)
 except MissingRuntimeError as error:
     print(error)
 """
-    every = "graphviz jinja2 matplotlib rich"
-    for suffix, without, says in (
-        (".json", every, "True"),
+
+
+@pytest.mark.parametrize(
+    ("suffix", "without", "says"),
+    [
+        (".json", "graphviz jinja2 matplotlib rich", "True"),
         (".dot", "jinja2 matplotlib rich", "True"),
         (".html", "jinja2", "needs the package jinja2"),
         (".dot", "graphviz", "needs the package graphviz"),
-    ):
-        run = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / f"x{suffix}"), without],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert says in run.stdout, run.stderr
+    ],
+)
+def test_each_kind_needs_its_own_packages_alone(
+    suffix: str, without: str, says: str, tmp_path: Path
+) -> None:
+    """In a process of its own, in which a package can't be imported."""
+    script = tmp_path / "saved.py"
+    script.write_text(WITHOUT)
+    file, tests = tmp_path / f"x{suffix}", Path(__file__).parent
+    done = run_script(script, str(file), str(tests), *without.split())
+    assert says in done.stdout, done.stderr
 
 
 def test_half_of_a_surrogate_pair_is_written(tmp_path: Path) -> None:

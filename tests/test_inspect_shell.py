@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from forked import run_script
 from test_shell import done, mlp, refused, run
 from tract_fx import AdamW, export_training, tract_module
 
@@ -220,16 +220,24 @@ def test_torch_prints_no_graph_beside_the_error(folder: Path) -> None:
     assert "the model fails" in wrong
 
 
+FULL = """
+import os, runpy, sys
+with open("/dev/full", "wb") as full:
+    os.dup2(full.fileno(), 1)
+sys.path.insert(0, os.getcwd())
+runpy.run_module("tract_fx", run_name="__main__")
+"""
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("more", [(), ("--json", "-")])
 def test_a_full_disk_is_told_in_one_line(folder: Path, more: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "tract_fx", "inspect", "inspected_nets:conv", *SHAPE, *more]
-    with open("/dev/full", "w", encoding="utf-8") as full:
-        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    target = ("inspect", "inspected_nets:conv", *SHAPE)
+    Path("full.py").write_text(FULL)
+    ended = run_script(Path("full.py").absolute(), *target, *more)
     assert ended.returncode == 1
     assert ended.stderr.startswith("error: the standard output") and ended.stderr.count("\n") == 1
     Path("file").write_text("")
-    target = ("inspect", "inspected_nets:conv", *SHAPE)
     assert "can't be written" in refused(1, *target, "--json", "file/report.json")
 
 

@@ -293,7 +293,8 @@ def test_dropout_has_its_mean_and_its_variance(name: str, tmp_path: Path) -> Non
 def test_dropout_before_the_first_layer(tmp_path: Path) -> None:
     """X is then what the layer multiplies with, zeros included. `verify` looks at that."""
     net = seeded(lambda: nn.Sequential(nn.Dropout(0.5), Net()))
-    exported = export(treated(net, layers=["1.first"]), images(6), tmp_path / "a")
+    net = treated(net, layers=["1.first"])
+    exported = export(net, images(6), tmp_path / "a", verify=True)
     trainer = exported.trainer()
     batch = batches(1)[0]
     one, other = (trainer.compute_gradients(*batch), trainer.compute_gradients(*batch))
@@ -601,10 +602,10 @@ def test_verify_sees_mistakes(
 ) -> None:
     MISTAKES[mistake](monkeypatch)
     with pytest.raises(ExportError):
-        export(net_with_tract(), images(4), tmp_path / "a")
+        export(net_with_tract(), images(4), tmp_path / "a", verify=True)
     assert list(tmp_path.iterdir()) == []
     # The mistake is one that is written without it.
-    exported = export(net_with_tract(), images(4), tmp_path / "a", verify=False)
+    exported = export(net_with_tract(), images(4), tmp_path / "a")
     batch = batches(1)[0]
     with pytest.raises(AssertionError):
         assert_gradients(exported.trainer().compute_gradients(*batch), exported.gradients(*batch))
@@ -625,5 +626,6 @@ def test_verify_sees_a_lost_label_smoothing(
             images(4),
             tmp_path / "a",
             loss=nn.CrossEntropyLoss(label_smoothing=0.1),
+            verify=True,
         )
     assert list(tmp_path.iterdir()) == []

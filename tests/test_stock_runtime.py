@@ -380,7 +380,7 @@ def test_verification_sees_a_lost_lambda(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(expand, "insert", insert)
     with pytest.raises(ExportError, match="TrAct's weight gradient"):
-        write(model(), batch(4)[0], tmp_path / "a")
+        write(model(), batch(4)[0], tmp_path / "a", verify=True)
     assert not list(tmp_path.iterdir())
 
 
