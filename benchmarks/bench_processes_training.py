@@ -6,7 +6,7 @@ vision transformer of patches as large as a quarter of the image, in which it ha
 
 Needs the extra `test`.
 
-python benchmarks/bench_processes_training.py [--quick] [--data FOLDER] [--images 10000] [--epochs 10] [--out FOLDER]
+python benchmarks/bench_processes_training.py [--quick] [--data FOLDER] [--images N] [--epochs 10]
 """
 
 from __future__ import annotations
