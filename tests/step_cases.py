@@ -289,16 +289,6 @@ def logits_loss(output: dict[str, Tensor], y: Tensor) -> Tensor:
     return F.cross_entropy(output["logits"], y)
 
 
-def focal(z: Tensor, y: Tensor) -> Tensor:
-    each = F.cross_entropy(z, y, reduction="none")
-    return ((1 - (-each).exp()) ** 2 * each).mean()
-
-
-def contrastive(z: Tensor, y: Tensor) -> Tensor:
-    similarity = F.normalize(z) @ F.normalize(z + y).T / 0.1
-    return F.cross_entropy(similarity, torch.arange(z.shape[0]))
-
-
 CASES: dict[str, Case] = {
     "conv1d": Case(
         stack(
@@ -375,31 +365,11 @@ CASES: dict[str, Case] = {
     "shapes": does(reshaped),
     "pieces": does(in_pieces),
     "products": does(multiplied),
+    "probabilities": Case(
+        stack(nn.Flatten, lambda: nn.Linear(27, 6), nn.Tanh, lambda: nn.Linear(6, 4)),
+        image(3, 3), targets=lambda: torch.rand(BATCH, 4).softmax(1),
+    ),
     "learned": does(
         lambda z: z, nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU(4), nn.LayerNorm([6, 6]))
     ),
-}  # fmt: skip
-
-LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[[], Tensor]]] = {
-    "mse": (F.mse_loss, lambda: torch.randn(BATCH, 4)),
-    "l1": (F.l1_loss, lambda: torch.randn(BATCH, 4)),
-    "huber": (F.huber_loss, lambda: torch.randn(BATCH, 4)),
-    "smooth l1": (F.smooth_l1_loss, lambda: torch.randn(BATCH, 4)),
-    "bce": (F.binary_cross_entropy_with_logits, lambda: torch.rand(BATCH, 4)),
-    "bce, weights": (
-        nn.BCEWithLogitsLoss(pos_weight=torch.rand(4) + 0.5), lambda: torch.rand(BATCH, 4),
-    ),
-    "probabilities": (F.cross_entropy, lambda: torch.rand(BATCH, 4).softmax(1)),
-    "smoothed": (nn.CrossEntropyLoss(label_smoothing=0.1), labels),
-    "weighted": (nn.CrossEntropyLoss(torch.rand(4) + 0.5), labels),
-    "ignored": (nn.CrossEntropyLoss(ignore_index=2), labels),
-    "summed": (nn.CrossEntropyLoss(reduction="sum"), labels),
-    "nll": (lambda z, y: F.nll_loss(F.log_softmax(z, 1), y), labels),
-    "focal": (focal, labels),
-    "kl": (lambda z, y: F.kl_div(F.log_softmax(z, 1), y, reduction="batchmean"),
-           lambda: torch.rand(BATCH, 4).softmax(1)),
-    "margin": (nn.MultiMarginLoss(), labels),
-    "cosine": (lambda z, y: (1 - F.cosine_similarity(z, y)).mean(), lambda: torch.randn(BATCH, 4)),
-    "poisson": (nn.PoissonNLLLoss(), lambda: torch.rand(BATCH, 4)),
-    "contrastive": (contrastive, lambda: torch.randn(BATCH, 4)),
 }  # fmt: skip

@@ -157,6 +157,11 @@ def _logaddexp(output: Tensor, target: Tensor) -> Tensor:
     return torch.logaddexp(output, target).mean()
 
 
+def _contrastive(output: Tensor, target: Tensor) -> Tensor:
+    similarity = F.normalize(output) @ F.normalize(target).T / 0.1
+    return F.cross_entropy(similarity, torch.arange(output.shape[0]))
+
+
 def _under_no_grad(output: Tensor, target: Tensor) -> Tensor:
     with torch.no_grad():
         factor = torch.sigmoid(output)
@@ -198,6 +203,9 @@ CASES = [
     Case("log-sigmoid-extreme", _log_sigmoid, _signs, scale=100),
     Case("logaddexp-extreme", _logaddexp, _values, scale=200),
     Case("cosine", lambda o, t: 1 - F.cosine_similarity(o, t).mean(), _values),
+    Case("contrastive", _contrastive, _values),
+    Case("margin", nn.MultiMarginLoss(), _indices()),
+    Case("poisson", nn.PoissonNLLLoss(), _bits),
     Case("detached", lambda o, t: ((o - t) ** 2 * o.detach()).mean(), _values),
     Case("no-grad", _under_no_grad, _values),
     Case("largest", lambda o, t: (o - t).amax(1).mean(), _values),

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from cuda_kernels import missing_cuda_kernels
 from onnx_session import run
 from oracle import precondition, relative_error
-from step_cases import BATCH, CASES, LOSSES, Case, does
+from step_cases import BATCH, CASES, Case, does
 from tract_fx import tract_module
 from tract_fx.errors import ExportError, UnsupportedTrainingError
 from tract_fx.step import exporter
@@ -30,20 +30,9 @@ BOUND = 5e-6
 # What is zero but for rounding, relative to the largest gradient.
 ZERO = 1e-6
 
-NETWORKS = {
-    **CASES,
-    **{
-        name: Case(
-            lambda: nn.Sequential(nn.Flatten(), nn.Linear(27, 6), nn.Tanh(), nn.Linear(6, 4)),
-            lambda: torch.randn(BATCH, 3, 3, 3),
-            *chosen,
-        )
-        for name, chosen in LOSSES.items()
-    },
-}
 # Operators that no common network has.
 WITHOUT_CUDA_KERNELS = ("compared", "composed", "computed", "moved")
-FIRST = {"linear, few rows": "1", **dict.fromkeys(LOSSES, "1"), "learned": "first.0"}
+FIRST = {"linear, few rows": "1", "probabilities": "1", "learned": "first.0"}
 
 
 class Step:
@@ -95,10 +84,10 @@ def assert_close(found: Any, wanted: Tensor, scale: float, name: str) -> None:
     assert difference <= max(BOUND * size, ZERO * scale), (name, difference, size)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", CASES)
 def test_a_step_is_pytorch_s(name: str) -> None:
     first = None if name == "words" else FIRST.get(name, "0")
-    case = NETWORKS[name]
+    case = CASES[name]
     if first == "0" and hasattr(case.build(), "first"):
         first = "first"
     if name == "probabilities" and version_number(torch.__version__) < (2, 13):
@@ -258,9 +247,7 @@ def test_names_that_meet() -> None:
 
 @pytest.mark.parametrize("name", ["attention", "conv2d", "frozen norm", "tied", "words"])
 def test_outputs_are_pytorch_s(name: str) -> None:
-    step = Step(
-        NETWORKS[name], FIRST.get(name, "0") if name in ("conv2d",) else None, gradients=False
-    )
+    step = Step(CASES[name], FIRST.get(name, "0") if name in ("conv2d",) else None, gradients=False)
     for batch in (BATCH, 3):
         found = step.run(batch)
         with torch.no_grad():
@@ -376,7 +363,7 @@ def test_tract_on_what_is_no_product_of_its_own_is_refused() -> None:
 
 def test_pytorch_s_exporter_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """The public route, for versions whose private names are not tested."""
-    step = Step(NETWORKS["conv2d"], "0")
+    step = Step(CASES["conv2d"], "0")
     found = step.run()
     monkeypatch.setattr(exporter, "_exporter", lambda: None)
     graph = write_step(step.trace)
