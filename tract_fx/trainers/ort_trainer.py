@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from tract_fx.artifacts.manifest import Manifest, TensorSpec
 from tract_fx.errors import (
     DamagedArtifactsError,
     FailedRunError,
+    NonFiniteLossWarning,
     TrainerStateError,
     UnsupportedTrainingError,
 )
@@ -78,6 +80,7 @@ class OrtTrainer:
         self._updates = manifest.updates
         self._batches = manifest.batches
         self._has_gradients = False
+        self._warned = False
 
     @property
     def manifest(self) -> Manifest:
@@ -133,7 +136,8 @@ class OrtTrainer:
 
         Every `accumulate`-th call ends with an update by the mean gradient of its micro-batches.
         BatchNorm's running statistics take in every batch. With loss scaling an update whose
-        gradients are not finite is skipped: `updates` does not grow then.
+        gradients are not finite is skipped: `updates` does not grow then. The first loss that is
+        not a finite number gives a `NonFiniteLossWarning`.
 
         Args:
             *batch: Inputs, then targets.
@@ -172,7 +176,24 @@ class OrtTrainer:
         if not self._pending:
             with _failures("the optimizer's update", "Go back to a saved state with load"):
                 self._updates += self._run.update()
+        if not (math.isfinite(loss) or self._warned):
+            self._warned = True
+            warnings.warn(self._not_finite(loss), stacklevel=2)
         return loss
+
+    def _not_finite(self, loss: float) -> NonFiniteLossWarning:
+        """Say where a run has gone astray, and what the usual reasons are."""
+        reasons = [f"a learning rate ({self.learning_rate:g}) too high", "NaN in the batch"]
+        if any(spec.ignore_index is not None for spec in self._manifest.targets):
+            reasons.append("a batch whose labels are all ignored")
+        if self._manifest.precision != "float32":
+            reasons.append(f"numbers beyond {self._manifest.precision}")
+        return NonFiniteLossWarning(
+            f"the loss of batch {self._batches} is {loss}: with it gradients, and soon parameters, "
+            f"are no numbers. Usual reasons are {', '.join(reasons[:-1])} or {reasons[-1]}. Go "
+            "back to a saved state with load, look at the batch, lower learning_rate. This is said "
+            "once"
+        )
 
     def evaluate(self, *batch: BatchValue, **named: BatchValue) -> float:
         """Compute a batch's loss in evaluation mode. Nothing is changed.
