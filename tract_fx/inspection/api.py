@@ -14,7 +14,7 @@ from tract_fx import extras
 from tract_fx.errors import UnsupportedModelError, UntraceableModelError
 from tract_fx.inspection.backward import backward as show_backward
 from tract_fx.inspection.forward_diff import graph_diff, module_diff
-from tract_fx.inspection.given import check_arguments, describe, running
+from tract_fx.inspection.given import check_arguments, describe
 from tract_fx.inspection.inspection import Inspection
 from tract_fx.inspection.layers import layer_reports, read_layers
 from tract_fx.inspection.marks import lost_marks
@@ -23,10 +23,15 @@ from tract_fx.inspection.runs import observe, observe_forward
 from tract_fx.inspection.statistics import statistics as measure
 from tract_fx.inspection.verify import verify as compare
 from tract_fx.passes.fx_graph import refuse_wrapped, remove_tract
-from tract_fx.program import arguments, capture
+from tract_fx.program import arguments, captured, running
 from tract_fx.version import __version__
 
 Detail = Literal["short", "expanded"]
+
+_REMEDY = (
+    "Make sure that the model runs on the batch, or inspect a graph of the part with the input "
+    "layer"
+)
 
 
 def inspect_graph(
@@ -148,11 +153,11 @@ def _inspect_on_batch(
     loss: Callable[[Any], torch.Tensor] | None,
     options: _Options,
 ) -> Inspection:
-    graph = model if isinstance(model, fx.GraphModule) else _exported(model, args, kwargs)
+    graph = model if isinstance(model, fx.GraphModule) else captured(model, args, kwargs, _REMEDY)
     plain = remove_tract(model)
     calls = read_layers(graph, model)
     verification = measured = None
-    with running(model):
+    with running(model, UnsupportedModelError):
         if options.verify or options.statistics:
             runs = observe(model, plain, calls.taken, args, kwargs, loss)
             observed = runs.calls
@@ -193,20 +198,6 @@ def _forward(plain: nn.Module, model: nn.Module, graph: fx.GraphModule, whole: b
     if isinstance(plain, fx.GraphModule) and isinstance(model, fx.GraphModule):
         return graph_diff(plain, model, whole=whole)
     return module_diff(plain, model, graph, whole=whole)
-
-
-def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    """Make the graph in which an eager model's layers are located."""
-    try:
-        graph = capture(model, args, kwargs).module()
-    except Exception as error:  # whatever the model's own code raises on a tracer
-        raise UntraceableModelError(
-            f"torch.export failed on {type(model).__name__} ({type(error).__name__}: {error})",
-            "the layers are located in a graph of the model",
-            "Inspect a graph that holds the part with the input layer, or check the example inputs",
-        ) from error
-    assert isinstance(graph, fx.GraphModule)
-    return graph
 
 
 def _subject(model: nn.Module) -> str:
