@@ -176,7 +176,7 @@ def test_lightning() -> None:
             for name, net in nets.items():
                 self.add_module(name, net)
 
-    def taken(module: nn.Module, *args: Any, **options: Any) -> dict[str, float]:
+    def taken(module: Any, *args: Any, **options: Any) -> dict[str, float]:
         callback = TractCallback(*args, **options)
         callback.setup(lightning.Trainer, module, "validate")
         assert not callback.taken

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from tract_fx.inspection.marks import lost_marks
 from tract_fx.inspection.records import ForwardDiff
 from tract_fx.inspection.runs import observe, observe_forward
 from tract_fx.inspection.statistics import statistics as measure
+from tract_fx.inspection.subject import subject_of
 from tract_fx.inspection.verify import verify as compare
 from tract_fx.passes.fx_graph import refuse_wrapped, remove_tract
 from tract_fx.program import arguments, captured, running
@@ -43,6 +44,7 @@ def inspect_graph(
     verify: bool = True,
     statistics: bool = True,
     whole: bool = False,
+    name: str | None = None,
 ) -> Inspection:
     """Show what the pass did to a model, why, and whether it is right.
 
@@ -68,6 +70,8 @@ def inspect_graph(
             forward and backward passes.
         statistics: Whether to measure the Gram's spectrum and each image's share in the update.
         whole: Whether the pictures show whole graphs instead of TrAct's neighbourhood.
+        name: What the model is called in the report; by default by the class that was traced, or
+            the file.
 
     Returns:
         The inspection, to be printed, saved, or shown in a notebook.
@@ -81,6 +85,13 @@ def inspect_graph(
     """
     check_arguments(gm, example_inputs, loss, backward)
     options = _Options(backward, verify, statistics, whole)
+    inspection = _inspect(gm, example_inputs, loss, options)
+    return inspection if name is None else replace(inspection, subject=name)
+
+
+def _inspect(
+    gm: Any, example_inputs: Any, loss: Callable[[Any], torch.Tensor] | None, options: _Options
+) -> Inspection:
     if not isinstance(gm, (nn.Module, ExportedProgram)):
         return _inspect_onnx(gm, example_inputs, loss, options)
     args, kwargs = _batch(gm, example_inputs)
@@ -131,7 +142,7 @@ def _inspect_structure(model: nn.Module, options: _Options) -> Inspection:
         )
     calls = read_layers(model, model)
     return Inspection(
-        subject=_subject(model),
+        subject=subject_of(model),
         kind="graph",
         batch="",
         layers=layer_reports(calls, ()),
@@ -179,7 +190,7 @@ def _inspect_on_batch(
         except UntraceableModelError as error:
             notes = (f"The backward pass is not shown. {error}",)
     return Inspection(
-        subject=_subject(model),
+        subject=subject_of(model),
         kind="graph" if graph is model else "module",
         batch=describe(args, kwargs),
         layers=layer_reports(calls, observed),
@@ -198,11 +209,6 @@ def _forward(plain: nn.Module, model: nn.Module, graph: fx.GraphModule, whole: b
     if isinstance(plain, fx.GraphModule) and isinstance(model, fx.GraphModule):
         return graph_diff(plain, model, whole=whole)
     return module_diff(plain, model, graph, whole=whole)
-
-
-def _subject(model: nn.Module) -> str:
-    name = type(model).__name__
-    return f"{name} (torch.fx graph)" if isinstance(model, fx.GraphModule) else f"{name} (eager)"
 
 
 def _versions() -> dict[str, str]:
