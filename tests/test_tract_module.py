@@ -32,6 +32,7 @@ from tract_fx import (
     tract_module,
     tract_pass,
 )
+from tract_fx.modules import tract_scope
 
 # A convolution that is no call of a module, or a module that TrAct can't go into.
 NO_MODULE = {case.name for case in LAYERS if case.layer != "stem"} | {
@@ -191,7 +192,9 @@ def test_lightning() -> None:
     weight = inner.stem.weight
     assert taken(module, images(), lambda_=0.2) == {"net.stem": 0.2}
     assert inner.stem.weight is weight
-    assert taken(Module(net=built(chain)), layers=["net.block.0"]) == {"net.block.0": 0.1}
+    module = Module(net=built(chain))
+    assert taken(module, layers=["net.block.0"], gram="global") == {"net.block.0": 0.1}
+    assert tract_scope(module.net.block[0]) is not None and tract_scope(inner.stem) is None
     module = Module(net=built(chain))
     module.example_input_array = images()
     assert taken(module) == {"net.block.0": 0.1}

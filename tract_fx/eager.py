@@ -97,12 +97,16 @@ def tract_module(
 
 
 def put_on(
-    model: nn.Module, example_inputs: Any, lambda_: float, layers: LayerChoice
+    model: nn.Module,
+    example_inputs: Any,
+    lambda_: float,
+    layers: LayerChoice,
+    gram: Literal["local", "global"],
 ) -> dict[str, float]:
     """Do what `tract_module` does to the model itself, and give λ by the layers' paths."""
     _check_model(model)
     by_name = _by_name(model, example_inputs, read_choice(lambda_, layers))
-    _treat(model, by_name, None)
+    _treat(model, by_name, group_name(gram, None))
     return by_name
 
 

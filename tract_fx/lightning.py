@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tract_fx import extras
 from tract_fx.eager import put_on
@@ -29,6 +29,7 @@ class TractCallback(Callback):
             Face model's config tells.
         lambda_: λ > 0, as for `tract_module`.
         layers: Paths of the modules to treat, or a mapping of paths to λ, as for `tract_module`.
+        gram: Whose rows the Gram is of, `"local"` or, of all processes, `"global"`.
 
     Attributes:
         taken: λ by the paths of the layers that TrAct was put on; empty before `fit`.
@@ -40,8 +41,9 @@ class TractCallback(Callback):
         *,
         lambda_: float = DEFAULT_LAMBDA,
         layers: LayerChoice = None,
+        gram: Literal["local", "global"] = "local",
     ) -> None:
-        self._example_inputs, self._lambda, self._layers = example_inputs, lambda_, layers
+        self._options = (example_inputs, lambda_, layers, gram)
         self.taken: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -65,7 +67,7 @@ class TractCallback(Callback):
                 "a module that makes its net in configure_model does so after all callbacks",
                 "Apply tract_pass or tract_module to the net there",
             )
-        self.taken = put_on(pl_module, self._example_inputs, self._lambda, self._layers)
+        self.taken = put_on(pl_module, *self._options)
         layers = ", ".join(f"{path} (λ = {value:g})" for path, value in self.taken.items())
         say = extras.load("lightning.pytorch.utilities", "rank_zero_info")
         say(f"TrAct is on {layers}")
