@@ -177,6 +177,13 @@ def test_lightning() -> None:
             for name, net in nets.items():
                 self.add_module(name, net)
 
+    class LightningModule(Described):
+        """With a forward method, whatever it is called."""
+
+        forward = Described.forward
+
+    assert tract_module(built(lambda: LightningModule(num_channels=3, image_size=(8, 10))))
+
     def taken(module: Any, *args: Any, **options: Any) -> dict[str, float]:
         callback = TractCallback(*args, **options)
         callback.setup(lightning.Trainer, module, "validate")

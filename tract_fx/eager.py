@@ -38,6 +38,12 @@ from tract_fx.program import TrainedTensors, arguments, captured, held_at
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _NAME_IT = "name the layer: tract_module(model, layers=['path.of.the.layer'])"
+# Where the classes are whose forward method only says that there is none.
+_WITHOUT_FORWARD = (
+    "torch.nn.modules.module",
+    "lightning.pytorch.core.module",
+    "pytorch_lightning.core.module",
+)
 _USE_A_GRAPH = (
     "Use tract_pass on torch.export.export(model, inputs), where each call is a node of its own"
 )
@@ -222,7 +228,7 @@ def _export(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
 def _callable(model: nn.Module) -> Iterator[None]:
     """Let a LightningModule without a forward method call the net inside it, for a time."""
     owner = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
-    if "forward" in vars(model) or owner.__name__ not in ("Module", "LightningModule"):
+    if "forward" in vars(model) or owner.__module__ not in _WITHOUT_FORWARD:
         yield
         return
     nets = {n: net for n, net in model.named_children() if any(True for _ in net.parameters())}

@@ -12,7 +12,7 @@ _NAMED = 4
 def subject_of(model: nn.Module) -> str:
     """Name a model by the class that was traced, and a chain by the modules in it."""
     classes = _traced(model) if isinstance(model, fx.GraphModule) else {}
-    name = classes.get("", type(model).__name__)
+    name = classes.get("", _name(model))
     classes = classes or {path: _name(child) for path, child in model.named_children()}
     parts = [part for path, part in classes.items() if path and "." not in path]
     if name != "Sequential" or not parts:

@@ -25,13 +25,13 @@ from tract_fx.artifacts.manifest import Manifest, TensorSpec
 from tract_fx.errors import (
     DamagedArtifactsError,
     FailedRunError,
-    NonFiniteLossWarning,
     TrainerStateError,
     UnsupportedTrainingError,
 )
 from tract_fx.ort_training import Device, message_of
 from tract_fx.passes.onnx_graph.step_names import LOSS_SCALE
 from tract_fx.trainers.dlpack import shared_tensors, wait_for_torch
+from tract_fx.trainers.not_finite import not_finite
 from tract_fx.trainers.progress import Progress
 from tract_fx.trainers.randomness import SHARED_GENERATOR, operators, seed_of, seeded
 from tract_fx.trainers.run_state import FILES, RunState, open_run, read_checked
@@ -178,22 +178,8 @@ class OrtTrainer:
                 self._updates += self._run.update()
         if not (math.isfinite(loss) or self._warned):
             self._warned = True
-            warnings.warn(self._not_finite(loss), stacklevel=2)
+            warnings.warn(not_finite(loss, self.manifest), stacklevel=2)
         return loss
-
-    def _not_finite(self, loss: float) -> NonFiniteLossWarning:
-        """Say where a run has gone astray, and what the usual reasons are."""
-        reasons = [f"a learning rate ({self.learning_rate:g}) too high", "NaN in the batch"]
-        if any(spec.ignore_index is not None for spec in self._manifest.targets):
-            reasons.append("a batch whose labels are all ignored")
-        if self._manifest.precision != "float32":
-            reasons.append(f"numbers beyond {self._manifest.precision}")
-        return NonFiniteLossWarning(
-            f"the loss of batch {self._batches} is {loss}: with it gradients, and soon parameters, "
-            f"are no numbers. Usual reasons are {', '.join(reasons[:-1])} or {reasons[-1]}. Go "
-            "back to a saved state with load, look at the batch, lower learning_rate. This is said "
-            "once"
-        )
 
     def evaluate(self, *batch: BatchValue, **named: BatchValue) -> float:
         """Compute a batch's loss in evaluation mode. Nothing is changed.
