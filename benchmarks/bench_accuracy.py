@@ -11,6 +11,8 @@ Needs the extra `test`.
 
 from __future__ import annotations
 
+import named_extra  # noqa: F401  # isort: skip
+
 import argparse
 import copy
 from collections.abc import Sequence

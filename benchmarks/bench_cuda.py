@@ -10,6 +10,8 @@ Needs the extra `test`.
 
 from __future__ import annotations
 
+import named_extra  # noqa: F401  # isort: skip
+
 import argparse
 import sys
 from pathlib import Path

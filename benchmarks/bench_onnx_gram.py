@@ -11,6 +11,8 @@ Needs the extra `test`, or numpy and the other build.
 
 from __future__ import annotations
 
+import named_extra  # noqa: F401  # isort: skip
+
 import argparse
 import importlib.util
 import json

@@ -11,6 +11,8 @@ python benchmarks/bench_processes.py [--quick] [--data FOLDER] [--out FOLDER]
 
 from __future__ import annotations
 
+import named_extra  # noqa: F401  # isort: skip
+
 import argparse
 import math
 from dataclasses import asdict, dataclass

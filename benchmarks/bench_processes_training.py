@@ -11,6 +11,8 @@ python benchmarks/bench_processes_training.py [--quick] [--data FOLDER] [--image
 
 from __future__ import annotations
 
+import named_extra  # noqa: F401  # isort: skip
+
 import argparse
 import statistics
 from collections.abc import Callable

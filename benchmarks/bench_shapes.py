@@ -7,6 +7,8 @@ Needs the extra `test`.
 
 from __future__ import annotations
 
+import named_extra  # noqa: F401  # isort: skip
+
 import argparse
 import functools
 from collections.abc import Callable, Sequence

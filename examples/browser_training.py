@@ -8,6 +8,8 @@ extra `demo`, and npm for ONNX Runtime Web.
 
 from __future__ import annotations
 
+import _named_extra  # noqa: F401  # isort: skip
+
 import contextlib
 import functools
 import shutil

@@ -3,6 +3,8 @@
 Needs the extra `inspect`.
 """
 
+import _named_extra  # noqa: F401  # isort: skip
+
 import copy
 import tempfile
 from pathlib import Path

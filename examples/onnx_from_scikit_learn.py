@@ -3,6 +3,8 @@
 Needs the extra `test`.
 """
 
+import _named_extra  # noqa: F401  # isort: skip
+
 import tempfile
 
 import numpy as np

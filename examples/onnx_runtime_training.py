@@ -3,6 +3,8 @@
 Needs the extra `ort-training`.
 """
 
+import _named_extra  # noqa: F401  # isort: skip
+
 import tempfile
 from pathlib import Path
 

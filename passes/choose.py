@@ -15,6 +15,7 @@ from tract_fx.errors import (
     TractError,
     UnknownLayerError,
     UnsupportedLayerError,
+    did_you_mean,
 )
 from tract_fx.passes.records import Findings, InputLayer
 from tract_fx.preconditioner import DEFAULT_LAMBDA, check_lambda, op_name
@@ -162,9 +163,10 @@ def _unknown(name: str, findings: Findings, eligible: list[InputLayer]) -> Tract
         if name in (refusal.node, refusal.module):
             found = f"layers names {name!r}, which is {refusal.op} (node {refusal.node!r})"
             return UnsupportedLayerError(found, refusal.reason, refusal.remedy)
-    names = ", ".join(dict.fromkeys(repr(r.name) for r in eligible)) or "none"
+    names = list(dict.fromkeys(r.name for r in eligible))
+    listed = ", ".join(map(repr, names)) or "none"
     return UnknownLayerError(
         f"layers names {name!r}",
         "no linear layer or convolution that can be treated has that name",
-        f"Layers of this model that can be: {names}",
+        f"{did_you_mean(name, names)}Layers of this model that can be: {listed}",
     )

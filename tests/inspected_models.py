@@ -16,7 +16,7 @@ from nets.huggingface import FAMILIES
 from tract_fx import remove_tract, tract_module, tract_pass
 from tract_fx.inspection.runs import observe_forward
 from tract_fx.passes.fx_graph import locate
-from tract_fx.program import capture
+from tract_fx.program import captured
 from tract_fx.reference.observed import ObservedCall
 
 
@@ -146,7 +146,7 @@ def observed(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[ObservedCall, ...]:
     """What the calls with TrAct read."""
-    graph = model if isinstance(model, fx.GraphModule) else capture(model, args, kwargs).module()
+    graph = model if isinstance(model, fx.GraphModule) else captured(model, args, kwargs, "")
     assert isinstance(graph, fx.GraphModule)
     records = [r for r, _ in locate(graph).eligible if r.lambda_ is not None]
     return observe_forward(remove_tract(model), records, args, kwargs)

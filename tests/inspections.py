@@ -277,7 +277,7 @@ def skipped(record: InputLayer = PROJECTION, note: str = "TrAct was put on anoth
 def conv_net(**changes: Any) -> Inspection:
     """The usual case: TrAct on one convolution, everything asked for."""
     whole = Inspection(
-        subject="ResNet (GraphModule)",
+        subject="ResNet",
         kind="graph",
         batch="float32 32×3×224×224",
         layers=(report(), skipped()),

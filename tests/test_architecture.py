@@ -14,15 +14,15 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = (
     {"shell"},
     {"inspection"},
-    {"export"},
+    {"export", "lightning"},
     {"trainers", "step", "reference", "eager", "accumulation"},
     {"importer", "artifacts"},
     {"passes"},
     {"modules"},
     {"preconditioner"},
     {
-        *("atomic", "errors", "extras", "function_mode", "ort_training", "program", "quiet"),
-        *("recurrent", "torch_private", "torch_version", "version"),
+        *("atomic", "errors", "example_inputs", "extras", "function_mode", "ort_training"),
+        *("program", "quiet", "recurrent", "torch_private", "torch_version", "version"),
     },
 )
 ROW = {folder: row for row, folders in enumerate(FOLDERS) for folder in folders}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -74,6 +75,13 @@ def test_scripts_name_the_extra_that_they_need(script: Path) -> None:
     doc = ast.get_docstring(ast.parse(script.read_text())) or ""
     needs = re.search(r"Needs (?:no extra|the\sextra `([a-z-]+)`)", doc)
     assert needs and (needs[1] is None or needs[1] in extras())
+    if needs[1] is None or script.name == "demo.py":
+        return
+    ended = subprocess.run(
+        [sys.executable, "-S", script.name], cwd=script.parent, capture_output=True, text=True
+    )  # without site-packages
+    says = rf"error: {script.name} needs the package \w+, .* pip install '\.\[{needs[1]}\]'\n"
+    assert ended.returncode == 1 and re.fullmatch(says, ended.stderr), ended.stderr
 
 
 def test_reference_holds_every_public_name() -> None:

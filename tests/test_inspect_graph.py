@@ -64,6 +64,7 @@ WAYS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_everything_of_one_model(way: str, net: Net, images: Tensor) -> None:
     inspection = inspect_graph(WAYS[way](net, images), images, backward="expanded")
+    assert inspection.subject == "Net"
     (layer,) = inspection.layers
     assert layer.taken and layer.on_input and not layer.note
     assert layer.record.weight == ("stem.weight",)
@@ -79,6 +80,19 @@ def test_everything_of_one_model(way: str, net: Net, images: Tensor) -> None:
     assert inspection.statistics is not None
     (measured,) = inspection.statistics.layers
     assert len(measured.eigenvalues) == 27 and len(measured.images) == 8
+
+
+def test_a_chain_is_called_by_what_is_in_it(images: Tensor, tmp_path: Path) -> None:
+    chain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 6))
+    for way in ("traced", "exported-after", "eager"):
+        model = WAYS[way](chain, images)
+        parts = inspect_graph(model, images, backward=None, verify=False, statistics=False)
+        assert parts.subject == "Sequential of Conv2d, ReLU, Flatten, Linear"
+    longer = tract_pass(torch.fx.symbolic_trace(nn.Sequential(*chain, nn.ReLU())))
+    assert inspect_graph(longer).subject == "Sequential of 5 modules, Conv2d to ReLU"
+    named = inspect_graph(longer, name="my net")
+    assert repr(named).startswith("Inspection of my net (torch.fx graph)\n")
+    assert "<h1>my net</h1>" in named.save(tmp_path / "page.html").read_text()
 
 
 def test_parts_are_left_out(net: Net, images: Tensor) -> None:

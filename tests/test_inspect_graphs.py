@@ -21,7 +21,7 @@ from tract_fx.inspection.neighbourhood import neighbourhood
 from tract_fx.inspection.records import ForwardDiff, GraphView, ViewNode
 from tract_fx.inspection.sources import source_of
 from tract_fx.inspection.views import graph_view
-from tract_fx.program import capture
+from tract_fx.program import captured
 
 FILE = inspected_models.__file__
 
@@ -38,7 +38,7 @@ def diff_of(case: Inspected, whole: bool = False) -> ForwardDiff:
     model, args, kwargs = case.make()
     if isinstance(model, fx.GraphModule):
         return graph_diff(remove_tract(model), model, whole=whole)
-    graph = capture(model, args, kwargs).module()
+    graph = captured(model, args, kwargs, "")
     assert isinstance(graph, fx.GraphModule)
     return module_diff(remove_tract(model), model, graph, whole=whole)
 

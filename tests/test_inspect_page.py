@@ -19,6 +19,7 @@ import pytest
 
 import tract_fx.inspection.render as render
 from inspections import EVERY, EXPANDED, bare, conv_net, failing
+from tract_fx.errors import UnsupportedFormatError
 from tract_fx.inspection.inspection import Inspection
 from tract_fx.inspection.records import Backward, GraphView
 from tract_fx.inspection.render.html import notebook_html, page_html
@@ -28,7 +29,7 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-SECTIONS = ("layers", "changes", "backward", "verification", "statistics", "notes")
+SECTIONS = ("training", "layers", "changes", "backward", "verification", "statistics", "notes")
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
@@ -121,9 +122,20 @@ def test_names_are_text(make: Any) -> None:
 def test_only_what_is_there_has_a_section(changes: dict[str, Any], absent: set[str]) -> None:
     found = Elements(page_html(conv_net(**changes))).found
     sections = [attributes["id"] for tag, attributes in found if tag == "section"]
-    assert sections == [name for name in SECTIONS if name not in absent]
+    assert sections == [name for name in SECTIONS if name not in absent and name != "training"]
     links = [attributes["href"] for tag, attributes in found if tag == "a" and "href" in attributes]
     assert links == [f"#{name}" for name in sections]
+
+
+def test_training_comes_first_where_it_is_given(tmp_path: Path) -> None:
+    curves = {"Test <accuracy>": {"plain": [0.4, 0.5], "TrAct": [0.5, 0.6]}}
+    text = conv_net().save(tmp_path / "page.html", curves=curves).read_text(encoding="utf-8")
+    found = Elements(text).found
+    assert tuple(a["id"] for tag, a in found if tag == "section") == SECTIONS
+    assert "Test <accuracy> at the end: plain 0.5, TrAct 0.6" in shown(text)
+    for file in ("page.svg", "page.json"):
+        with pytest.raises(UnsupportedFormatError, match=r"suffix \.html"):
+            conv_net().save(tmp_path / file, curves=curves)
 
 
 def test_the_verdict_comes_first_with_its_numbers() -> None:
@@ -255,6 +267,20 @@ function measure(frame) {
   found.wide = [...page.querySelectorAll("body *")].filter(outside)
     .filter((e) => e.getBoundingClientRect().right > view.innerWidth + 1)
     .map((e) => e.outerHTML.slice(0, 80));
+  // Pictures that are cut say so, others don't; text is cut nowhere; no letter of theirs is small.
+  found.unsaid = [...page.querySelectorAll(".picture")].filter((e) => {
+    const frame = e.querySelector(".scroll");
+    return (frame.scrollWidth > frame.clientWidth) !== (e.querySelector(".hint").offsetHeight > 9);
+  }).length;
+  found.cut = [...page.querySelectorAll(".code")]
+    .filter((e) => e.scrollWidth > e.clientWidth).length;
+  found.letters = Math.min(...[...page.querySelectorAll(".picture svg")].map((svg) => {
+    const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+    const sizes = [...svg.querySelectorAll("text")].map((e) => Number(e.getAttribute("font-size")));
+    return scale * Math.min(...sizes);
+  }));
+  found.pictures = [...page.querySelectorAll(".picture .scroll")]
+    .map((e) => e.scrollWidth > e.clientWidth);
   found.errors = view.errors;
   found.fetched = view.performance.getEntriesByType("resource").map((e) => e.name);
   found.unsorted = [...page.querySelectorAll("table.sortable thead th")]
@@ -320,6 +346,8 @@ def test_in_a_browser_it_fits_sorts_and_fetches_nothing(name: str, tmp_path: Pat
         assert view["errors"] == [] and view["fetched"] == []
         assert view["closed"] <= 0 and view["opened"] <= 0 and view["wide"] == []
         assert view["unsorted"] == 0
+        assert view["unsaid"] == 0 and view["cut"] == 0
+        assert view["letters"] is None or view["letters"] > 10
         for column in view["columns"]:
             assert column["marks"] == ["ascending", "descending"]
             up, down = column["orders"]
@@ -331,4 +359,6 @@ def test_in_a_browser_it_fits_sorts_and_fetches_nothing(name: str, tmp_path: Pat
                 values = [v for v in map(number, down) if v is not None]
                 assert is_sorted(values[::-1])
     if name == "conv_net":
+        if shutil.which("dot") is not None:
+            assert [view["pictures"][1] for view in found] == [False, True]  # the backward pass
         assert sum(len(column["orders"][0]) > 10 for column in found[0]["columns"]) >= 8

@@ -8,16 +8,20 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
+import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from observed_calls import with_gradient
 from photographs import photographs
+from tract_fx.errors import UnsupportedFormatError
 from tract_fx.inspection.records import ImageShare, LayerStatistics
-from tract_fx.inspection.render.plots import share_plot, spectrum_plot
+from tract_fx.inspection.render.plots import curve_plots, share_plot, spectrum_plot
 from tract_fx.inspection.statistics import statistics
 
 Plot = Callable[[LayerStatistics], str]
@@ -133,10 +137,13 @@ def test_the_legend_has_the_correlation_of_its_own_panel(layer: LayerStatistics)
 @pytest.mark.parametrize(
     ("plain", "tract", "title"),
     [
-        (0.8, 0.1, "depends less on its contrast (r 0.80 → 0.10)"),
-        (-0.8, 0.1, "depends less on its contrast (r −0.80 → 0.10)"),
-        (0.1, -0.6, "depends more on its contrast"),
-        (0.5, 0.48, "depends as much as without it on its contrast"),
+        (0.8, 0.3, "grows with its contrast, with TrAct less (r 0.80 → 0.30)"),
+        (-0.8, 0.1, "falls with its contrast, with TrAct it hardly depends on it (r −0.80 → 0.10)"),
+        (0.1, -0.6, "hardly depends on its contrast, with TrAct it falls with it"),
+        (0.9, -0.9, "grows with its contrast, with TrAct it falls with it (r 0.90 → −0.90)"),
+        (-0.3, -0.6, "falls with its contrast, with TrAct more"),
+        (0.5, 0.48, "grows with its contrast, with TrAct as much"),
+        (0.02, -0.04, "hardly depends on its contrast, with TrAct or without"),
         (0.5, math.nan, "conv1: each image's share of the update"),
     ],
 )
@@ -145,6 +152,42 @@ def test_the_title_says_what_the_correlations_show(
 ) -> None:
     changed = dataclasses.replace(layer, plain_correlation=plain, tract_correlation=tract)
     assert title in " ".join(words(share_plot(changed)))
+
+
+def test_training_is_drawn_as_it_was_given() -> None:
+    runs = [[40.0, 48.0, 55.0], [42.0, 50.0, 53.0]]
+    (svg,) = curve_plots({"Test accuracy in %": {"plain": runs, "with TrAct": (50, 57.25, 58)}})
+    title = "Test accuracy in % at the end: plain 54, with TrAct 58 (means of 1 and 2 runs)"
+    assert (
+        title in " ".join(words(svg)) and ElementTree.fromstring(svg).attrib["aria-label"] == title
+    )
+    assert {"epoch", "plain", "with TrAct"} <= {*words(svg)}
+    plain, tract = points(svg, "curve-0"), points(svg, "curve-1")
+    assert [x for x, _ in plain] == [x for x, _ in tract] and len(plain) == 3
+    # Heights are as the numbers: 41, 49 and 54 are the means; the page's y grows downwards.
+    scale = (plain[0][1] - plain[2][1]) / (54 - 41)
+    for (_, y), value in zip([*plain, *tract], (41, 49, 54, 50, 57.25, 58), strict=True):
+        assert abs(plain[0][1] - y - scale * (value - 41)) < 0.02
+    tensors: Any = {"Loss": {"two": torch.ones(2, 3), "one": torch.ones(3), "array": np.ones(3)}}
+    assert len(points(curve_plots(tensors)[0], "curve-2")) == 3
+
+
+@pytest.mark.parametrize(
+    "curves",
+    [
+        [1.0],
+        {"loss": [1.0, 0.5]},
+        {"loss": {}},
+        {"loss": {"plain": []}},
+        {"loss": {"plain": [[1.0, 0.5], [1.0]]}},
+        {"loss": {"plain": "low"}},
+        {"loss": {"plain": 0.5}},
+    ],
+    ids=repr,
+)
+def test_no_curves(curves: Any) -> None:
+    with pytest.raises(UnsupportedFormatError, match=r"Give curves={\"Test accuracy\": {"):
+        curve_plots(curves)
 
 
 def test_of_very_many_images_some_are_drawn_and_it_is_said(layer: LayerStatistics) -> None:

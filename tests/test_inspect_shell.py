@@ -163,6 +163,13 @@ def test_inspect_writes_everything(folder: Path) -> None:
     stored = json.loads(Path("report.json").read_text())
     assert stored["verification"]["passed"] and stored["statistics"]["layers"]
     assert "digraph" in Path("p.dot").read_text()
+    for option, file in (("--html", "a/report.html"), ("--json", "report.json")):
+        assert f"{file}: it exists" in refused(1, *target, option, file)
+    Path("p.dot").write_text("mine")
+    assert "--overwrite" in refused(1, *target, "--picture", "p.dot")
+    assert Path("p.dot").read_text() == "mine"
+    done(*target, "--picture", "p.dot", "--overwrite")
+    assert "digraph" in Path("p.dot").read_text()
     printed = json.loads(done(*target, "--json", "-", "--verify"))
     assert printed["verification"]["passed"] and printed["statistics"] is None
 

@@ -175,6 +175,48 @@ def test_refused(build: Callable[[], nn.Module], words: str, verify: bool, tmp_p
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        (IMAGES[:, :1], "expected input.* to have 3 channels"),
+        (IMAGES[..., :2], "Kernel size"),
+        (IMAGES[0], "expected 4D input"),
+        (IMAGES.long(), "long"),
+        (IMAGES.double(), "double"),
+        (IMAGES[:0], r"shape \(0, 3, 8, 8\).*empty"),
+        ((IMAGES, LABELS), "not the arguments that the model takes"),
+        ((), "not the arguments that the model takes"),
+        ({"image": IMAGES}, "not the arguments that the model takes"),
+        ((IMAGES.numpy(),), "ndarray"),
+    ],
+    ids="channels size dims int64 float64 empty two none name numpy".split(),
+)
+def test_a_batch_that_the_model_rejects(batch: Any, words: str, tmp_path: Path) -> None:
+    model = tract_module(Net(), layers=["first"])
+    with pytest.raises(InvalidBatchError, match=words) as caught:
+        export_training(model, batch, tmp_path / "run")
+    assert (caught.value.__cause__ is None) == ("empty" in words)
+    assert caught.value.remedy.startswith("Give a ") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (LABELS[:3], "batch_size"),
+        (LABELS.int(), "Int"),
+        (LABELS + 1, "out of bounds"),
+        (LABELS - 1, "out of bounds"),
+        (LABELS.numpy(), "int64.*targets are tensors"),
+        ((LABELS, LABELS), "takes one tensor"),
+    ],
+    ids="length int32 large negative numpy two".split(),
+)
+def test_labels_that_the_loss_rejects(targets: Any, words: str, tmp_path: Path) -> None:
+    model = tract_module(Net(), layers=["first"])
+    with pytest.raises(UnsupportedTrainingError, match=words):
+        export_training(model, IMAGES, tmp_path / "run", example_targets=targets)
+
+
 def test_optimizer_of_other_parameters(tmp_path: Path) -> None:
     model = tract_module(Net().train(), IMAGES)
     part = torch.optim.SGD(model.head.parameters(), lr=0.1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,16 +16,26 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner, Result
 
 from onnx_models import by_hand, training_graph
 from oracle import Spec, relative_error, tract_gradient
-from tract_fx import SGD, AdamW, MissingRuntimeError, export_training, extras, load_trainer
+from tract_fx import (
+    SGD,
+    AdamW,
+    MissingRuntimeError,
+    UnsupportedTrainingError,
+    export_training,
+    extras,
+    load_trainer,
+)
 from tract_fx.artifacts.manifest import TensorSpec
 from tract_fx.passes import tract_onnx_pass
 from tract_fx.passes.onnx_graph.models import as_ir_model
 from tract_fx.passes.onnx_graph.provenance import present_lambdas
+from tract_fx.shell import reporting
 from tract_fx.shell.app import app
 from tract_fx.shell.train_command import _right_classes
 from tract_fx.trainers.ort_trainer import OrtTrainer
@@ -160,6 +172,8 @@ def test_help_has_an_example_and_the_exit_codes(command: str) -> None:
     assert "Example" in text
     assert "  tract-fx " in text
     assert "Exit codes: 0" in text
+    if command in ("", "inspect"):
+        assert re.search(r"3, .*the gradient is wrong", " ".join(text.split()))
 
 
 def test_export_of_an_onnx_file(folder: Path) -> None:
@@ -247,9 +261,9 @@ def test_layers_that_were_not_taken_are_named(folder: Path) -> None:
         (("no_such_module:net", "a"), "ModuleNotFoundError"),
         (("shell_nets:conv", "a"), "--input-shape"),
         (("mlp.onnx", "a", "--lambda", "0"), "λ"),
-        (("mlp.onnx", "a", "--layer", "w9"), "'w9'"),
+        (("mlp.onnx", "a", "--layer", "w9"), "'w9': no linear layer"),
+        (("mlp.onnx", "a", "--layer", "W1"), "Did you mean 'w1'?"),
         (("mlp.onnx", "a", "--trainable", "w9"), "'w9'"),
-        (("mlp.onnx", "a", "--loss", "huber"), "huber"),
         (("mlp.onnx", "a", "--lr", "-1"), "lr"),
         (("mlp.onnx", "a", "--input-shape", "4,9"), "(4, 9)"),
         (("mlp.onnx", "there"), "--overwrite"),
@@ -286,6 +300,27 @@ def test_export_refuses(arguments: tuple[str, ...], reason: str, folder: Path) -
 def test_wrong_usage(arguments: tuple[str, ...], folder: Path) -> None:
     refused(2, *arguments)
     assert not Path("a").exists()
+
+
+def test_the_nearest_name_of_a_loss(folder: Path) -> None:
+    for name, says in (
+        ("crossentropy", "Did you mean 'cross_entropy'?"),
+        ("huber", "loss's name."),
+    ):
+        error = refused(2, "export", "mlp.onnx", "a", "--loss", name)
+        assert f"{says} A shell can take cross_entropy, mse, " in error
+    with pytest.raises(UnsupportedTrainingError, match=r"Did you mean 'cross_entropy'\?"):
+        export_training("mlp.onnx", None, "a", loss="CrossEntropyLoss")
+    with pytest.raises(UnsupportedTrainingError, match=r"Did you mean 'adamw'\?"):
+        export_training("mlp.onnx", None, "a", optimizer="Adam")
+
+
+def test_an_export_says_what_it_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=120)
+    monkeypatch.setattr(reporting, "messages", lambda: terminal)
+    done("export", "mlp.onnx", "a", "--no-verify")
+    assert "Exporting mlp.onnx: writing the directory" in shown.getvalue()
 
 
 def test_debug_shows_the_traceback(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -26,10 +27,12 @@ from tract_fx import (
     UnsupportedLayerError,
     UnsupportedModelError,
     UntraceableModelError,
+    is_tract,
     remove_tract,
     tract_module,
     tract_pass,
 )
+from tract_fx.modules import tract_scope
 
 # A convolution that is no call of a module, or a module that TrAct can't go into.
 NO_MODULE = {case.name for case in LAYERS if case.layer != "stem"} | {
@@ -134,10 +137,89 @@ def test_example_inputs(example: Any) -> None:
     assert_tract(model, model, tract_module(model, example), (images(),), (0,))
 
 
+class Described(nn.Module):
+    """As Hugging Face's models are: they say what their input is called, and its size."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4 * 6 * 8, 2)
+        self.config = types.SimpleNamespace(**config)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.head(self.stem(pixel_values).flatten(1))  # type: ignore[no-any-return]
+
+
+def test_a_batch_by_the_model_s_config() -> None:
+    model = built(lambda: Described(num_channels=3, image_size=(8, 10)))
+    x = images(4, 3, 8, 10)
+    assert_tract(model, model, tract_module(model), (x,), (0,))
+    model.dummy_inputs = {"pixel_values": x}
+    model.config.image_size = 7
+    assert_tract(model, model, tract_module(model), (x,), (0,))
+    del model.dummy_inputs
+    with pytest.raises(UntraceableModelError, match="Give example_inputs, or name the layer"):
+        tract_module(model)
+    model.main_input_name = "input_ids"
+    with pytest.raises(UnsupportedModelError, match="example_inputs=None"):
+        tract_module(model)
+
+
+def test_lightning() -> None:
+    """docs/trainers.md compares gradients; here is what locates the layer, and what does not."""
+    lightning = pytest.importorskip("lightning")
+    from tract_fx.lightning import TractCallback
+
+    class Module(lightning.LightningModule):  # type: ignore[name-defined, misc]
+        def __init__(self, **nets: nn.Module) -> None:
+            super().__init__()
+            for name, net in nets.items():
+                self.add_module(name, net)
+
+    class LightningModule(Described):
+        """With a forward method, whatever it is called."""
+
+        forward = Described.forward
+
+    assert tract_module(built(lambda: LightningModule(num_channels=3, image_size=(8, 10))))
+
+    def taken(module: Any, *args: Any, **options: Any) -> dict[str, float]:
+        callback = TractCallback(*args, **options)
+        callback.setup(lightning.Trainer, module, "validate")
+        assert not callback.taken
+        callback.setup(lightning.Trainer, module, "fit")
+        assert is_tract(module) == callback.taken
+        return callback.taken
+
+    inner = built(lambda: Net(lambda net, x: net.stem(x), stem=conv()))
+    module = Module(net=inner, loss=nn.CrossEntropyLoss())
+    assert is_tract(tract_module(module, images())) == {"net.stem": 0.1} and not is_tract(module)
+    assert "forward" not in vars(module)
+    weight = inner.stem.weight
+    assert taken(module, images(), lambda_=0.2) == {"net.stem": 0.2}
+    assert inner.stem.weight is weight
+    module = Module(net=built(chain))
+    assert taken(module, layers=["net.block.0"], gram="global") == {"net.block.0": 0.1}
+    assert tract_scope(module.net.block[0]) is not None and tract_scope(inner.stem) is None
+    module = Module(net=built(chain))
+    module.example_input_array = images()
+    assert taken(module) == {"net.block.0": 0.1}
+    for module, says in {
+        Module(): "configure_model",
+        Module(net=built(chain)): "example_inputs=None",
+        Module(one=built(conv), two=built(conv)): "no forward method.*one, two.*net inside",
+    }.items():
+        given = None if "example" in says else images()
+        with pytest.raises(UnsupportedModelError, match=says):
+            taken(module, given)
+        assert not is_tract(module)
+
+
 @pytest.mark.parametrize("example", [None, 3, "image", {1, 2}, object], ids=repr)
 def test_bad_example_inputs(example: Any) -> None:
     model = built(lambda: Net(lambda net, x: net.stem(x), stem=conv()))
-    with pytest.raises(UnsupportedModelError, match=r"example_inputs=.*layers=") as caught:
+    with pytest.raises(UnsupportedModelError, match=r"example_inputs=") as caught:
         tract_module(model, example)
     assert repr(example) in str(caught.value)
     assert_tract(model, model, tract_module(model, layers="stem"), (images(),), (0,))

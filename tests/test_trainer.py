@@ -30,6 +30,7 @@ from tract_fx.errors import (  # noqa: E402
     FailedRunError,
     InvalidBatchError,
     MissingRuntimeError,
+    NonFiniteLossWarning,
     StateMismatchError,
     TractWarning,
     TrainerStateError,
@@ -582,6 +583,20 @@ def test_failed_steps(tmp_path: Path) -> None:
     for batch in (second, third):
         assert trainer.train_step(*batch) == other.train_step(*batch)
     assert equal(snapshot(trainer), snapshot(other))
+
+
+def test_a_loss_that_is_no_number_is_said_once(folder: Path, tmp_path: Path) -> None:
+    trainer = load_trainer(folder / "mlp")
+    bad = torch.full_like(torch.as_tensor(X), torch.nan)
+    trainer.train_step(X, Y)
+    with pytest.warns(NonFiniteLossWarning, match=r"batch 2 is nan.*rate \(0\.1\)") as caught:
+        assert np.isnan(trainer.train_step(bad, Y))
+        trainer.train_step(X, Y)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert "ignored" not in str(caught[0].message)
+    trainer.load(folder / "mlp")
+    with pytest.warns(NonFiniteLossWarning, match="batch 1 is nan"):
+        trainer.train_step(bad, Y)
 
 
 # --- runtimes and devices -----------------------------------------------------------------------

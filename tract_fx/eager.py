@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 from torch import fx, nn
@@ -13,8 +15,9 @@ from tract_fx.errors import (
     UnknownLayerError,
     UnsupportedLayerError,
     UnsupportedModelError,
-    UntraceableModelError,
+    did_you_mean,
 )
+from tract_fx.example_inputs import own_example_inputs
 from tract_fx.modules import copy_tree, is_standard, still_reaches, to_tract, tract_lambda, why_not
 from tract_fx.passes.fx_graph import (
     Choice,
@@ -30,10 +33,17 @@ from tract_fx.passes.fx_graph import (
 )
 from tract_fx.passes.records import InputLayer
 from tract_fx.preconditioner import DEFAULT_LAMBDA, GramScope, GroupChoice, group_name
-from tract_fx.program import TrainedTensors, arguments, capture, held_at
+from tract_fx.program import TrainedTensors, arguments, captured, held_at
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
+_NAME_IT = "name the layer: tract_module(model, layers=['path.of.the.layer'])"
+# Where the classes are whose forward method only says that there is none.
+_WITHOUT_FORWARD = (
+    "torch.nn.modules.module",
+    "lightning.pytorch.core.module",
+    "pytorch_lightning.core.module",
+)
 _USE_A_GRAPH = (
     "Use tract_pass on torch.export.export(model, inputs), where each call is a node of its own"
 )
@@ -57,7 +67,8 @@ def tract_module(
         model: An eager model. Not changed.
         example_inputs: A batch as the model takes it: a tuple of positional arguments, a mapping of
             keyword arguments, or one tensor. Where `layers` names the layers it may be left out;
-            given, it is used to make sure that the model calls them.
+            given, it is used to make sure that the model calls them. A Hugging Face vision model's
+            is made by its config, and a LightningModule's may be its `example_input_array`.
         lambda_: λ > 0. The paper uses 0.05, 0.1 and 0.2.
         layers: Paths of the modules to treat, in all their calls; or a mapping of paths to λ.
         gram: Whose rows the Gram is of, `"local"` or `"global"`, as for `tract_pass`.
@@ -83,27 +94,54 @@ def tract_module(
             model, lambda_=lambda_, layers=choice.by_name, gram=gram, process_group=process_group
         )
     _check_model(model)
-    by_name = choice.by_name
-    present = [name for name, m in model.named_modules() if tract_lambda(m) is not None]
-    if by_name is None and present:
-        by_name = dict.fromkeys(present, choice.lambda_)
-    elif by_name is None:
-        by_name = _locate(model, example_inputs, choice)
+    by_name = _by_name(model, example_inputs, choice)
     result = copy_tree(model)
+    given = _treat(result, by_name, group)
+    located = layers is None and all(map(is_standard, given))
+    _check_calls(model, result, by_name, example_inputs, trusted=located)
+    return result
+
+
+def put_on(
+    model: nn.Module,
+    example_inputs: Any,
+    lambda_: float,
+    layers: LayerChoice,
+    gram: Literal["local", "global"],
+) -> dict[str, float]:
+    """Do what `tract_module` does to the model itself, and give λ by the layers' paths."""
+    _check_model(model)
+    by_name = _by_name(model, example_inputs, read_choice(lambda_, layers))
+    _treat(model, by_name, group_name(gram, None))
+    return by_name
+
+
+def _by_name(model: nn.Module, example_inputs: Any, choice: Choice) -> dict[str, float]:
+    """The paths of the modules to treat, with λ: the named ones, those with TrAct, the located."""
+    if choice.by_name is not None:
+        return dict(choice.by_name)
+    present = [name for name, m in model.named_modules() if tract_lambda(m) is not None]
+    if present:
+        return dict.fromkeys(present, choice.lambda_)
+    return _locate(model, example_inputs, choice)
+
+
+def _treat(model: nn.Module, by_name: Mapping[str, float], group: str | None) -> list[nn.Module]:
+    """Put TrAct on modules; on none where one can't have it."""
     given: dict[nn.Module, float] = {}
     for name, value in by_name.items():
-        module = _treatable(result, name)
+        module = _treatable(model, name)
         if given.setdefault(module, value) != value:
             raise UnsupportedLayerError(
                 f"layers gives {name!r} λ = {value}, and λ = {given[module]} by another name",
                 "both names are of one module, which has one λ",
                 "Give it one λ",
             )
-        to_tract(module, value, None if group is None else str(GramScope(group, name)))
-    located = layers is None and all(map(is_standard, given))
-    _check_calls(model, result, by_name, example_inputs, trusted=located)
-    warn_of_frozen(name for name in by_name if _is_frozen(result.get_submodule(name)))
-    return result
+    for name, value in by_name.items():
+        scope = None if group is None else str(GramScope(group, name))
+        to_tract(model.get_submodule(name), value, scope)
+    warn_of_frozen(name for name in by_name if _is_frozen(model.get_submodule(name)))
+    return list(given)
 
 
 def _check_model(model: object) -> None:
@@ -169,21 +207,48 @@ def _is_frozen(module: nn.Module) -> bool:
 
 
 def _export(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
+    given = example_inputs is not None
+    example_inputs = example_inputs if given else own_example_inputs(model)
+    if example_inputs is None:
+        raise UnsupportedModelError(
+            f"a model of class {type(model).__name__}, with example_inputs=None",
+            "it is run on a batch to find the layer that consumes the input",
+            "Give a tuple of positional arguments, a mapping of keyword arguments or a tensor; or "
+            "name the layer with layers=[…]",
+        )
     args, kwargs = arguments(example_inputs)
-    try:
-        with TrainedTensors() as trained:
-            graph = capture(model, args, kwargs).module()
-    except TractError:
-        raise
-    except Exception as error:
-        raise UntraceableModelError(
-            f"torch.export failed on {type(model).__name__} ({type(error).__name__}: {error})",
-            "without a graph the layer that consumes the input can't be located",
-            "Name it, without example_inputs: tract_module(model, layers=['path.of.the.layer'])",
-        ) from error
-    assert isinstance(graph, fx.GraphModule)
+    batch = "Make sure that the model runs on the batch" if given else "Give example_inputs"
+    with _callable(model), TrainedTensors() as trained:
+        graph = captured(model, args, kwargs, f"{batch}, or {_NAME_IT}")
     trained.put_back(graph)
     return graph
+
+
+@contextmanager
+def _callable(model: nn.Module) -> Iterator[None]:
+    """Let a LightningModule without a forward method call the net inside it, for a time."""
+    owner = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
+    if "forward" in vars(model) or owner.__module__ not in _WITHOUT_FORWARD:
+        yield
+        return
+    nets = {n: net for n, net in model.named_children() if any(True for _ in net.parameters())}
+    if len(nets) != 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}, which has no forward method, and inside "
+            f"{', '.join(nets) or 'no net'}",
+            "its layers are located in a graph of what it does with the input",
+            "Apply tract_module to the net inside it, or give it a forward method",
+        )
+    (net,) = nets.values()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return net(*args, **kwargs)
+
+    vars(model)["forward"] = functools.update_wrapper(forward, net.forward)
+    try:
+        yield
+    finally:
+        del vars(model)["forward"]
 
 
 def _check_calls(
@@ -230,12 +295,14 @@ def _treatable(model: nn.Module, name: str) -> nn.Module:
     try:
         module = model.get_submodule(name)
     except AttributeError:
-        names = ", ".join(repr(n) for n, m in model.named_modules() if why_not(m) is None)
+        names = [n for n, m in model.named_modules() if why_not(m) is None]
+        listed = ", ".join(map(repr, names)) or "none"
         raise UnknownLayerError(
             f"the layer is named {name!r}",
             "the model has no module of that name, and an eager model has nothing else to treat",
-            f"Modules that can be treated: {names or 'none'}. A layer that is a function call can "
-            "be treated in a graph: tract_pass(torch.export.export(model, inputs))",
+            f"{did_you_mean(name, names)}Modules that can be treated: {listed}. A layer that is a "
+            "function call can be treated in a graph: "
+            "tract_pass(torch.export.export(model, inputs))",
         ) from None
     why = why_not(module)
     if why is not None:

@@ -4,6 +4,9 @@ Every message has three parts: what was found (node, operation, value), why it c
 instead.
 """
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "AmbiguousInputLayerError",
     "ArtifactsExistError",
@@ -17,6 +20,7 @@ __all__ = [
     "InvalidLambdaError",
     "MissingRuntimeError",
     "NoInputLayerError",
+    "NonFiniteLossWarning",
     "ProcessGroupError",
     "StateMismatchError",
     "TractError",
@@ -115,7 +119,7 @@ class ArtifactsWriteError(TractError, OSError):
 
 
 class InvalidBatchError(TractError, ValueError):
-    """A batch has a number of arrays, a shape or a dtype that the graph does not take."""
+    """A batch has a number of arrays, a shape or a dtype that graph or model does not take."""
 
 
 class StateMismatchError(TractError, ValueError):
@@ -146,5 +150,15 @@ class FrozenLayerWarning(TractWarning):
     """The input layer's weight does not require a gradient, so that TrAct is idle."""
 
 
+class NonFiniteLossWarning(TractWarning):
+    """A training step's loss is NaN or infinite."""
+
+
 class UntestedVersionWarning(TractWarning):
     """A package is newer than any that was tested."""
+
+
+def did_you_mean(name: object, names: Iterable[str]) -> str:
+    """Begin a remedy with the nearest of the names that there are; with nothing if none is near."""
+    close = difflib.get_close_matches(str(name).lower(), [*names], n=1)
+    return f"Did you mean {close[0]!r}? " if close else ""

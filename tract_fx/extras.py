@@ -18,6 +18,7 @@ PACKAGES = {
     "graphviz": "inspect",
     "jinja2": "inspect",
     "matplotlib": "inspect",
+    "lightning": "lightning",
 }
 """The extra that brings a package, by the name that the package is imported under."""
 

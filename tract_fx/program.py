@@ -1,4 +1,4 @@
-"""Capture a model as an exported program, and leave the model as it was."""
+"""Run a user's model, or capture it as an exported program, and leave it as it was."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from tract_fx import torch_private
-from tract_fx.errors import UnsupportedModelError
+from tract_fx.errors import (
+    InvalidBatchError,
+    TractError,
+    UnsupportedModelError,
+    UntraceableModelError,
+)
 from tract_fx.function_mode import FunctionMode
 
 
@@ -28,21 +32,71 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise UnsupportedModelError(
         f"example_inputs={' '.join(reprlib.repr(example_inputs).split())}, of class "
         f"{type(example_inputs).__name__}",
-        "the model is exported on a batch to find the layer that consumes it",
-        "Give a tuple of positional arguments, a mapping of keyword arguments or a tensor; or name "
-        "the layer with layers=[…]",
+        "a batch is a tuple of positional arguments, a mapping of keyword arguments or a tensor",
+        "Give one of those",
     )
 
 
-def capture(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dynamic_shapes: Any = None,
-) -> ExportedProgram:
-    """Export a model; take back what tracing leaves in its attributes and in the random state."""
-    with torch.random.fork_rng(devices=[]), _attributes_restored(model):
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+@contextmanager
+def running(model: nn.Module, kind: type[TractError] = InvalidBatchError) -> Iterator[None]:
+    """Say what failed where the user's model can't be run on the user's batch."""
+    try:
+        yield
+    except TractError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        reason, remedy = _of_the_model(error)
+        raise kind(
+            f"{type(model).__name__} on the example inputs ({message_of(error)})", reason, remedy
+        ) from error
+
+
+def _of_the_model(error: Exception) -> tuple[str, str]:
+    """Why a model fails, as far as its error tells, and what to do."""
+    text = str(error)
+    if text.startswith("Guard failed"):
+        return (
+            "the program was exported for inputs of that size, or of that kind",
+            "Give a batch like the one that it was exported with, or export it with dynamic_shapes",
+        )
+    arguments = ("positional argument", "keyword argument", "multiple values for argument")
+    if "input tree spec" in text or any(words in text for words in arguments):
+        return (
+            "they are not the arguments that the model takes",
+            "Give a tuple of its positional arguments, a mapping of its keyword arguments or a "
+            "tensor",
+        )
+    return (
+        "the model fails on them, in its forward or its backward pass",
+        "Give a batch that the model runs on, or correct the model",
+    )
+
+
+def message_of(error: BaseException) -> str:
+    """Give an error's class and what it says, without a full stop."""
+    return f"{type(error).__name__}: {error}".rstrip(":. ")
+
+
+def captured(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], remedy: str
+) -> fx.GraphModule:
+    """Make the graph of a model in which its layers are located; or say what to do instead.
+
+    What tracing leaves in the model's attributes and in the random state is taken back.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), _attributes_restored(model):
+            graph = torch.export.export(model, args, kwargs, strict=False).module()
+    except TractError:
+        raise
+    except Exception as error:  # whatever the model's own code raises on a tracer
+        raise UntraceableModelError(
+            f"torch.export failed on {type(model).__name__} ({message_of(error)})",
+            "without a graph the layer that consumes the input can't be located",
+            remedy,
+        ) from error
+    assert isinstance(graph, fx.GraphModule)
+    return graph
 
 
 class TrainedTensors(FunctionMode):

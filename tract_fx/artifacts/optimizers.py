@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from tract_fx.errors import UnsupportedTrainingError
+from tract_fx.errors import UnsupportedTrainingError, did_you_mean
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _EXACT_INTEGERS = 2**24  # up to here float32 holds every integer
@@ -175,7 +175,9 @@ def optimizer_from(
         first, *others = (_read_group(value, group) for group in value.param_groups)
         return replace(first, weight_decays=_decays(value, first, others, parameters or {}))
     raise UnsupportedTrainingError(
-        f"optimizer={value!r}", "No optimizer of this name is built", f"Use {_KNOWN}"
+        f"optimizer={value!r}",
+        "No optimizer of this name is built",
+        f"{did_you_mean(value, _RECORDS)}Use {_KNOWN}",
     )
 
 

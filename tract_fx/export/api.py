@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +84,7 @@ def export_training(
     seed: int = 0,
     overwrite: bool = False,
     verify: bool = True,
+    progress: Callable[[str], None] | None = None,
 ) -> TrainingArtifacts:
     """Write a directory from which ONNX Runtime Training trains a model, with TrAct in its graph.
 
@@ -127,6 +128,8 @@ def export_training(
         overwrite: Replace artifacts that are in the directory.
         verify: Make sure on the example batch that loss and gradients are the PyTorch model's, and
             TrAct's gradient float64's.
+        progress: Called with what is done next, in a few words, a handful of times: an export of a
+            large model takes minutes.
 
     Returns:
         A record of what was written.
@@ -135,10 +138,12 @@ def export_training(
         ExportError: The model can't be exported with its meaning kept, or does not verify.
         UnsupportedTrainingError: The loss or the optimizer can't be computed exactly.
         NoInputLayerError: The model has no TrAct and `plain` is not given.
-        UnsupportedModelError: `model` is of another kind.
+        UnsupportedModelError: `model` is of another kind, or example inputs are missing.
+        InvalidBatchError: The model fails on the example inputs.
         ArtifactsExistError: The directory is there already.
         MissingRuntimeError: ONNX Runtime Training is not installed.
     """
+    tell = progress or (lambda stage: None)
     _check_target(target)
     scaling = _scaling(precision, loss_scale, target)
     named = dict(model.named_parameters()) if isinstance(model, nn.Module) else {}
@@ -146,6 +151,7 @@ def export_training(
     if target != STOCK:
         ort_training.runtime()  # its own error, where it is not there, before all the work
         build_optimizer(config, 1)  # and so what it can't compute
+    tell("reading the model")
     targets = [example_targets] if isinstance(example_targets, Tensor) else example_targets
     source: OnnxSource | None = None
     if isinstance(model, (nn.Module, ExportedProgram)):
@@ -167,6 +173,7 @@ def export_training(
         )
         subject, output = source.model, source.output
     chosen = choose_loss(subject, loss, output, targets)
+    tell("recording the training step, and writing its graphs")
     graphs = build_graphs(subject, chosen, Target(target, config, precision, scaling, float64))
     if not graphs.layers and not plain:
         raise NoInputLayerError(
@@ -177,10 +184,13 @@ def export_training(
     with write_directory(directory, overwrite=overwrite) as new:
         checks = []
         if verify:
+            tell("comparing a step with PyTorch's in float64")
             verify_torch(subject, chosen, graphs)
             checks.append("PyTorch, float64")
             if source is not None:
+                tell("comparing the outputs with those of the file")
                 checks.append(verify_import(source, chosen, graphs))
+        tell("writing the directory")
         held = named_tensors(subject.training)
         lower_precision(graphs, {**held, **subject.inputs, **chosen.targets}, verify)
         write_graphs(graphs, subject, new.path)

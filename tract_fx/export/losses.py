@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tract_fx.artifacts.loss_kinds import LOSSES, loss_kind
-from tract_fx.errors import UnsupportedTrainingError
+from tract_fx.errors import UnsupportedTrainingError, did_you_mean
 
 Loss = str | Callable[..., Tensor]
 
@@ -44,7 +44,8 @@ def loss_function(loss: Loss) -> Callable[..., Tensor]:
         raise UnsupportedTrainingError(
             f"loss={loss!r}" if named else f"loss={loss!r}, a {type(loss).__name__}",
             "no loss has that name" if named else "a loss is a name or a callable",
-            f"Use one of {', '.join(map(repr, LOSSES))}, or a callable loss(output, target)",
+            f"{did_you_mean(loss, LOSSES)}Use one of {', '.join(map(repr, LOSSES))}, or a "
+            "callable loss(output, target)",
         )
     if isinstance(loss, nn.Module):
         trained = [name for name, p in loss.named_parameters() if p.requires_grad]

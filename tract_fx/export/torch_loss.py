@@ -60,6 +60,7 @@ def choose_loss(
         specs = loss_targets(loss, values)
         targets = [spec.example for spec in specs]
     else:
+        _refuse_targets(loss, example_targets)
         targets = [target.detach().cpu() for target in example_targets]
         with contextlib.suppress(UnsupportedTrainingError):  # a callable's targets aren't known
             specs = loss_targets(loss, values)
@@ -78,6 +79,18 @@ def choose_loss(
 
     _refuse_loss(compute, (model.output, *targets))
     return TorchLoss(compute, given, classes, None, describe_loss(loss))
+
+
+def _refuse_targets(loss: Loss, targets: Sequence[Tensor]) -> None:
+    """Refuse example targets that are no tensors, or more than a loss with a name takes."""
+    kinds = [type(target).__name__ for target in targets]
+    fits = all(isinstance(target, Tensor) for target in targets)
+    if not fits or (isinstance(loss, str) and len(kinds) != 1):
+        raise UnsupportedTrainingError(
+            f"example targets of class {', '.join(kinds) or 'none'}",
+            f"{describe_loss(loss)} takes one tensor" if fits else "targets are tensors",
+            "Give example_targets=torch.as_tensor(targets)",
+        )
 
 
 def _returned(model: TorchModel, output: str | None) -> TorchLoss:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from tract_fx.errors import ExportError, TractWarning
+from tract_fx.errors import ExportError, InvalidBatchError, TractWarning
 from tract_fx.export.eager_forward import call_on_copies, observed_output
 from tract_fx.export.evaluation_mode import in_evaluation
 from tract_fx.export.lost_in_graphs import (
@@ -23,7 +23,7 @@ from tract_fx.export.lost_in_graphs import (
 )
 from tract_fx.modules import copy_tree, named_tensors
 from tract_fx.passes import remove_tract
-from tract_fx.program import arguments
+from tract_fx.program import arguments, running
 from tract_fx.step.exporter import open_sizes
 from tract_fx.step.names import batch_names, output_names
 
@@ -92,6 +92,7 @@ def read_torch(
     if plain:
         module = remove_tract(module)
     args, kwargs = arguments(example_inputs)
+    _refuse_empty(_tensors(args, kwargs))
     args, kwargs = _two_images(args, kwargs) if dynamic_batch else (args, kwargs)
     refuse_several_processes(module)
     refuse_gradient_hooks(module)
@@ -101,10 +102,11 @@ def read_torch(
     _refuse_shared_names(training, args, kwargs)
     given = batch_names(training, args, kwargs, 0, {*named_tensors(training)})
     taken = {*named_tensors(training), *given}
-    trained = output_names(observed_output(training, args, kwargs), taken)
     copies = {n: tensor.detach().clone() for n, tensor in named_tensors(evaluation).items()}
-    with torch.no_grad():
-        output = call_on_copies(evaluation, copies, args, kwargs)
+    with running(module):
+        trained = output_names(observed_output(training, args, kwargs), taken)
+        with torch.no_grad():
+            output = call_on_copies(evaluation, copies, args, kwargs)
     names = [*trained], [*output_names(output, taken)]
     if names[0] != names[1]:
         raise ExportError(
@@ -118,6 +120,16 @@ def read_torch(
 
 def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     return [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+
+
+def _refuse_empty(batch: Sequence[Tensor]) -> None:
+    for tensor in batch:
+        if not tensor.numel():
+            raise InvalidBatchError(
+                f"an example input of shape {tuple(tensor.shape)}",
+                "an export is tried out on it, and it is empty",
+                "Give a batch of a few images",
+            )
 
 
 def _refuse_shared_names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,19 +14,25 @@ from tract_fx import extras
 from tract_fx.errors import UnsupportedModelError, UntraceableModelError
 from tract_fx.inspection.backward import backward as show_backward
 from tract_fx.inspection.forward_diff import graph_diff, module_diff
-from tract_fx.inspection.given import check_arguments, describe, running
+from tract_fx.inspection.given import check_arguments, describe
 from tract_fx.inspection.inspection import Inspection
 from tract_fx.inspection.layers import layer_reports, read_layers
 from tract_fx.inspection.marks import lost_marks
 from tract_fx.inspection.records import ForwardDiff
 from tract_fx.inspection.runs import observe, observe_forward
 from tract_fx.inspection.statistics import statistics as measure
+from tract_fx.inspection.subject import subject_of
 from tract_fx.inspection.verify import verify as compare
 from tract_fx.passes.fx_graph import refuse_wrapped, remove_tract
-from tract_fx.program import arguments, capture
+from tract_fx.program import arguments, captured, running
 from tract_fx.version import __version__
 
 Detail = Literal["short", "expanded"]
+
+_REMEDY = (
+    "Make sure that the model runs on the batch, or inspect a graph of the part with the input "
+    "layer"
+)
 
 
 def inspect_graph(
@@ -38,6 +44,7 @@ def inspect_graph(
     verify: bool = True,
     statistics: bool = True,
     whole: bool = False,
+    name: str | None = None,
 ) -> Inspection:
     """Show what the pass did to a model, why, and whether it is right.
 
@@ -63,6 +70,8 @@ def inspect_graph(
             forward and backward passes.
         statistics: Whether to measure the Gram's spectrum and each image's share in the update.
         whole: Whether the pictures show whole graphs instead of TrAct's neighbourhood.
+        name: What the model is called in the report; by default by the class that was traced, or
+            the file.
 
     Returns:
         The inspection, to be printed, saved, or shown in a notebook.
@@ -76,6 +85,13 @@ def inspect_graph(
     """
     check_arguments(gm, example_inputs, loss, backward)
     options = _Options(backward, verify, statistics, whole)
+    inspection = _inspect(gm, example_inputs, loss, options)
+    return inspection if name is None else replace(inspection, subject=name)
+
+
+def _inspect(
+    gm: Any, example_inputs: Any, loss: Callable[[Any], torch.Tensor] | None, options: _Options
+) -> Inspection:
     if not isinstance(gm, (nn.Module, ExportedProgram)):
         return _inspect_onnx(gm, example_inputs, loss, options)
     args, kwargs = _batch(gm, example_inputs)
@@ -126,7 +142,7 @@ def _inspect_structure(model: nn.Module, options: _Options) -> Inspection:
         )
     calls = read_layers(model, model)
     return Inspection(
-        subject=_subject(model),
+        subject=subject_of(model),
         kind="graph",
         batch="",
         layers=layer_reports(calls, ()),
@@ -148,11 +164,11 @@ def _inspect_on_batch(
     loss: Callable[[Any], torch.Tensor] | None,
     options: _Options,
 ) -> Inspection:
-    graph = model if isinstance(model, fx.GraphModule) else _exported(model, args, kwargs)
+    graph = model if isinstance(model, fx.GraphModule) else captured(model, args, kwargs, _REMEDY)
     plain = remove_tract(model)
     calls = read_layers(graph, model)
     verification = measured = None
-    with running(model):
+    with running(model, UnsupportedModelError):
         if options.verify or options.statistics:
             runs = observe(model, plain, calls.taken, args, kwargs, loss)
             observed = runs.calls
@@ -174,7 +190,7 @@ def _inspect_on_batch(
         except UntraceableModelError as error:
             notes = (f"The backward pass is not shown. {error}",)
     return Inspection(
-        subject=_subject(model),
+        subject=subject_of(model),
         kind="graph" if graph is model else "module",
         batch=describe(args, kwargs),
         layers=layer_reports(calls, observed),
@@ -193,25 +209,6 @@ def _forward(plain: nn.Module, model: nn.Module, graph: fx.GraphModule, whole: b
     if isinstance(plain, fx.GraphModule) and isinstance(model, fx.GraphModule):
         return graph_diff(plain, model, whole=whole)
     return module_diff(plain, model, graph, whole=whole)
-
-
-def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    """Make the graph in which an eager model's layers are located."""
-    try:
-        graph = capture(model, args, kwargs).module()
-    except Exception as error:  # whatever the model's own code raises on a tracer
-        raise UntraceableModelError(
-            f"torch.export failed on {type(model).__name__} ({type(error).__name__}: {error})",
-            "the layers are located in a graph of the model",
-            "Inspect a graph that holds the part with the input layer, or check the example inputs",
-        ) from error
-    assert isinstance(graph, fx.GraphModule)
-    return graph
-
-
-def _subject(model: nn.Module) -> str:
-    name = type(model).__name__
-    return f"{name} (torch.fx graph)" if isinstance(model, fx.GraphModule) else f"{name} (eager)"
 
 
 def _versions() -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from tract_fx.errors import TractError, UnsupportedFormatError, UnsupportedModelError
+from tract_fx.program import message_of
 
 _ONNX_PACKAGES = frozenset({"onnx", "onnx_ir", "onnxscript"})
 
@@ -85,49 +85,10 @@ def call_loss(loss: Callable[[Any], Any], output: Any) -> Any:
         raise
     except Exception as error:  # whatever the user's code raises
         raise FailedLossError(
-            f"the loss ({_message(error)})",
+            f"the loss ({message_of(error)})",
             f"it fails on the model's output, of class {type(output).__name__}",
             "Give a function of that output which returns a number",
         ) from error
-
-
-@contextmanager
-def running(model: nn.Module) -> Iterator[None]:
-    """Say what failed where the user's model can't be run on the user's batch."""
-    try:
-        yield
-    except TractError:
-        raise
-    except Exception as error:  # whatever the user's code raises
-        reason, remedy = _of_the_model(error)
-        raise UnsupportedModelError(
-            f"{type(model).__name__} on the example inputs ({_message(error)})", reason, remedy
-        ) from error
-
-
-def _of_the_model(error: Exception) -> tuple[str, str]:
-    """Why a model fails, as far as its error tells, and what to do."""
-    text = str(error)
-    if text.startswith("Guard failed"):
-        return (
-            "the program was exported for inputs of that size, or of that kind",
-            "Give a batch like the one that it was exported with, or export it with dynamic_shapes",
-        )
-    arguments = ("positional argument", "keyword argument", "multiple values for argument")
-    if "input tree spec" in text or any(words in text for words in arguments):
-        return (
-            "they are not the arguments that the model takes",
-            "Give a tuple of its positional arguments, a mapping of its keyword arguments or a "
-            "tensor",
-        )
-    return (
-        "the model fails on them, in its forward or its backward pass",
-        "Give a batch that the model runs on, or correct the model",
-    )
-
-
-def _message(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 def describe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tract_fx import extras
 from tract_fx.inspection.records import (
@@ -19,13 +20,19 @@ from tract_fx.passes.records import Refusal
 if TYPE_CHECKING:
     from rich.console import Console
 
+Runs: TypeAlias = Sequence[float] | Sequence[Sequence[float]]
+"""A number per epoch, or of each of several runs one."""
+
+Curves: TypeAlias = Mapping[str, Mapping[str, Runs]]
+"""What training gave, by what was measured and then by arm."""
+
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
     """What `inspect_graph` found.
 
     Attributes:
-        subject: What was inspected, such as `"ResNet (GraphModule)"` or a file's name.
+        subject: What was inspected, such as `"ResNet"`, or a file's name.
         kind: `"graph"` for a torch.fx graph, `"module"` for an eager model, `"onnx"`.
         batch: The example batch in words, empty where there was none.
         layers: Calls with TrAct, and calls on the input without it, in graph order.
@@ -68,22 +75,28 @@ class Inspection:
         """
         extras.load("tract_fx.inspection.render.terminal", "print_inspection")(self, console)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, curves: Curves | None = None) -> Path:
         """Write it to a file: a page, a picture or the records.
 
         Args:
             path: Where to: `.html`, one file that needs no network; `.svg` or `.dot`, the picture
                 of the backward pass (of the forward pass where there is none); `.json`.
+            curves: For a page, what training gave by epoch: `{"Test accuracy": {"plain": [0.4,
+                0.5], "TrAct": [0.5, 0.6]}}`. In place of an arm's numbers may stand runs with as
+                many each, one of every seed: they are drawn with their mean.
 
         Returns:
             The path.
 
         Raises:
             MissingRuntimeError: The extra `inspect`, or Graphviz, is not installed.
-            UnsupportedFormatError: The suffix is another one.
+            UnsupportedFormatError: The suffix is another one, or none that shows curves; or they
+                are of another form.
             ArtifactsWriteError: The file can't be written.
         """
-        saved: Path = extras.load("tract_fx.inspection.render.files", "save")(self, Path(path))
+        saved: Path = extras.load("tract_fx.inspection.render.files", "save")(
+            self, Path(path), curves
+        )
         return saved
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from tract_fx import __version__
 from tract_fx.shell.doctor_command import doctor
 from tract_fx.shell.export_command import export
 from tract_fx.shell.inspect_command import EXIT_CODES as INSPECT_EXIT_CODES
-from tract_fx.shell.inspect_command import InspectCommand, inspect
+from tract_fx.shell.inspect_command import NOT_VERIFIED, InspectCommand, inspect
 from tract_fx.shell.locate_command import locate
 from tract_fx.shell.rewrite_command import rewrite
 from tract_fx.shell.train_command import train
@@ -26,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    epilog=EXIT_CODES,
+    epilog=f"{EXIT_CODES} {NOT_VERIFIED}, of inspect: the gradient is wrong, or none was compared.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

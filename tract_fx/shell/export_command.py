@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from tract_fx.artifacts.loss_kinds import LOSSES, LossKind
-from tract_fx.errors import TractError, UnsupportedTrainingError
+from tract_fx.errors import TractError, UnsupportedTrainingError, did_you_mean
 from tract_fx.passes.records import Findings
 from tract_fx.shell.arguments import (
     InputShapes,
@@ -34,6 +34,17 @@ def _described(loss: LossKind) -> str:
     return f"{loss.name} (class indices)" if loss.classes else str(loss.name)
 
 
+def _known_loss(name: str) -> str:
+    """Refuse a name that is no loss's; other losses than those with a name are Python's."""
+    names = [*LOSSES, "none"]
+    if name not in names:
+        wrong_usage(
+            f"{name!r} is no loss's name. {did_you_mean(name, names)}A shell can take "
+            f"{', '.join(names)}; export_training in Python takes any loss"
+        )
+    return name
+
+
 @reporting
 def export(
     model: Annotated[
@@ -51,6 +62,7 @@ def export(
         str,
         typer.Option(
             metavar="NAME",
+            callback=_known_loss,
             help=f"{', '.join(map(_described, LOSSES.values()))}; none where the model returns "
             "its loss.",
         ),
@@ -140,7 +152,8 @@ def export(
         "verify": verify,
         "dynamic_batch": not fixed_batch,
     }
-    with status(f"Exporting {model}"):
+    with status(f"Exporting {model}") as tell:
+        options["progress"] = lambda stage: tell(f"Exporting {model}: {stage}")
         subject = read_target(model, inputs, seed)
         if isinstance(subject.model, Path):
             artifacts = _export(

@@ -15,10 +15,18 @@ from torch.export import ExportedProgram
 from typer.core import TyperCommand
 
 from tract_fx.errors import MissingRuntimeError, UnsupportedFormatError, UnsupportedModelError
-from tract_fx.shell.arguments import InputShapes, Lambda, Layers, example_inputs, layer_choice
+from tract_fx.shell.arguments import (
+    InputShapes,
+    Lambda,
+    Layers,
+    example_inputs,
+    layer_choice,
+    refuse_existing,
+)
 from tract_fx.shell.example_batch import read_example_batch
 from tract_fx.shell.reporting import (
     Debug,
+    Overwrite,
     messages,
     output,
     printing,
@@ -37,11 +45,12 @@ from tract_fx.shell.targets import (
     read_target,
 )
 
+NOT_VERIFIED = 3
 EXIT_CODES = (
     "Exit codes: 0, done. 1, not possible, for a reason given in one line on the standard error. "
-    "2, wrong usage. 3, not verified as right: the gradient is wrong, or there was none to compare."
+    f"2, wrong usage. {NOT_VERIFIED}, not verified as right: the gradient is wrong, or there was "
+    "none to compare."
 )
-NOT_VERIFIED = 3
 
 
 class InspectCommand(TyperCommand):
@@ -112,6 +121,7 @@ def inspect(
         bool, typer.Option("--netron", help="Open an ONNX model in Netron too.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the noise and of a factory's weights.")] = 0,
+    overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
     """Show which layer has TrAct, what changed, how the backward looks, and whether it is right.
@@ -132,6 +142,8 @@ def inspect(
     _check_suffixes(html, json_, picture)
     printed = json_ == Path("-")
     files = [file for file in (html, None if printed else json_, picture) if file is not None]
+    for file in files:
+        refuse_existing(file, overwrite)
     if netron:
         _check_netron(target)
     everything = (printed or bool(files)) and not (backward or verify or statistics)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn, TextIO, TypeVar
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tract_fx import torch_private
 from tract_fx.errors import (
@@ -124,11 +125,17 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def status(text: str) -> Iterator[None]:
-    """Show a spinner while something takes long, on a terminal."""
+def status(text: str) -> Iterator[Callable[[str], None]]:
+    """Show a spinner and the time while something takes long, on a terminal.
+
+    Yields:
+        What changes the text.
+    """
     console = messages()
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(text):
-        yield
+    text_column = TextColumn("{task.description}", markup=False)
+    columns = (SpinnerColumn(), text_column, TimeElapsedColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda text: progress.update(task, description=text)

@@ -20,7 +20,7 @@ from tract_fx.modules import tract_lambda
 from tract_fx.passes.fx_graph import find_input_layers, locate, tract_pass
 from tract_fx.passes.records import Findings
 from tract_fx.preconditioner import DEFAULT_LAMBDA
-from tract_fx.program import arguments, capture
+from tract_fx.program import arguments, captured
 
 TARGET_HELP = (
     "An .onnx model, a .pt2 exported program, or package.module:factory, a function without "
@@ -168,7 +168,11 @@ def find_layers(target: Target) -> Findings:
             "torch.export needs example inputs",
             "Give --input-shape, for example --input-shape 8,3,224,224",
         )
-    return find_input_layers(capture(model, *arguments(target.inputs)) if graph is None else graph)
+    if graph is None:
+        args, kwargs = arguments(target.inputs)
+        remedy = "Make sure that the model runs on the batch, or name its layer with --layer"
+        graph = captured(model, args, kwargs, remedy)
+    return find_input_layers(graph)
 
 
 def _traced(model: nn.Module) -> fx.GraphModule | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from tract_fx.errors import (
 from tract_fx.ort_training import Device, message_of
 from tract_fx.passes.onnx_graph.step_names import LOSS_SCALE
 from tract_fx.trainers.dlpack import shared_tensors, wait_for_torch
+from tract_fx.trainers.not_finite import not_finite
 from tract_fx.trainers.progress import Progress
 from tract_fx.trainers.randomness import SHARED_GENERATOR, operators, seed_of, seeded
 from tract_fx.trainers.run_state import FILES, RunState, open_run, read_checked
@@ -78,6 +80,7 @@ class OrtTrainer:
         self._updates = manifest.updates
         self._batches = manifest.batches
         self._has_gradients = False
+        self._warned = False
 
     @property
     def manifest(self) -> Manifest:
@@ -133,7 +136,8 @@ class OrtTrainer:
 
         Every `accumulate`-th call ends with an update by the mean gradient of its micro-batches.
         BatchNorm's running statistics take in every batch. With loss scaling an update whose
-        gradients are not finite is skipped: `updates` does not grow then.
+        gradients are not finite is skipped: `updates` does not grow then. The first loss that is
+        not a finite number gives a `NonFiniteLossWarning`.
 
         Args:
             *batch: Inputs, then targets.
@@ -172,6 +176,9 @@ class OrtTrainer:
         if not self._pending:
             with _failures("the optimizer's update", "Go back to a saved state with load"):
                 self._updates += self._run.update()
+        if not (math.isfinite(loss) or self._warned):
+            self._warned = True
+            warnings.warn(not_finite(loss, self.manifest), stacklevel=2)
         return loss
 
     def evaluate(self, *batch: BatchValue, **named: BatchValue) -> float:

@@ -9,12 +9,12 @@ from pathlib import Path
 from tract_fx import extras
 from tract_fx.atomic import write_file
 from tract_fx.errors import UnsupportedFormatError
-from tract_fx.inspection.inspection import Inspection
+from tract_fx.inspection.inspection import Curves, Inspection
 from tract_fx.inspection.records import GraphView
 from tract_fx.inspection.render.data import to_data
 
 
-def save(inspection: Inspection, path: Path) -> Path:
+def save(inspection: Inspection, path: Path, curves: Curves | None = None) -> Path:
     """Write an inspection to a file, which is never there in half."""
     write = _WRITERS.get(path.suffix.lower())
     if write is None:
@@ -23,16 +23,23 @@ def save(inspection: Inspection, path: Path) -> Path:
             f"an inspection is not written as {path.suffix or 'a file without a suffix'}",
             f"Give the file one of the suffixes {', '.join(_WRITERS)}",
         )
+    if curves and write is not _page:
+        raise UnsupportedFormatError(
+            f"curves= for the file {str(path)!r}",
+            "only a page shows them",
+            "Give the file the suffix .html, or leave curves out",
+        )
+    text = _page(inspection, curves) if curves else write(inspection)
     # A name may hold half a surrogate pair, which UTF-8 has no form for.
-    write_file(path, write(inspection).encode("utf-8", "backslashreplace"))
+    write_file(path, text.encode("utf-8", "backslashreplace"))
     return path
 
 
 # Each kind of file imports what it needs itself: no other kind's packages have to be there.
 
 
-def _page(inspection: Inspection) -> str:
-    text: str = extras.load("tract_fx.inspection.render.html", "page_html")(inspection)
+def _page(inspection: Inspection, curves: Curves | None = None) -> str:
+    text: str = extras.load("tract_fx.inspection.render.html", "page_html")(inspection, curves)
     return text
 
 

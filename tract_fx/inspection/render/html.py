@@ -14,16 +14,17 @@ import jinja2
 from markupsafe import Markup
 
 from tract_fx.errors import MissingRuntimeError
-from tract_fx.inspection.inspection import Inspection
+from tract_fx.inspection.inspection import Curves, Inspection
 from tract_fx.inspection.records import ForwardDiff, GraphView, LayerStatistics, WeightCheck
 from tract_fx.inspection.render import words
 from tract_fx.inspection.render.pictures import LEGEND, svg
-from tract_fx.inspection.render.plots import share_plot, spectrum_plot
+from tract_fx.inspection.render.plots import curve_plots, share_plot, spectrum_plot
 from tract_fx.inspection.render.text import aligned, graph_lines
 
 _MOST_DRAWN = 240
 _MOST_LINES = 4000
-_KINDS = {"graph": "torch.fx graph", "module": "eager model", "onnx": "ONNX graph"}
+_SCALE = 1.2
+"""Pixels of a picture's point: its small letters are of 13 then, and of 10.5 where it shrinks."""
 _RULER = (-9.0, 1.0)  # powers of ten at the two ends
 
 
@@ -41,6 +42,7 @@ class _Picture:
 
     view: GraphView
     drawing: Markup | None
+    width: int
     missing: str
     lines: list[_Line]
     legend: dict[str, str]
@@ -55,14 +57,16 @@ class _Measured:
     plots: list[Markup]
 
 
-def page_html(inspection: Inspection) -> str:
-    """Make a page of an inspection."""
-    return _environment().get_template("page.html").render(_context(inspection))
+def page_html(inspection: Inspection, curves: Curves | None = None) -> str:
+    """Make a page of an inspection, and of what training gave by epoch."""
+    plots = curve_plots(curves) if curves else []
+    page = _environment().get_template("page.html")
+    return page.render(_context(inspection), curves=list(map(Markup, plots)))
 
 
 def notebook_html(inspection: Inspection) -> str:
     """Make an inspection's form for the output of a notebook's cell."""
-    return _environment().get_template("notebook.html").render(_context(inspection))
+    return _environment().get_template("notebook.html").render(_context(inspection), curves=[])
 
 
 @functools.cache
@@ -85,7 +89,7 @@ def _environment() -> jinja2.Environment:
         size=words.rows_and_columns,
         worst=words.worst,
     )
-    environment.globals.update(plural=words.plural, ruler=_ruler, kinds=_KINDS)
+    environment.globals.update(plural=words.plural, ruler=_ruler, kinds=words.KINDS)
     return environment
 
 
@@ -128,7 +132,7 @@ def _texts(forward: ForwardDiff) -> list[tuple[str, list[_Line]]]:
 
 
 def _picture(view: GraphView) -> _Picture:
-    drawing, missing = None, ""
+    drawing, width, missing = None, 0, ""
     if len(view.nodes) > _MOST_DRAWN:
         missing = (
             f"{len(view.nodes):,} nodes are too many for a picture on this page. "
@@ -136,7 +140,7 @@ def _picture(view: GraphView) -> _Picture:
         )
     else:
         try:
-            drawing = _sized(svg(view))
+            drawing, width = _sized(svg(view))
         except MissingRuntimeError as error:
             missing = f"No picture: {error}"
     lines = graph_lines(view)
@@ -144,16 +148,15 @@ def _picture(view: GraphView) -> _Picture:
     texts = [_Line(text, style) for text, style in zip(aligned(lines), styles, strict=True)]
     kinds: set[str] = {node.kind for node in view.nodes}
     legend = {kind: text for kind, text in LEGEND.items() if kind in kinds}
-    return _Picture(view, drawing, missing, texts, legend)
+    return _Picture(view, drawing, width, missing, texts, legend)
 
 
-def _sized(drawing: str) -> Markup:
-    """Let the style sheet scale a picture, which Graphviz gives in points."""
+def _sized(drawing: str) -> tuple[Markup, int]:
+    """Let the style sheet scale a picture, which Graphviz gives in points; and say its width."""
     width = re.search(r'viewBox="[-\d.]+ [-\d.]+ ([\d.]+) [\d.]+"', drawing)
     assert width is not None
     drawing = re.sub(r' (width|height)="[\d.]+pt"', "", drawing, count=2)
-    style = f'style="--width: {1.1 * float(width[1]):.0f}px"'
-    return Markup(drawing.replace("<svg ", f"<svg {style} ", 1))
+    return Markup(drawing), round(_SCALE * float(width[1]))
 
 
 def _measured(layer: LayerStatistics) -> _Measured:

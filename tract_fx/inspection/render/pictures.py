@@ -79,7 +79,7 @@ def dot_source(view: GraphView, *, legend: bool = True) -> str:
     graph.attr(
         "node",
         fontname=_FONT,
-        fontsize="12",
+        fontsize="12.5",
         fontcolor=_INK,
         style="filled,rounded",
         margin="0.14,0.06",
@@ -167,10 +167,11 @@ def _blocks(nodes: Sequence[ViewNode]) -> dict[str, int]:
 def _add_node(graph: graphviz.Digraph, node: ViewNode, identity: str) -> None:
     told = node.kind != "tract" or node.stage or "TrAct" in node.label
     label = f"<b>{_text(node.label if told else f'TrAct: {node.label}', 46)}</b>"
-    lines = [node.name if node.name != node.label else "", node.detail]
+    known = node.name.replace("_", " ") in node.label.replace("_", " ")  # "relu" of "relu"
+    lines = ["" if known else node.name, node.detail]
     small = "<br/>".join(_text(line) for line in lines if line)
     if small:
-        label += f'<br/><font point-size="9.5" color="{_MUTED}">{small}</font>'
+        label += f'<br/><font point-size="11" color="{_MUTED}">{small}</font>'
     graph.node(identity, f"<{label}>", id=identity, **{"class": node.kind}, **_STYLES[node.kind])
 
 

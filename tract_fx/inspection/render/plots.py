@@ -1,4 +1,4 @@
-"""Plots of a call's statistics: SVG that stands in a page beside other SVG, light or dark."""
+"""Plots of a call's statistics, and of training: SVG for a page with other SVG, light or dark."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import hashlib
 import io
 import math
 import re
+import reprlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 from xml.etree import ElementTree
 
 from matplotlib import style
@@ -15,7 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from tract_fx.errors import UnsupportedFormatError
+from tract_fx.inspection.inspection import Curves, Runs
 from tract_fx.inspection.records import ImageShare, LayerStatistics
+from tract_fx.inspection.render.words import printable
 from tract_fx.inspection.shares import correlation
 
 _WIDTH = 440.0
@@ -167,13 +172,21 @@ def _share_title(layer: LayerStatistics) -> str:
     plain, tract = layer.plain_correlation, layer.tract_correlation
     if math.isnan(plain + tract):
         return f"{name}: each image's share of the update"
+    before, after = _trend(plain), _trend(tract)
     change = abs(tract) - abs(plain)
-    verb = "more" if change > 0.1 else "less" if change < -0.1 else "as much"
-    on = "on" if verb != "as much" else "as without it on"
-    return (
-        f"{name}: with TrAct an image's share depends {verb} {on} its contrast "
-        f"(r {_r(plain)} → {_r(tract)})"
-    )
+    if before != after:
+        now = f"with TrAct it {after} it"
+    elif before == _trend(0.0):
+        now = "with TrAct or without"
+    else:
+        now = f"with TrAct {'more' if change > 0.1 else 'less' if change < -0.1 else 'as much'}"
+    return f"{name}: an image's share {before} its contrast, {now} (r {_r(plain)} → {_r(tract)})"
+
+
+def _trend(correlation: float) -> str:
+    if abs(correlation) <= 0.1:
+        return "hardly depends on"
+    return "grows with" if correlation > 0 else "falls with"
 
 
 def _r(correlation: float) -> str:
@@ -216,6 +229,80 @@ def _draw_shares(axes: Axes, images: Sequence[ImageShare], step: int, looks: str
     drawn = f", {len(images[::step]):,} of {len(images):,} drawn" if step > 1 else ""
     axes.set_xlabel(f"{kind} of the image{drawn}")
     axes.set_ylabel("share in %, dotted: equal")
+
+
+_ARMS = (_PLAIN, "#009e73", "#cc79a7", "#56b4e9")
+_DASHES = ("--", "-.", ":")
+
+
+def curve_plots(curves: Curves) -> list[str]:
+    """Draw what training gave by epoch: each run thin, and of several their mean thick."""
+    with style.context(["default", _STYLE]):
+        return [_curve_plot(what, arms) for what, arms in _read_curves(curves).items()]
+
+
+def _curve_plot(what: str, arms: Mapping[str, list[list[float]]]) -> str:
+    ends = ", ".join(f"{name} {_mean(runs)[-1]:.4g}" for name, runs in arms.items())
+    counts = sorted({len(runs) for runs in arms.values()})
+    several = f" (means of {' and '.join(map(str, counts))} runs)" if counts[-1] > 1 else ""
+    title = f"{what} at the end: {ends}{several}"
+    figure, (axes,) = _figure(title, [220.0], above=1.4 * _LINE)
+    others = 0
+    for number, (name, runs) in enumerate(arms.items()):
+        is_tract = "tract" in name.lower()
+        colour = _TRACT if is_tract else _ARMS[others % len(_ARMS)]
+        dashes = "-" if is_tract else _DASHES[others % len(_DASHES)]
+        others += not is_tract
+        for run in runs if len(runs) > 1 else ():
+            axes.plot(range(1, len(run) + 1), run, color=colour, linewidth=0.7, alpha=0.4)
+        mean = _mean(runs)
+        axes.plot(
+            range(1, len(mean) + 1),
+            mean,
+            color=colour,
+            linestyle=dashes,
+            linewidth=2.0,
+            marker="o",
+            markersize=3.0,
+            label=name,
+            gid=f"curve-{number}",
+        )
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.97), ncols=2, columnspacing=1.2)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(what)
+    return _svg(figure, title)
+
+
+def _read_curves(curves: Curves) -> dict[str, dict[str, list[list[float]]]]:
+    """Read curves as runs by what was measured and by arm."""
+    try:
+        read = {
+            printable(what): {printable(name): _runs(values) for name, values in arms.items()}
+            for what, arms in curves.items()
+        }
+    except (AttributeError, TypeError, ValueError):
+        read = {}
+    if not all(arms and all(arms.values()) for arms in read.values()) or not read:
+        raise UnsupportedFormatError(
+            f"curves={reprlib.repr(curves)}",
+            "an arm's curve is a number per epoch, or a sequence of runs with as many numbers each",
+            'Give curves={"Test accuracy": {"plain": [0.4, 0.5], "TrAct": [0.5, 0.6]}}',
+        )
+    return read
+
+
+def _runs(values: Runs) -> list[list[float]]:
+    """Read an arm's numbers; nothing where runs are of several lengths, or none."""
+    several: list[Any] = [*values]
+    is_one = all(isinstance(n, (int, float)) or getattr(n, "ndim", 1) == 0 for n in several)
+    runs = [[float(number) for number in run] for run in ([several] if is_one else several)]
+    return runs if {len(run) for run in runs} == {len(runs[0])} - {0} else []
+
+
+def _mean(runs: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(epoch) / len(epoch) for epoch in zip(*runs, strict=True)]
 
 
 def _figure(title: str, heights: Sequence[float], above: float) -> tuple[Figure, list[Axes]]:

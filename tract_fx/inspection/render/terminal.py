@@ -24,6 +24,7 @@ from tract_fx.inspection.records import (
 )
 from tract_fx.inspection.render.text import TRACT_MARK, GraphLine, graph_lines
 from tract_fx.inspection.render.words import (
+    KINDS,
     join_path,
     measured,
     number,
@@ -99,7 +100,7 @@ def _header(inspection: Inspection) -> Panel:
     lines += _items(answer.reasons, mark=" ")
     if inspection.batch:
         lines.append(_text(f"batch {inspection.batch}", _DIM))
-    title = _text(f"TrAct · {inspection.subject}", "bold")
+    title = _text(f"TrAct · {inspection.subject} ({KINDS[inspection.kind]})", "bold")
     title.no_wrap = False
     return Panel(Group(*lines), title=title, title_align="left", box=ROUNDED, border_style=color)
 

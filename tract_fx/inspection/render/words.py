@@ -26,6 +26,9 @@ _BEGINNINGS = frozenset(
     "a all an drawn each for in it its measured named neither no none nothing of on only several "
     "that the there this two what with without".split()
 )
+KINDS = {"graph": "torch.fx graph", "module": "eager model", "onnx": "ONNX graph"}
+"""What each kind of inspection is of."""
+
 _SEPARATORS = r"[/\\]"
 
 
@@ -67,7 +70,10 @@ def verdict(inspection: Inspection) -> Verdict:
 def summary(inspection: Inspection) -> str:
     """An inspection in a few lines: the verdict, its first reason, the layers, how to see more."""
     found = verdict(inspection)
-    lines = [f"Inspection of {inspection.subject}", f"{found.symbol} {found.headline}"]
+    lines = [
+        f"Inspection of {inspection.subject} ({KINDS[inspection.kind]})",
+        f"{found.symbol} {found.headline}",
+    ]
     lines += [f"  {printable(reason)}" for reason in found.reasons[:1]]
     taken = [layer for layer in inspection.layers if layer.taken]
     lines += [
