@@ -233,8 +233,8 @@ def scores(output: Mapping[str, Tensor], y: Tensor) -> Tensor:
 def test_hugging_face(family: Family, tmp_path: Path) -> None:
     """Keyword inputs; the loss reads the logits."""
     model = hugging_face(family)
-    optimizer = SGD(lr=0.01, momentum=MOMENTUM)
-    exported = export(model, family.example(), tmp_path / "a", optimizer=optimizer, verify=True)
+    config = SGD(lr=0.01, momentum=MOMENTUM)
+    exported = export(model, family.example(), tmp_path / "a", optimizer=config, verify=True)
     trainer = exported.trainer()
     first = f"{family.stem}.weight"
     assert [layer.weight for layer in trainer.manifest.layers] == [(first,)]
