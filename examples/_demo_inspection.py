@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch.nn import functional as F
@@ -30,7 +31,8 @@ def save_report(dataset: Dataset, settings: Settings, path: Path) -> str:
     inspection = inspect_graph(
         model, images, loss=lambda scores: F.cross_entropy(scores, labels), backward="expanded"
     )
-    inspection.save(path)
+    # What was done to the images is part of what the statistics say.
+    replace(inspection, notes=(*filter(None, [dataset.note]), *inspection.notes)).save(path)
     verification = inspection.verification
     assert verification is not None
     error = max(weight.operator.error for weight in verification.weights)
