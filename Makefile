@@ -10,13 +10,16 @@ BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-stock test-versions check lint types layout docs docs-serve bench clean
+.PHONY: help demo notebook test test-stock test-versions check lint types layout docs docs-serve bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.demo .venv/.dot ## train with and without TrAct, print the table, save plots and a report (DATA=folder of images, ARGS=options)
 	$(BIN)/python examples/demo.py $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+notebook: .venv/.dev .venv/.dot ## execute examples/tutorial.ipynb and keep its outputs in it
+	OMP_NUM_THREADS=1 $(BIN)/python tests/executed_notebook.py
 
 test: check .venv/.dot .venv/.chromium .venv/.stock ## the linters and types, then the tests (ARGS=pytest's options)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from nbformat import NotebookNode
 from PIL import Image
 
+from executed_notebook import TUTORIAL, executed, stored
 from forked import run_script
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -33,6 +36,23 @@ def test_script_runs(script: str, tmp_path: Path) -> None:
     finished = run(script, [], tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert "Warning" not in finished.stderr
+
+
+def test_tutorial_runs_and_holds_the_outputs_of_its_code() -> None:
+    """Its cells assert what they say. `make notebook` brings the outputs up to date."""
+    kept, new = stored(), executed()
+    assert outputs(kept) == outputs(new)
+    shown = {kind for _, kinds in outputs(kept) for kind in kinds}
+    assert shown == {"stdout", "text/html", "text/plain", "image/png", "image/svg+xml"}
+    assert TUTORIAL.stat().st_size < 400_000
+    assert re.findall(r"/(?:home|root|tmp|work)/", TUTORIAL.read_text()) == []
+
+
+def outputs(notebook: NotebookNode) -> list[tuple[int, list[str]]]:
+    """When each cell with code ran, and the kinds of what it gave."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    kinds = [[k for o in cell.outputs for k in o.get("data", [o.get("name")])] for cell in code]
+    return [(cell.execution_count, sorted(k)) for cell, k in zip(code, kinds, strict=True)]
 
 
 def write_images(folder: Path, *, classes: Sequence[str] = ("cat", "dog")) -> Path:
