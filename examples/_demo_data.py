@@ -19,8 +19,8 @@ from sklearn.model_selection import train_test_split
 
 UNEVEN_LIGHT = (
     "Each digit, of training and test, was given a contrast (a tenth to all of its own), a "
-    "brightness and a slope of light, chosen so that TrAct's effect can show: on the digits as "
-    "they are (--even-light) none shows."
+    "brightness and a slope of light. That was chosen so that TrAct's effect can show: on the "
+    "digits as they are (--even-light) both arms end at 99 %."
 )
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor
@@ -154,26 +155,41 @@ def save_json(
 def save_plot(
     stem: Path, dataset: Dataset, settings: Settings, histories: Histories, comparison: Comparison
 ) -> list[Path]:
-    """Draw the accuracies from epoch 1 on (at 0 the arms are equal), and what a step costs.
+    """Draw accuracies and their difference from epoch 1 on (at 0 the arms are equal), and the cost.
 
     Above them, if something was done to the images: some of them before and after.
 
     Returns:
         The paths of the PNG and of the SVG.
     """
-    rows = [["images", "images"], ["accuracy", "cost"]][dataset.before is None :]
+    before = dataset.before
     figure, axes = plt.subplot_mosaic(
-        rows,
-        figsize=(10, 4.8 + 1.4 * (len(rows) - 1)),
-        width_ratios=(4, 1),
-        height_ratios=(1.3, 4)[-len(rows) :],
+        "AC\nDC" if before is None else "II\nAC\nDC",
+        figsize=(10, 6 if before is None else 7.2),
+        width_ratios=(5, 1),
+        height_ratios=(3, 2) if before is None else (1.2, 3, 2),
         layout="constrained",
     )
-    if dataset.before is not None:
-        _draw_images(axes["images"], dataset.before, dataset.train.images)
-    _draw_accuracy(axes["accuracy"], settings, histories, comparison)
-    _draw_cost(axes["cost"], comparison)
-    figure.suptitle(f"Training on {dataset.name}: the plain gradient and TrAct")
+    if before is not None:
+        _draw_images(axes["I"], before, dataset.train.images)
+    arms = [_by_epoch(histories[arm])[1:] for arm in ARMS]
+    labels = ("plain gradient", f"TrAct, λ = {settings.lambda_:g}")
+    for arm, by_epoch, label in zip(ARMS, arms, labels, strict=True):
+        final = 100 * statistics.fmean(by_epoch[-1])
+        _draw_band(axes["A"], by_epoch, COLOURS[arm], f"{label}: {final:.1f} % at the end")
+    paired = [[b - a for a, b in zip(*epoch, strict=True)] for epoch in zip(*arms, strict=True)]
+    _draw_band(axes["D"], paired, "tab:blue", "TrAct − plain, same seed")
+    axes["D"].axhline(0, color="black", linewidth=1)
+    axes["A"].set_ylabel("test accuracy (%)")
+    axes["D"].set_ylabel("difference (points)")
+    axes["D"].set_xlabel("epoch")
+    axes["A"].sharex(axes["D"])
+    axes["A"].tick_params(labelbottom=False)
+    _draw_cost(axes["C"], comparison)
+    band = "one seed"
+    if settings.seeds > 1:
+        band = f"mean ± standard deviation of {settings.seeds} seeds"
+    figure.suptitle(f"Training on {dataset.name}: {band}", weight="bold")
     return save_figure(figure, stem)
 
 
@@ -183,48 +199,31 @@ def _draw_images(axes: Axes, before: Tensor, after: Tensor, count: int = 24) -> 
     low, high = rows.amin((1, 2, 3), keepdim=True), rows.amax((1, 2, 3), keepdim=True)
     tiles = F.pad((rows - low) / (high - low), (1, 1, 1, 1), value=torch.nan)
     axes.imshow(tiles.transpose(1, 2).flatten(2).flatten(0, 1), "gray")
-    axes.set_title("training images before and after: each has a light of its own", loc="left")
+    axes.set_title("training images before, and as they are trained on", fontsize="medium")
     axes.axis("off")
 
 
-def _draw_accuracy(
-    axes: Axes, settings: Settings, histories: Histories, comparison: Comparison
-) -> None:
-    """Draw each arm's mean over the seeds as a line and their range as a band, in per cent."""
-    epochs = range(1, settings.epochs + 1)
-    for arm, label in ("plain", "plain gradient"), ("tract", f"TrAct, λ = {settings.lambda_:g}"):
-        by_epoch = _by_epoch(histories[arm])[1:]
-        means = [100 * statistics.fmean(seeds) for seeds in by_epoch]
-        low, high = ([100 * bound(seeds) for seeds in by_epoch] for bound in (min, max))
-        axes.fill_between(epochs, low, high, color=COLOURS[arm], alpha=0.25, linewidth=0)
-        axes.plot(epochs, means, color=COLOURS[arm], marker="o", linewidth=2, label=label)
-        axes.text(
-            epochs[-1],
-            means[-1],
-            f"   {means[-1]:.1f}",
-            color=COLOURS[arm],
-            va="center",
-            weight="bold",
-        )
-    higher = sum(difference > 0 for difference in comparison.differences)
-    axes.set_title(
-        f"test accuracy (%), mean and range over seeds; TrAct ends higher in {higher} of "
-        f"{settings.seeds}",
-        loc="left",
+def _draw_band(axes: Axes, by_epoch: list[list[float]], colour: str, label: str) -> None:
+    """Draw the mean over the seeds as a line, their standard deviation as a band, in per cent."""
+    epochs = range(1, len(by_epoch) + 1)
+    means = 100 * np.mean(by_epoch, axis=1)
+    deviations = 100 * np.std(by_epoch, axis=1, ddof=len(by_epoch[0]) > 1)
+    axes.fill_between(
+        epochs, means - deviations, means + deviations, color=colour, alpha=0.25, linewidth=0
     )
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.plot(epochs, means, color=colour, marker="o", markersize=4, linewidth=2, label=label)
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _draw_cost(axes: Axes, comparison: Comparison) -> None:
     """Draw the median times of a training step."""
     times = [comparison.step_times[arm] for arm in ARMS]
     bars = axes.bar(["plain", "TrAct"], times, 0.6, color=[COLOURS[arm] for arm in ARMS])
-    axes.bar_label(bars, [f"{times[0]:.2f}", f"{times[1]:.2f}"], padding=2)
-    axes.set_title(f"ms per step: × {comparison.cost:.2f}", loc="left")
+    axes.bar_label(bars, [f"{time:.2f}" for time in times], padding=2)
+    axes.set_title(f"ms per step: × {comparison.cost:.2f}", fontsize="medium")
     axes.set_yticks([])
     axes.spines[["top", "right", "left"]].set_visible(False)
 

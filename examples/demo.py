@@ -4,11 +4,11 @@ Then export the net with TrAct and train it again from the same start in ONNX Ru
 report on what the pass did to it.
 
 `make demo` runs this on scikit-learn's digits, to each of which it gives a contrast, a brightness
-and a slope of light: TrAct is about such images, and on the digits as they are (`--even-light`) no
-effect can show. `make demo DATA=FOLDER` runs on the images in `FOLDER/train/CLASS/*.jpg` and
-`FOLDER/test/CLASS/*.jpg`, unchanged. Both arms of a seed start from the same weights and see the
-same batches, with the learning rate that is best for the plain gradient. Whatever comes out is
-reported as it is.
+and a slope of light. That was chosen so that TrAct's effect can show: on the digits as they are
+(`--even-light`) both arms end at 99 %. `make demo DATA=FOLDER` runs on the images in
+`FOLDER/train/CLASS/*.jpg` and `FOLDER/test/CLASS/*.jpg` as they are. Both arms of a seed start from
+the same weights and see the same batches at the same learning rate, which is the plain gradient's
+best. Whatever comes out is reported as it is.
 
 Needs the extra `demo`.
 """
@@ -35,10 +35,10 @@ from _demo_runtimes_report import (
 from _demo_training import Histories, Run, Settings, time_steps, train_arms
 from tract_fx import MissingRuntimeError, TractError
 
-# The best of seven for the *plain* gradient on the digits; its mean final test accuracy in % over
-# 5 seeds of 10 epochs is 98.71 at 0.01, 98.93 at 0.02, 99.11 at 0.05, 99.33 at 0.1, 99.24 at 0.2,
-# 98.93 at 0.4 and 99.02 at 0.8.
-LEARNING_RATE = 0.1
+# The best of seven for the *plain* gradient on the digits in uneven light; its mean final test
+# accuracy in % over 10 seeds of 10 epochs is 79.47 at 0.01, 89.80 at 0.02, 93.40 at 0.05, 93.44 at
+# 0.1, 93.56 at 0.2, 91.80 at 0.4 and 73.29 at 0.8.
+LEARNING_RATE = 0.2
 
 
 def run(
@@ -46,7 +46,7 @@ def run(
         Path | None, typer.Option(help="Folder with train/CLASS/*.jpg and test/CLASS/*.jpg.")
     ] = None,
     uneven_light: Annotated[
-        bool, typer.Option("--uneven-light/--even-light", help="On the digits.")
+        bool, typer.Option("--uneven-light/--even-light", help="Of the digits.")
     ] = True,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds; each trains twice.")] = 10,

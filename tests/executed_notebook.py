@@ -16,7 +16,8 @@ TUTORIAL = Path(__file__).resolve().parent.parent / "examples" / "tutorial.ipynb
 
 def stored() -> NotebookNode:
     """The notebook as it is in the project."""
-    return nbformat.read(TUTORIAL, as_version=4)
+    notebook: NotebookNode = nbformat.read(TUTORIAL, as_version=4)
+    return notebook
 
 
 def executed() -> NotebookNode:
