@@ -199,7 +199,8 @@ def _draw_images(axes: Axes, before: Tensor, after: Tensor, count: int = 24) -> 
     low, high = rows.amin((1, 2, 3), keepdim=True), rows.amax((1, 2, 3), keepdim=True)
     tiles = F.pad((rows - low) / (high - low), (1, 1, 1, 1), value=torch.nan)
     axes.imshow(tiles.transpose(1, 2).flatten(2).flatten(0, 1), "gray")
-    axes.set_title("training images before, and as they are trained on", fontsize="medium")
+    title = "above as they were, below as trained on, in light chosen so that the effect can show"
+    axes.set_title(title, fontsize="medium")
     axes.axis("off")
 
 
