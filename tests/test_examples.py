@@ -6,6 +6,7 @@ import html
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,14 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from nbformat import NotebookNode
 from PIL import Image
+from typer.testing import CliRunner
 
 from executed_notebook import TUTORIAL, executed, stored
 from forked import run_script
 
 sys.path.insert(0, str(TUTORIAL.parent))
 
+import demo
 from _demo_data import light_unevenly, read_digits
 
 EXAMPLES = TUTORIAL.parent
@@ -43,6 +47,7 @@ def test_script_runs(script: str, tmp_path: Path) -> None:
     assert "Warning" not in finished.stderr
 
 
+@pytest.mark.skipif(shutil.which("dot") is None, reason="needs Graphviz's dot")
 def test_tutorial_runs_and_holds_the_outputs_of_its_code() -> None:
     """Its cells assert what they say. `make notebook` brings the outputs up to date."""
     kept, new = stored(), executed()
@@ -204,8 +209,10 @@ def damaged_image(folder: Path) -> Path:
 )
 def test_demo_explains_bad_data_in_one_line(prepare: Any, message: str, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    finished = run("demo.py", ["--data", str(prepare(tmp_path / "data"))], tmp_path)
-    assert finished.returncode == 1
+    app = typer.Typer()
+    app.command()(demo.run)
+    finished = CliRunner().invoke(app, ["--data", str(prepare(tmp_path / "data"))])
+    assert finished.exit_code == 1
     assert len(finished.stderr.splitlines()) == 1
     assert finished.stderr.startswith("error: ")
     assert message in finished.stderr
