@@ -98,6 +98,8 @@ def verdict(comparison: Comparison) -> str:
     differences = comparison.differences
     count = len(differences)
     mean = statistics.fmean(differences)
+    higher = sum(difference > 0 for difference in differences)
+    lower = sum(difference < 0 for difference in differences)
     if mean == 0:
         finding = "TrAct ends level with the plain gradient on average"
     else:
@@ -108,7 +110,8 @@ def verdict(comparison: Comparison) -> str:
     else:
         # The standard error of the paired difference.
         error = statistics.stdev(differences) / math.sqrt(count)
-        finding += f" (mean over {count} seeds: {_seeds(differences)})"
+        seeds = f"higher in {higher}, lower in {lower}, equal in {count - higher - lower}"
+        finding += f" (mean over {count} seeds: {seeds})"
         if abs(mean) <= 2 * error:
             certainty = "That is within two standard errors, so these seeds show no difference."
         else:
@@ -125,11 +128,6 @@ def verdict(comparison: Comparison) -> str:
         f"{finding}. {certainty} And {reached}; the plain model has it at epoch {plain:g}. "
         f"A training step takes {comparison.cost:.2f} times as long ({times} ms)."
     )
-
-
-def _seeds(differences: Sequence[float]) -> str:
-    higher, lower = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    return f"higher in {higher}, lower in {lower}, equal in {len(differences) - higher - lower}"
 
 
 def save_json(
