@@ -10,7 +10,7 @@ BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-stock test-versions check lint types layout docs docs-serve bench clean
+.PHONY: help demo notebook test test-stock test-versions check lint types layout docs docs-serve bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -18,8 +18,11 @@ help: ## show this list
 demo: .venv/.demo .venv/.dot ## train with and without TrAct, print the table, save plots and a report (DATA=folder of images, ARGS=options)
 	$(BIN)/python examples/demo.py $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-# The training steps of any ONNX Runtime run in its last release; their operators in both releases that are here, through
-# LAST_RELEASE, and so does what hands tensors over.
+notebook: .venv/.dev .venv/.dot ## execute examples/tutorial.ipynb and keep its outputs in it
+	OMP_NUM_THREADS=1 $(BIN)/python tests/executed_notebook.py
+
+# Single graphs run in both ONNX Runtimes that are here (LAST_RELEASE), whole training in the plain one's last release alone;
+# tensors are handed over in both, whose interfaces differ.
 STOCK_TESTS := tests/test_stock_runtime.py tests/test_stock_scaling.py
 test: check .venv/.dot .venv/.chromium .venv/.stock ## the linters and types, then the tests (ARGS=pytest's options)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 LAST_RELEASE=.venv/stock/bin/python $(BIN)/pytest -n 2 \

@@ -10,15 +10,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
+import torch
 from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
 
-from _demo_training import Histories, Run, Settings
+from _demo_data import Dataset
+from _demo_training import ARMS, Arm, Histories, Run, Settings
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+COLOURS: dict[Arm, str] = {"plain": "tab:gray", "tract": "tab:orange"}
 
 
 @dataclass(frozen=True)
@@ -29,21 +36,29 @@ class Comparison:
         differences: Final accuracy of TrAct minus the plain model's, one per seed.
         plain_epochs: Epochs until the plain model first had the accuracy that it ended with.
         tract_epochs: Epochs until TrAct first had that same accuracy; None where it never had.
+        step_times: Each arm's median time of a training step, in milliseconds.
     """
 
     differences: list[float]
     plain_epochs: list[int | None]
     tract_epochs: list[int | None]
+    step_times: dict[Arm, float]
+
+    @property
+    def cost(self) -> float:
+        """How many times the plain one's time a step with TrAct takes."""
+        return self.step_times["tract"] / self.step_times["plain"]
 
 
-def compare(histories: Histories) -> Comparison:
-    """Compare the final accuracies and the epochs to the plain model's."""
-    runs = zip(histories.plain, histories.tract, strict=True)
+def compare(histories: Histories, step_times: dict[Arm, list[float]]) -> Comparison:
+    """Compare the final accuracies, the epochs to the plain model's, and the steps' times."""
+    runs = zip(histories["plain"], histories["tract"], strict=True)
     pairs = [(plain.accuracies, tract.accuracies) for plain, tract in runs]
     return Comparison(
         differences=[tract[-1] - plain[-1] for plain, tract in pairs],
         plain_epochs=[_first_epoch(plain, plain[-1]) for plain, _ in pairs],
         tract_epochs=[_first_epoch(tract, plain[-1]) for plain, tract in pairs],
+        step_times={arm: statistics.median(times) for arm, times in step_times.items()},
     )
 
 
@@ -62,26 +77,10 @@ def accuracy_table(histories: Histories) -> Table:
     table = Table(title="Test accuracy (%), mean ± standard deviation")
     for column in ("epoch", "plain", "TrAct", "TrAct − plain"):
         table.add_column(column, justify="right")
-    for epoch, (plain, tract) in enumerate(
-        zip(_by_epoch(histories.plain), _by_epoch(histories.tract), strict=True)
-    ):
+    by_epoch = zip(*(_by_epoch(histories[arm]) for arm in ARMS), strict=True)
+    for epoch, (plain, tract) in enumerate(by_epoch):
         difference = [b - a for a, b in zip(plain, tract, strict=True)]
         table.add_row(str(epoch), _spread(plain), _spread(tract), _spread(difference, signed=True))
-    return table
-
-
-def epochs_table(comparison: Comparison) -> Table:
-    """Tabulate the epochs that each seed took to the plain model's final accuracy."""
-    table = Table(title="Epochs to plain's final accuracy")
-    for column in ("seed", "plain", "TrAct"):
-        table.add_column(column, justify="right")
-    rows = zip(comparison.plain_epochs, comparison.tract_epochs, strict=True)
-    for seed, (plain, tract) in enumerate(rows):
-        table.add_row(str(seed), _epoch(plain), _epoch(tract))
-    table.add_section()
-    table.add_row(
-        "median", _epoch(_median(comparison.plain_epochs)), _epoch(_median(comparison.tract_epochs))
-    )
     return table
 
 
@@ -94,12 +93,8 @@ def _spread(values: Sequence[float], *, signed: bool = False) -> str:
     return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def _epoch(epoch: float | None) -> str:
-    return "not reached" if epoch is None else f"{epoch:g}"
-
-
 def verdict(comparison: Comparison) -> str:
-    """Say in words who ended higher, how sure that is, and who was there first."""
+    """Say in words who ended higher, how sure that is, who was there first, and what it costs."""
     differences = comparison.differences
     count = len(differences)
     mean = statistics.fmean(differences)
@@ -128,59 +123,108 @@ def verdict(comparison: Comparison) -> str:
     else:
         reached = f"TrAct has the plain model's final accuracy at epoch {tract:g}"
         reached = f"in the median {reached}" if count > 1 else reached
-    return f"{finding}. {certainty} And {reached}; the plain model has it at epoch {_epoch(plain)}."
+    times = " and ".join(f"{comparison.step_times[arm]:.2f}" for arm in ARMS)
+    return (
+        f"{finding}. {certainty} And {reached}; the plain model has it at epoch {plain:g}. "
+        f"A training step takes {comparison.cost:.2f} times as long ({times} ms)."
+    )
 
 
 def save_json(
-    path: Path, dataset: str, settings: Settings, histories: Histories, comparison: Comparison
+    path: Path, dataset: Dataset, settings: Settings, histories: Histories, comparison: Comparison
 ) -> None:
-    """Write every number that the tables and the plot show; accuracies lie in [0, 1]."""
+    """Write every number that the table and the plot show; accuracies lie in [0, 1]."""
     record = {
-        "dataset": dataset,
+        "dataset": dataset.name,
+        "note": dataset.note,
         "settings": asdict(settings),
-        "accuracy": {
-            "plain": [run.accuracies for run in histories.plain],
-            "tract": [run.accuracies for run in histories.tract],
-        },
+        "accuracy": {arm: [run.accuracies for run in runs] for arm, runs in histories.items()},
         "epochs_to_plain_final": {
             "plain": comparison.plain_epochs,
             "tract": comparison.tract_epochs,
         },
         "final_difference": comparison.differences,
+        "step_milliseconds": comparison.step_times,
+        "cost": comparison.cost,
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def save_plot(stem: Path, dataset: str, settings: Settings, histories: Histories) -> list[Path]:
-    """Draw the accuracies and their difference from epoch 1 on (at 0 the arms are equal).
+def save_plot(
+    stem: Path, dataset: Dataset, settings: Settings, histories: Histories, comparison: Comparison
+) -> list[Path]:
+    """Draw accuracies and their difference from epoch 1 on (at 0 the arms are equal), and the cost.
+
+    Above them, if something was done to the images: some of them before and after.
 
     Returns:
         The paths of the PNG and of the SVG.
     """
-    figure, (accuracy, difference) = plt.subplots(
-        2, 1, figsize=(8, 7), sharex=True, height_ratios=(3, 2), layout="constrained"
+    before = dataset.before
+    figure, axes = plt.subplot_mosaic(
+        "AC\nDC" if before is None else "II\nAC\nDC",
+        figsize=(10, 6 if before is None else 7.2),
+        width_ratios=(5, 1),
+        height_ratios=(3, 2) if before is None else (1.2, 3, 2),
+        layout="constrained",
     )
-    plain, tract = _by_epoch(histories.plain)[1:], _by_epoch(histories.tract)[1:]
-    paired = [
-        [b - a for a, b in zip(*arms, strict=True)] for arms in zip(plain, tract, strict=True)
-    ]
-    _draw_band(accuracy, plain, "tab:gray", "plain gradient")
-    _draw_band(accuracy, tract, "tab:orange", f"TrAct, λ = {settings.lambda_:g}")
-    final = 100 * statistics.fmean(plain[-1])
-    accuracy.axhline(final, color="tab:gray", linewidth=1, linestyle=":")
-    accuracy.set_ylabel("test accuracy (%)")
-    accuracy.legend(loc="lower right")
-    _draw_band(difference, paired, "tab:blue", "same seed")
-    difference.axhline(0, color="black", linewidth=1)
-    difference.set_ylabel("TrAct − plain (points)")
-    difference.set_xlabel("epoch")
-    difference.xaxis.set_major_locator(MaxNLocator(integer=True))
-    band = f"mean and range of {settings.seeds} seeds" if settings.seeds > 1 else "one seed"
-    accuracy.set_title(f"Training on {dataset}: {band} (dotted: where the plain gradient ends)")
-    for axes in (accuracy, difference):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+    if before is not None:
+        _draw_images(axes["I"], before, dataset.train.images)
+    arms = [_by_epoch(histories[arm])[1:] for arm in ARMS]
+    labels = ("plain gradient", f"TrAct, λ = {settings.lambda_:g}")
+    for arm, by_epoch, label in zip(ARMS, arms, labels, strict=True):
+        final = 100 * statistics.fmean(by_epoch[-1])
+        _draw_band(axes["A"], by_epoch, COLOURS[arm], f"{label}: {final:.1f} % at the end")
+    paired = [[b - a for a, b in zip(*epoch, strict=True)] for epoch in zip(*arms, strict=True)]
+    _draw_band(axes["D"], paired, "tab:blue", "TrAct − plain, same seed")
+    axes["D"].axhline(0, color="black", linewidth=1)
+    axes["A"].set_ylabel("test accuracy (%)")
+    axes["D"].set_ylabel("difference (points)")
+    axes["D"].set_xlabel("epoch")
+    axes["A"].sharex(axes["D"])
+    axes["A"].tick_params(labelbottom=False)
+    _draw_cost(axes["C"], comparison)
+    band = "one seed"
+    if settings.seeds > 1:
+        band = f"mean ± standard deviation of {settings.seeds} seeds"
+    figure.suptitle(f"Training on {dataset.name}: {band}", weight="bold")
     return save_figure(figure, stem)
+
+
+def _draw_images(axes: Axes, before: Tensor, after: Tensor, count: int = 24) -> None:
+    """Draw the first images before and after, each row on one scale of grey."""
+    rows = torch.stack([before[:count, 0], after[:count, 0]])
+    low, high = rows.amin((1, 2, 3), keepdim=True), rows.amax((1, 2, 3), keepdim=True)
+    tiles = F.pad((rows - low) / (high - low), (1, 1, 1, 1), value=torch.nan)
+    axes.imshow(tiles.transpose(1, 2).flatten(2).flatten(0, 1), "gray")
+    title = "above as they were, below as trained on, in light chosen so that the effect can show"
+    axes.set_title(title, fontsize="medium")
+    axes.axis("off")
+
+
+def _draw_band(axes: Axes, by_epoch: list[list[float]], colour: str, label: str) -> None:
+    """Draw the mean over the seeds as a line, their standard deviation as a band, in per cent."""
+    epochs = range(1, len(by_epoch) + 1)
+    means = 100 * np.mean(by_epoch, axis=1)
+    deviations = 100 * np.std(by_epoch, axis=1, ddof=len(by_epoch[0]) > 1)
+    axes.fill_between(
+        epochs, means - deviations, means + deviations, color=colour, alpha=0.25, linewidth=0
+    )
+    axes.plot(epochs, means, color=colour, marker="o", markersize=4, linewidth=2, label=label)
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _draw_cost(axes: Axes, comparison: Comparison) -> None:
+    """Draw the median times of a training step."""
+    times = [comparison.step_times[arm] for arm in ARMS]
+    bars = axes.bar(["plain", "TrAct"], times, 0.6, color=[COLOURS[arm] for arm in ARMS])
+    axes.bar_label(bars, [f"{time:.2f}" for time in times], padding=2)
+    axes.set_title(f"ms per step: × {comparison.cost:.2f}", fontsize="medium")
+    axes.set_yticks([])
+    axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
@@ -190,12 +234,3 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
         figure.savefig(path, dpi=150)
     plt.close(figure)
     return paths
-
-
-def _draw_band(axes: Axes, by_epoch: list[list[float]], colour: str, label: str) -> None:
-    """Draw the mean over the seeds as a line and their range as a band, in per cent."""
-    epochs = range(1, len(by_epoch) + 1)
-    means = [100 * statistics.fmean(seeds) for seeds in by_epoch]
-    low, high = ([100 * bound(seeds) for seeds in by_epoch] for bound in (min, max))
-    axes.fill_between(epochs, low, high, color=colour, alpha=0.25, linewidth=0)
-    axes.plot(epochs, means, color=colour, marker="o", markersize=4, linewidth=2, label=label)

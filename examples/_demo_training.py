@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal
+from itertools import cycle, islice, pairwise
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from tract_fx import tract_pass
 
 Arm = Literal["plain", "tract"]
 ARMS: tuple[Arm, Arm] = ("plain", "tract")
+WARM_UP_STEPS, TIMED_STEPS = 10, 100
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,8 @@ class Run:
     losses: list[float]
 
 
-@dataclass(frozen=True)
-class Histories:
-    """The runs of both arms, by seed."""
-
-    plain: list[Run]
-    tract: list[Run]
+# The runs of either arm, by seed.
+Histories: TypeAlias = dict[Arm, list[Run]]
 
 
 @dataclass(frozen=True)
@@ -114,14 +112,42 @@ def train_arms(dataset: Dataset, settings: Settings, on_epoch: Callable[[], None
     Returns:
         Both arms' runs.
     """
-    histories = Histories([], [])
+    histories: Histories = {arm: [] for arm in ARMS}
     for seed in range(settings.seeds):
-        initial = initial_model(dataset, seed)
-        for arm in ARMS:
-            model = copy.deepcopy(initial) if arm == "plain" else with_tract(initial, settings)
-            learner = torch_learner(model, settings)
-            getattr(histories, arm).append(train(learner, dataset, settings, seed, on_epoch))
+        for arm, learner in _learners(dataset, settings, seed).items():
+            histories[arm].append(train(learner, dataset, settings, seed, on_epoch))
     return histories
+
+
+def time_steps(dataset: Dataset, settings: Settings) -> dict[Arm, list[float]]:
+    """Time training steps of both arms, which take turns: the machine's speed changes for both.
+
+    Args:
+        dataset: The images; each step takes the next batch of them.
+        settings: What both arms share.
+
+    Returns:
+        Each arm's times, in milliseconds.
+    """
+    learners = _learners(dataset, settings, seed=0)
+    count = len(dataset.train.labels)
+    batch_size = min(settings.batch_size, count)
+    splits = (values.split(batch_size) for values in (dataset.train.images, dataset.train.labels))
+    whole = [*zip(*splits, strict=True)][: count // batch_size]
+    times: dict[Arm, list[float]] = {arm: [] for arm in ARMS}
+    for index, (images, labels) in enumerate(islice(cycle(whole), WARM_UP_STEPS + TIMED_STEPS)):
+        for arm in ARMS if index % 2 else reversed(ARMS):
+            start = time.perf_counter()
+            learners[arm].step(settings.learning_rate, images, labels)
+            times[arm].append(1e3 * (time.perf_counter() - start))
+    return {arm: taken[WARM_UP_STEPS:] for arm, taken in times.items()}
+
+
+def _learners(dataset: Dataset, settings: Settings, seed: int) -> dict[Arm, Learner]:
+    """Both arms before their first step, from the same weights."""
+    initial = initial_model(dataset, seed)
+    models = {"plain": copy.deepcopy(initial), "tract": with_tract(initial, settings)}
+    return {arm: torch_learner(models[arm], settings) for arm in ARMS}
 
 
 def torch_learner(model: nn.Module, settings: Settings) -> Learner:
