@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -45,6 +45,7 @@ from tract_fx import (
     tract_module,
     tract_pass,
     tract_step,
+    tract_steps,
 )
 from tract_fx.preconditioner import precondition_weight_gradient, process_groups
 
@@ -478,56 +479,110 @@ def local_again() -> float:
     return max(once, oracle.relative_error(weight_of(plain).grad, plain_gradient(net, [x])))  # type: ignore[arg-type]
 
 
-# tract_step: one Gram over micro-batches and processes.
+# One Gram over micro-batches and processes: of `tract_step`, and of `tract_steps` at each step's end.
 
 
 def accumulated(
-    model: nn.Module, net: Net, micro: Sequence[Sequence[Tensor]], synced: Callable[[bool], Any]
+    model: nn.Module,
+    net: Net,
+    micro: Sequence[Sequence[Tensor]],
+    synced: Callable[[bool], Any],
+    span: Callable[[nn.Module], Any] = tract_step,
 ) -> float:
-    """The second step's error; `synced` says whether gradients are to be averaged now."""
+    """The worst step's error; `synced` says whether gradients are to be averaged now."""
     everything = [x for batches in micro for x in batches]
     examples = sum(map(len, everything))
+    worst = 0.0
     for _ in range(2):
         model.zero_grad()
-        with tract_step(model):
+        with span(model):
             for number, batches in enumerate(micro):
                 with synced(number == len(micro) - 1):
                     (loss(model, batches[dist.get_rank()], examples) * size()).backward()
-    return oracle.relative_error(whole(weight_of(model).grad), wanted(net, everything))
+        found = whole(weight_of(model).grad)
+        worst = max(worst, oracle.relative_error(found, wanted(net, everything)))
+    return worst
 
 
 def with_no_sync(model: DistributedDataParallel) -> Callable[[bool], Any]:
     return lambda last: nullcontext() if last else model.no_sync()
 
 
-def step_of(form: Form, way: str, wrap: Callable[[nn.Module], nn.Module]) -> float:
-    net, micro = form.net(), [inputs(form, seed=seed) for seed in range(3)]
-    model = wrap(WAYS[way](copy.deepcopy(net), form.input(0)))
+def synced(model: Any) -> Callable[[bool], Any]:
+    """Average gradients in the last backward pass alone."""
     if isinstance(model, DistributedDataParallel):
-        return accumulated(model, net, micro, with_no_sync(model))
+        return with_no_sync(model)
 
-    def synced(last: bool) -> Any:
-        model.set_requires_gradient_sync(last)  # type: ignore[operator]
+    def at(last: bool) -> Any:
+        model.set_requires_gradient_sync(last)
         return nullcontext()
 
-    return accumulated(model, net, micro, synced)
+    return at
+
+
+def micro_batches(form: Form) -> list[list[Tensor]]:
+    return [inputs(form, seed=seed) for seed in range(3)]
+
+
+def step_of(form: Form, way: str, wrap: Callable[[nn.Module], nn.Module]) -> float:
+    net = form.net()
+    model = wrap(WAYS[way](copy.deepcopy(net), form.input(0)))
+    return accumulated(model, net, micro_batches(form), synced(model))
+
+
+def steps_of(
+    form: Form, way: str, wrap: Callable[[nn.Module], nn.Module], always: bool = False
+) -> float:
+    net = form.net()
+    model = wrap(WAYS[way](copy.deepcopy(net), form.input(0)))
+    tract_steps(model)
+    at = synced(model)
+    average = (lambda last: at(True)) if always else at
+    return accumulated(model, net, micro_batches(form), average, nullcontext)
 
 
 for form_name in ("conv", "rows-together-enough", "rows-too-few", "groups"):
-    case(f"step ddp {form_name}", small=True)(
-        functools.partial(step_of, FORMS[form_name], "pass", DDP)
-    )
+    for one_step_of, word in ((step_of, "step"), (steps_of, "steps")):
+        case(f"{word} ddp {form_name}", small=True)(
+            functools.partial(one_step_of, FORMS[form_name], "pass", DDP)
+        )
 for form_name in ("conv", "rows-too-few"):
     for wrapper, names in (("root", ()), ("layer", ("first",))):
-        case(f"step fsdp {wrapper} {form_name}", small=wrapper == "root")(
-            functools.partial(step_of, FORMS[form_name], "module", sharded(*names))
-        )
+        for one_step_of, word in ((step_of, "step"), (steps_of, "steps")):
+            case(f"{word} fsdp {wrapper} {form_name}", small=wrapper == "root")(
+                functools.partial(one_step_of, FORMS[form_name], "module", sharded(*names))
+            )
 case("step ddp of compiled")(
     functools.partial(step_of, CONV, "module", lambda m: DDP(compiled(m, fullgraph=True)))
 )
 case("step checkpoint")(
     functools.partial(step_of, CONV, "pass", lambda m: DDP(Checkpointed(m, False)))
 )
+for name, one_wrap in {
+    "ddp averaged each time": DDP,
+    "ddp bucket view": lambda m: DDP(m, gradient_as_bucket_view=True),
+    "ddp static graph": lambda m: DDP(m, static_graph=True),
+    "ddp hook": hooked,
+    "ddp of compiled": lambda m: DDP(compiled(m, fullgraph=True)),
+    "checkpoint": lambda m: DDP(Checkpointed(m, False)),
+    "checkpoint reentrant": lambda m: DDP(Checkpointed(m, True), static_graph=True),
+    "fsdp averaged each time": sharded(),
+}.items():
+    case(f"steps {name}")(functools.partial(steps_of, CONV, "module", one_wrap, True))
+
+
+@case("steps with a Gram of each process's own rows")
+def local_steps() -> float:
+    """The average of the processes' gradients, each with the P of its micro-batches."""
+    net, micro = CONV.net(), micro_batches(CONV)
+    model = DDP(tract_module(copy.deepcopy(net), layers=["first"]))
+    tract_steps(model)
+    for _ in range(2):
+        model.zero_grad()
+        for batches in micro:
+            loss(model, batches[dist.get_rank()], CONV.batch * len(micro)).backward()
+    each = [wanted(net, [batches[rank] for batches in micro]) for rank in range(size())]
+    return oracle.relative_error(whole(weight_of(model).grad), numpy.mean(each, axis=0))
 
 
 @case("step of uneven batches, with a Gram that was local")
@@ -538,17 +593,30 @@ def uneven_step() -> float:
     return accumulated(model, net, micro, with_no_sync(model))
 
 
+@case("steps of uneven and empty batches")
+def uneven_steps() -> float:
+    form = FORMS["rows-too-few"]
+    net, rank = form.net(), dist.get_rank()
+    micro = [inputs(form, [(seed + r) % 3 for r in range(size())], seed) for seed in range(3)]
+    model = DDP(eager(copy.deepcopy(net), form.input(rank)))
+    tract_steps(model)
+    return accumulated(model, net, micro, with_no_sync(model), nullcontext)
+
+
 @case("step tensor parallel")
-def parallel_step() -> float:
+def parallel_step(span: Callable[[nn.Module], Any] = tract_step) -> float:
     form = FORMS["linear"]
     net, micro = form.net(), [form.input(seed) for seed in range(3)]
     mesh = init_device_mesh("cpu", (size(),))
     plan: dict[str, Any] = {"first": ColwiseParallel(output_layouts=Replicate())}
     model = parallelize_module(eager(copy.deepcopy(net), micro[0]), mesh, plan)
-    with tract_step(model):
+    with span(model):
         for x in micro:
             loss(model, x, sum(map(len, micro))).backward()
     return oracle.relative_error(whole(weight_of(model).grad), wanted(net, micro))
+
+
+case("steps tensor parallel")(lambda: parallel_step(lambda model: nullcontext(tract_steps(model))))
 
 
 @case("batched gradients")
@@ -674,6 +742,16 @@ def other_ranks() -> None:
     held = vars(model.first)
     held["tract_scope"] = held["tract_scope"].replace(f"-{size() - 1}|", "-7|")
     model(CONV.input(0)).sum().backward()
+
+
+@refused("FSDP2 that keeps gradients elsewhere")
+def elsewhere() -> None:
+    """In the dtype that they are to be averaged in."""
+    model = eager(CONV.net(torch.bfloat16), CONV.input(0))
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    tract_steps(model)
+    model.set_requires_gradient_sync(False)  # type: ignore[operator]
+    loss(model, CONV.input(0).bfloat16(), 1).backward()
 
 
 def main(folder: Path) -> None:

@@ -83,6 +83,7 @@ WORDS = {
     "another layer": ["process 0: stem", "process 1: first"],
     "a process that does not come": ["of the layer 'first': within 1 s", "come to it: [1]"],
     "a process that stays away later": ["of the layer 'first'", "not all of them", "equally often"],
+    "FSDP2 that keeps gradients elsewhere": ["no gradient of 'first' at the end", "tract_step in"],
     "a group of other ranks": ["of ranks 0-7: there is no such group", "tract_module again"],
 }
 

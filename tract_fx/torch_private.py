@@ -247,6 +247,59 @@ def versions_kept(tensors: tuple[torch.Tensor, ...]) -> AbstractContextManager[A
     return _unsafe_preserve_version_counter(tensors)
 
 
+def version(tensor: torch.Tensor) -> int:
+    """Count how often a tensor has been written to in place.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        The count.
+    """
+    return tensor._version
+
+
+def backward_pass() -> int:
+    """Tell the backward pass that this thread is in from those before it.
+
+    Returns:
+        Its number, -1 outside of one and in one that a compiler has captured.
+    """
+    return torch._C._current_graph_task_id()
+
+
+def adds_to_gradient(leaf: torch.Tensor) -> bool:
+    """Tell whether the backward pass under way ends in a leaf's `.grad`.
+
+    Args:
+        leaf: A leaf that requires grad.
+
+    Returns:
+        False for a leaf that is not in the graph, and in `torch.autograd.grad`.
+    """
+    # A custom operator runs beneath what builds graphs, by which the node is found.
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded):
+        node = torch.autograd.graph.get_gradient_edge(leaf).node
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # what it says of a leaf whose gradient is returned
+        return False
+
+
+def after_backward_pass(function: Callable[[], None]) -> None:
+    """Call a function at the end of the backward pass under way, also after what DDP does then.
+
+    Args:
+        function: What to call.
+    """
+    queue = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined]
+    queue(lambda: queue(function))  # DDP's are queued by then, some by the others
+
+
 def tracing_jit() -> bool:
     """Tell whether `torch.jit.trace` is running.
 

@@ -33,6 +33,7 @@ from tract_fx.preconditioner.operators import (
     PRECONDITION_GRAD_OPERATOR,
     precondition_grad_eagerly,
     precondition_grad_function,
+    refuse_export_of_a_step,
     refuse_onnx_export,
     refuse_transforms,
 )
@@ -74,7 +75,7 @@ def precondition_grad(
     Raises:
         UnsupportedTransformError: Inside `torch.jit.trace`, or under a `torch.func` transform
             inside `torch.compile`: the gradient would be lost. With a `scope`, under any such
-            transform.
+            transform; in an export while rows of several calls are added up.
         UnsupportedLayerError: The weight or the input is complex, sparse or nested.
     """
     exporting = torch.compiler.is_exporting()
@@ -109,6 +110,7 @@ def precondition_grad(
         lambda_ = check_lambda(lambda_)
     if exporting:
         refuse_onnx_export()
+        refuse_export_of_a_step(scope)
     _refuse_layouts(weight, input)
     if not compiling and torch_private.is_dtensor(weight, input):
         register_sharding_rules()

@@ -45,9 +45,10 @@ class GramScope:
     """Whose rows a layer's Gram is of, as one string in operators' arguments.
 
     Attributes:
-        group: Name of the process group whose rows are added up.
+        group: Name of the process group whose rows are added up; empty for this process's own.
         layer: The layer's name, by which processes know that they are at the same one.
-        step: Names what is open while `tract_step` adds up rows; empty for a Gram of each call.
+        step: Names what adds up rows of several calls (`tract_step`, `tract_steps`); empty for a
+            Gram of each call.
     """
 
     group: str
@@ -80,7 +81,7 @@ def group_of(scope: str | None) -> str | None:
     Returns:
         The name, None for a Gram of the call's own rows.
     """
-    return None if scope is None else GramScope.read(scope).group
+    return None if scope is None else GramScope.read(scope).group or None
 
 
 def group_name(gram: object, process_group: GroupChoice) -> str | None:
