@@ -10,10 +10,12 @@ process with the batches of all, each in one Gram.
 
 import copy
 import functools
+import importlib.util
 import io
 import json
 import pickle
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -48,6 +50,7 @@ from tract_fx import (
     tract_steps,
 )
 from tract_fx.preconditioner import precondition_weight_gradient, process_groups
+from trainer_loops import TRAINERS, by_hand, examples, moved
 
 Case = Callable[[], float]
 LAMBDA = 0.1
@@ -479,7 +482,7 @@ def local_again() -> float:
     return max(once, oracle.relative_error(weight_of(plain).grad, plain_gradient(net, [x])))  # type: ignore[arg-type]
 
 
-# One Gram over micro-batches and processes: of `tract_step`, and of `tract_steps` at each step's end.
+# One Gram over micro-batches and processes, of `tract_step` and of `tract_steps`.
 
 
 def accumulated(
@@ -534,8 +537,12 @@ def steps_of(
     form: Form, way: str, wrap: Callable[[nn.Module], nn.Module], always: bool = False
 ) -> float:
     net = form.net()
-    model = wrap(WAYS[way](copy.deepcopy(net), form.input(0)))
-    tract_steps(model)
+    model = WAYS[way](copy.deepcopy(net), form.input(0))
+    if always:  # which says nothing about the order
+        tract_steps(model)
+    model = wrap(model)
+    if not always:
+        tract_steps(model)
     at = synced(model)
     average = (lambda last: at(True)) if always else at
     return accumulated(model, net, micro_batches(form), average, nullcontext)
@@ -604,7 +611,11 @@ def uneven_steps() -> float:
 
 
 @case("step tensor parallel")
-def parallel_step(span: Callable[[nn.Module], Any] = tract_step) -> float:
+def parallel_step() -> float:
+    return tensor_parallel_of(tract_step)
+
+
+def tensor_parallel_of(span: Callable[[nn.Module], Any]) -> float:
     form = FORMS["linear"]
     net, micro = form.net(), [form.input(seed) for seed in range(3)]
     mesh = init_device_mesh("cpu", (size(),))
@@ -616,7 +627,42 @@ def parallel_step(span: Callable[[nn.Module], Any] = tract_step) -> float:
     return oracle.relative_error(whole(weight_of(model).grad), wanted(net, micro))
 
 
-case("steps tensor parallel")(lambda: parallel_step(lambda model: nullcontext(tract_steps(model))))
+@case("steps tensor parallel")
+def parallel_steps() -> float:
+    return tensor_parallel_of(lambda model: nullcontext(tract_steps(model)))
+
+
+def trained(trainer: str, count: int) -> float:
+    """How far the trainer comes from steps on one large batch, each of so many micro-batches."""
+    net, batch = CONV.net(), 2
+    data = examples(batch * count * size(), CONV.shape)
+    model = eager(copy.deepcopy(net), CONV.input(0))
+    if count > 1:
+        tract_steps(model)
+    with tempfile.TemporaryDirectory() as folder:
+        TRAINERS[trainer](model, data, batch, count, Path(folder))
+    return oracle.relative_error(moved(net, model), moved(net, by_hand(net, data, LAMBDA)))
+
+
+for trainer_name in filter(importlib.util.find_spec, TRAINERS):
+    for micro_count, word in ((1, "alone"), (2, "with tract_steps")):
+        case(f"trainer {trainer_name} {word}")(
+            functools.partial(trained, trainer_name, micro_count)
+        )
+
+
+@case("sync batch norm, converted after TrAct")
+def sync_batch_norm() -> float:
+    """With running statistics, in FSDP2: on a CPU it averages none, and DDP refuses it."""
+    net, batches, worst = CONV.net(), inputs(CONV), 0.0
+    net.head = nn.Sequential(nn.BatchNorm1d(8), net.head).double()  # type: ignore[assignment]
+    net.eval()
+    for way in ("pass", "module"):
+        model = WAYS[way](copy.deepcopy(net), batches[0])
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        assert any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+        worst = max(worst, error(sharded()(model), net, batches))
+    return worst
 
 
 @case("batched gradients")

@@ -296,7 +296,7 @@ def after_backward_pass(function: Callable[[], None]) -> None:
     Args:
         function: What to call.
     """
-    queue = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined]
+    queue = torch.autograd.Variable._execution_engine.queue_callback
     queue(lambda: queue(function))  # DDP's are queued by then, some by the others
 
 

@@ -178,7 +178,8 @@ def refuse_transforms(settings: CallSettings) -> None:
 
 def _refuse_over_processes(found: str) -> NoReturn:
     raise UnsupportedTransformError(
-        f"{found} over TrAct's Gram of several processes (gram='global') or calls (tract_step, tract_steps)",
+        f"{found} over TrAct's Gram of several processes (gram='global') or calls (tract_step, "
+        "tract_steps)",
         "the sum over them has no rule there",
         "Apply tract_pass or tract_module with gram='local', or use loss.backward()",
     )

@@ -25,6 +25,7 @@ from tract_fx.preconditioner.settings import CallSettings
 from tract_fx.preconditioner.solve import by_groups, precondition_weight_gradient
 from tract_fx.preconditioner.step_gram import StepGram
 
+
 class RunningGram:
     """What the backward passes of one layer have read and returned since its gradient was cleared.
 
@@ -36,7 +37,7 @@ class RunningGram:
     def __init__(self, scope: GramScope, layer: nn.Module) -> None:
         self._scope, self._layer = scope, ref(layer)
         self._pass: int | None = None
-        # FSDP2 has a parameter of the part and one of the whole, either of which may have gradients.
+        # FSDP2 has one of the part and one of the whole, each with gradients at times.
         self._weights: list[Tensor] = []
         self._left: list[tuple[Tensor, int]] = []
         self._step: StepGram | None = None
@@ -111,7 +112,7 @@ class RunningGram:
         if not self._left:
             raise TrainerStateError(
                 f"no gradient of {self._scope.layer!r} at the end of a backward pass",
-                "something has taken it elsewhere, so that tract_steps can't tell when it is cleared",
+                "it lies elsewhere, so that tract_steps can't tell when it is cleared",
                 "Leave tract_steps out, or use tract_step in a loop of your own",
             )
 
