@@ -18,7 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -217,7 +217,7 @@ def wrapped(
 
 for form_name, one_form in FORMS.items():
     for way_name in WAYS if form_name in ("conv", "rows-too-few") else ("module",):
-        wrapped(f"{form_name} {way_name}", DDP, one_form, way_name, small=True)
+        wrapped(f"{form_name} {way_name}", DDP, one_form, way_name, small=way_name != "exported")
 
 
 def sharded(*names: str) -> Callable[[nn.Module], nn.Module]:
@@ -352,6 +352,17 @@ def no_sync() -> float:
             (loss(model, x, sum(map(len, batches))) * size()).backward()
     total = numpy.sum([wanted(net, batches) for batches in micro], axis=0)
     return oracle.relative_error(whole(weight_of(model).grad), total)
+
+
+@case("join that ends all with the first")
+def ending_join() -> float:
+    net, batches = CONV.net(), inputs(CONV)
+    model = DDP(given(copy.deepcopy(net), batches[0]))
+    with suppress(RuntimeError), model.join(throw_on_early_termination=True):
+        for _ in range(2 - dist.get_rank()):
+            found = step(model, batches)
+        return 1.0  # the process that has ended raises, too
+    return oracle.relative_error(found, wanted(net, batches))
 
 
 @case("forward passes of one process alone")
@@ -683,7 +694,7 @@ def inspected(form: Form, dtype: torch.dtype, gram: Literal["local", "global"]) 
     return inspect_graph(model, x, backward="expanded")
 
 
-@case("inspected", small=True)
+@case("inspected")
 def inspection() -> float:
     """Verified against all rows, in both forms and where they tell another Gram from it."""
     worst = 0.0
@@ -788,6 +799,14 @@ def other_ranks() -> None:
     held = vars(model.first)
     held["tract_scope"] = held["tract_scope"].replace(f"-{size() - 1}|", "-7|")
     model(CONV.input(0)).sum().backward()
+
+
+@refused("join")
+def join() -> None:
+    x = CONV.input(0)
+    model = DDP(given(CONV.net(), x))
+    with model.join():
+        model(x)
 
 
 @refused("FSDP2 that keeps gradients elsewhere")

@@ -123,6 +123,17 @@ def group_store(group: Any) -> Any:
     return torch.distributed.distributed_c10d._get_process_group_store(group)
 
 
+def in_uneven_join() -> bool:
+    """Tell whether DDP's forward pass is running in a `join()` that lets processes end early.
+
+    Returns:
+        False too where its `throw_on_early_termination` ends all with the first.
+    """
+    ddp = torch.nn.parallel.DistributedDataParallel._active_ddp_module
+    config = getattr(ddp, "_join_config", None)
+    return config is not None and config.enable and not config.throw_on_early_termination
+
+
 def is_composite(overload: Any) -> bool | None:
     """Tell an operator that is written in terms of others, and may so hand an operand back.
 

@@ -37,6 +37,7 @@ from tract_fx.preconditioner.operators import (
     refuse_onnx_export,
     refuse_transforms,
 )
+from tract_fx.preconditioner.process_groups import refuse_uneven_join
 from tract_fx.preconditioner.settings import CallSettings, check_lambda
 from tract_fx.preconditioner.sharding import register_sharding_rules
 
@@ -77,6 +78,8 @@ def precondition_grad(
             inside `torch.compile`: the gradient would be lost. With a `scope`, under any such
             transform; in an export while rows of several calls are added up.
         UnsupportedLayerError: The weight or the input is complex, sparse or nested.
+        ProcessGroupError: The Gram is of several processes, and `DistributedDataParallel.join` lets
+            some end before others.
     """
     exporting = torch.compiler.is_exporting()
     compiling = exporting or torch.compiler.is_compiling()
@@ -135,6 +138,8 @@ def precondition_grad(
     settings = CallSettings(lambda_, geometry, torch_private.autocast_dtype(input), scope)
     if scope is not None:
         refuse_transforms(settings)
+        if not compiling:
+            refuse_uneven_join(scope)
         # Else a process that asks for the input's gradient alone would wait for the others.
         input = input.detach()  # noqa: A001
     if transforming:

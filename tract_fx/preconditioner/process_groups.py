@@ -227,6 +227,26 @@ def _exchange(group: Any, layer: str, own: str, rows: int) -> int:
     return sum(int(count) for _, count in found)
 
 
+def refuse_uneven_join(scope: str) -> None:
+    """Refuse DDP's way of going on without processes that have no more batches.
+
+    Args:
+        scope: The layer's.
+
+    Raises:
+        ProcessGroupError: It is on, and the Gram is of several processes.
+    """
+    read = GramScope.read(scope)
+    if read.group and torch_private.in_uneven_join():
+        raise ProcessGroupError(
+            f"DistributedDataParallel.join() over TrAct's Gram of the layer {read.layer!r}",
+            "the processes that go on would wait for the rows of those that have ended",
+            "Give all processes the same number of batches (an empty one will do), use "
+            "join(throw_on_early_termination=True), which ends all with the first, or apply TrAct "
+            "with gram='local'",
+        )
+
+
 def waited(work: Any, layer: str) -> None:
     """Wait for a collective, on the device's own queue where it has one.
 
