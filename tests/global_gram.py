@@ -504,13 +504,13 @@ def accumulated(
     span: Callable[[nn.Module], Any] = tract_step,
 ) -> float:
     """The worst step's error; `synced` says whether gradients are to be averaged now."""
-    everything = [x for batches in micro for x in batches]
-    examples = sum(map(len, everything))
     worst = 0.0
-    for _ in range(2):
+    for first in (1, 0):
+        everything = [x for batches in micro[first:] for x in batches]
+        examples = sum(map(len, everything))
         model.zero_grad()
         with span(model):
-            for number, batches in enumerate(micro):
+            for number, batches in enumerate(micro[first:], start=first):
                 with synced(number == len(micro) - 1):
                     (loss(model, batches[dist.get_rank()], examples) * size()).backward()
         found = whole(weight_of(model).grad)
