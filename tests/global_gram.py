@@ -603,6 +603,22 @@ def local_steps() -> float:
     return oracle.relative_error(whole(weight_of(model).grad), numpy.mean(each, axis=0))
 
 
+@case("steps of a micro-batch without gradient")
+def steps_of_zeros() -> float:
+    """Its rows count, though DDP writes averages of zeros over zeros."""
+    worst = 0.0
+    for view in (False, True):
+        net, (first, second) = CONV.net(), micro_batches(CONV)[:2]
+        model = DDP(given(copy.deepcopy(net), first[0]), gradient_as_bucket_view=view)
+        tract_steps(model)
+        (0 * loss(model, first[dist.get_rank()], 1)).backward()
+        loss(model, second[dist.get_rank()], CONV.batch).backward()
+        plain = plain_gradient(net, second)
+        want = oracle.precondition(net.first, plain, torch.cat(first + second), LAMBDA)
+        worst = max(worst, oracle.relative_error(whole(weight_of(model).grad), want))
+    return worst
+
+
 @case("step of uneven batches, with a Gram that was local")
 def uneven_step() -> float:
     net, rank = CONV.net(), dist.get_rank()
