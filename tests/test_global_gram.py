@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock  # a requirement of torch's
 from torch import Tensor, fx, nn
 
+import global_gram_steps  # noqa: F401 (it adds its cases to the others)
 from global_gram import CASES, CONV, ERRORS, FORMS, SMALL, WAYS, Net, loss, wanted, weight_of
 from oracle import relative_error
 from rewritten import FLOAT64
@@ -51,7 +52,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def launch(count: int, folder: Path) -> None:
-    script = Path(__file__).with_name("global_gram.py")
+    script = Path(__file__).with_name("global_gram_steps.py")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     loopback = "lo0" if sys.platform == "darwin" else "lo"  # gloo would look for a network
     folder.mkdir()
