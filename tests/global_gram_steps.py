@@ -29,6 +29,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
 import oracle
 from global_gram import (
@@ -151,6 +152,7 @@ for name, one_wrap in {
     "checkpoint": lambda m: DDP(Checkpointed(m, False)),
     "checkpoint reentrant": lambda m: DDP(Checkpointed(m, True), static_graph=True),
     "fsdp averaged each time": sharded(),
+    "compiled fsdp": lambda m: compiled(sharded()(m)),
 }.items():
     case(f"steps {name}")(functools.partial(steps_of, CONV, "module", one_wrap, True))
 
@@ -183,6 +185,19 @@ def steps_of_zeros() -> float:
         want = oracle.precondition(net.first, plain, torch.cat(first + second), LAMBDA)
         worst = max(worst, oracle.relative_error(whole(weight_of(model).grad), want))
     return worst
+
+
+@case("steps with not a number in a micro-batch")
+def steps_of_nan() -> float:
+    """Which ends with `zero_grad` too, and until then is no change of the gradient."""
+    net, micro = CONV.net(), micro_batches(CONV)
+    model = DDP(given(copy.deepcopy(net), CONV.input(0)), gradient_as_bucket_view=True)
+    tract_steps(model)
+    for batches in micro:
+        x = batches[dist.get_rank()]
+        loss(model, x * torch.nan if batches is micro[0] else x, 1).backward()
+    assert whole(weight_of(model).grad).isnan().all()
+    return accumulated(model, net, micro, with_no_sync(model), nullcontext)
 
 
 @case("step of uneven batches, with a Gram that was local")
@@ -252,6 +267,18 @@ def elsewhere() -> None:
     tract_steps(model)
     model.set_requires_gradient_sync(False)  # type: ignore[operator]
     loss(model, CONV.input(0).bfloat16(), 1).backward()
+
+
+@refused("clipped micro-batches")
+def clipped() -> None:
+    """In DDP's buckets, where a gradient's version tells nothing."""
+    x = CONV.input(dist.get_rank())
+    model = DDP(given(CONV.net(), x), gradient_as_bucket_view=True)
+    tract_steps(model)
+    for _ in range(3):
+        loss(model, x, len(x)).backward()
+    clip_grad_norm_(model.parameters(), 1e-3)
+    loss(model, x, len(x)).backward()
 
 
 def main(folder: Path) -> None:

@@ -87,6 +87,7 @@ WORDS = {
     "a process that does not come": ["of the layer 'first': within 1 s", "come to it: [1]"],
     "a process that stays away later": ["of the layer 'first'", "not all of them", "equally often"],
     "join": ["join() over TrAct's Gram of the layer 'first'", "throw_on_early_termination=True"],
+    "clipped micro-batches": ["of 'module.first', changed since", "sync_gradients"],
     "FSDP2 that keeps gradients elsewhere": ["no gradient of 'first' at the end", "tract_step in"],
     "a group of other ranks": ["of ranks 0-7: there is no such group", "tract_module again"],
 }

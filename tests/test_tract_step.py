@@ -397,6 +397,26 @@ def test_what_the_loss_adds_by_itself_stays_plain() -> None:
     assert relative_error(gradient(model) - penalties, wanted(net, batches)) < FLOAT64
 
 
+def test_other_uses_of_the_weight_stay_plain() -> None:
+    torch.manual_seed(0)
+    net = Again(nn.Linear(6, 6), 0)
+    net.head = nn.Linear(6, 5)
+    net.double()
+    model = tract_pass(fx.symbolic_trace(copy.deepcopy(net)))
+    tract_steps(model)
+    batches = micro_batches(FORMS["linear"])
+    run(model, batches)
+    uses = [weight_of(net).detach().clone().requires_grad_() for _ in range(2)]
+    z = x = torch.cat(batches)
+    for weight in uses:
+        z = torch.tanh(nn.functional.linear(z, weight, net.first.bias))  # type: ignore[arg-type]
+    output = net.head(z)
+    value = (output.square().sum() + output.sum()) / len(x)
+    first, second = torch.autograd.grad(value, uses)
+    want = torch.from_numpy(precondition(net.first, first, x, 0.1)) + second
+    assert relative_error(gradient(model), want) < FLOAT64
+
+
 class Standardised(nn.Conv2d):
     """Multiplies with its weight less its mean, by a forward method of its own."""
 
@@ -423,17 +443,17 @@ def test_an_own_forward_method_is_right() -> None:
     assert relative_error(gradient(model), of_weight - of_weight.mean()) < FLOAT64
 
 
-def test_a_gradient_from_elsewhere_begins_no_step_and_ends_none() -> None:
+def test_a_gradient_from_elsewhere_begins_no_step() -> None:
     net, batches = CONV.net(), micro_batches(CONV)
     model = WAYS["module"](copy.deepcopy(net))
     tract_steps(model)
     for step in (batches[:2], batches):
         model.zero_grad()
         for x in step:
-            weight_of(model).square().sum().backward()
+            if x is step[0]:
+                weight_of(model).square().sum().backward()
             run(model, [x], len(x) / sum(map(len, step)))
-            weight_of(model).square().sum().backward()
-        penalties = 4 * len(step) * weight_of(net).detach()
+        penalties = 2 * weight_of(net).detach()
         assert relative_error(gradient(model) - penalties, wanted(net, step)) < FLOAT64
 
 
@@ -463,9 +483,14 @@ def test_rows_of_a_micro_batch_without_gradient_count(zeros: int) -> None:
     assert relative_error(gradient(model), want) < FLOAT64
 
 
-def test_a_gradient_that_is_taken_away_is_an_error() -> None:
+def test_a_gradient_that_was_changed_or_is_taken_away_is_an_error() -> None:
     model, batches = WAYS["module"](CONV.net()), micro_batches(CONV)
     tract_steps(model)
+    run(model, batches)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(TrainerStateError, match=r"of 'first', changed since.*zero_grad\(\)"):
+        run(model, batches)
+    model.zero_grad()
 
     def take(weight: Tensor) -> None:
         weight.grad = None
@@ -475,6 +500,14 @@ def test_a_gradient_that_is_taken_away_is_an_error() -> None:
         run(model, batches)
     handle.remove()
     run(model, batches)
+
+
+def test_the_operator_by_itself_is_in_no_step() -> None:
+    model, x = WAYS["module"](CONV.net()), CONV.input(0)
+    tract_steps(model)
+    arguments = (weight_of(model), x, 0.1, [1, 1], [1, 1, 1, 1], [1, 1], 1, None)
+    with pytest.raises(UnsupportedTransformError, match="of 'first' outside of a backward pass"):
+        torch.ops.tract_fx.precondition(*arguments, vars(model.first)["tract_scope"])
 
 
 @pytest.mark.parametrize("name", ["plain", "exported", "weight norm"])

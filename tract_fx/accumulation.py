@@ -94,11 +94,13 @@ def tract_steps(model: nn.Module) -> TractSteps:
 
     With `gram="global"` the rows are those of all processes, with `"local"` of this one. Each
     backward pass solves once and, with `"global"`, adds up once over processes, as without it;
-    `tract_step` does once in a step. Two numbers per weight are kept, and the Gram.
+    `tract_step` does once in a step. Three numbers per weight are kept, and the Gram.
 
-    A gradient that `torch.autograd.grad` returns, and one of another tensor that `functional_call`
-    puts in the weight's place, is of its call's own rows. Copies and pickles of the model are as
-    without it.
+    What changes gradients (clipping, unscaling) comes after a step's last backward pass and before
+    `zero_grad`; else the next backward pass raises a `TrainerStateError`, as it does where
+    gradients are not kept in `.grad`. A gradient that `torch.autograd.grad` returns, and one of
+    another tensor that `functional_call` puts in the weight's place, is of its call's own rows.
+    Copies and pickles of the model are as without it.
 
     Args:
         model: What `tract_pass` or `tract_module` returned, also inside DDP, FSDP2 or

@@ -270,6 +270,18 @@ def version(tensor: torch.Tensor) -> int:
     return tensor._version
 
 
+def is_view(tensor: torch.Tensor) -> bool:
+    """Tell a tensor that shares memory and version with what it was taken from.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        True for such a view.
+    """
+    return tensor._is_view()
+
+
 def backward_pass() -> int:
     """Tell the backward pass that this thread is in from those before it.
 

@@ -38,6 +38,7 @@ from tract_fx.preconditioner.operators import (
     refuse_transforms,
 )
 from tract_fx.preconditioner.process_groups import refuse_uneven_join
+from tract_fx.preconditioner.running_gram import after_recomputation
 from tract_fx.preconditioner.settings import CallSettings, check_lambda
 from tract_fx.preconditioner.sharding import register_sharding_rules
 
@@ -140,6 +141,8 @@ def precondition_grad(
         refuse_transforms(settings)
         if not compiling:
             refuse_uneven_join(scope)
+            if torch_private.backward_pass() >= 0:
+                after_recomputation(scope)
         # Else a process that asks for the input's gradient alone would wait for the others.
         input = input.detach()  # noqa: A001
     if transforming:

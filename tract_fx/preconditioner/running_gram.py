@@ -23,7 +23,7 @@ from tract_fx.preconditioner.global_gram import precondition_over_group
 from tract_fx.preconditioner.process_groups import GramScope
 from tract_fx.preconditioner.settings import CallSettings
 from tract_fx.preconditioner.solve import by_groups, precondition_weight_gradient
-from tract_fx.preconditioner.step_gram import StepGram
+from tract_fx.preconditioner.step_gram import StepGram, counting_of
 
 
 class RunningGram:
@@ -39,7 +39,7 @@ class RunningGram:
         self._pass: int | None = None
         # FSDP2 has one of the part and one of the whole, each with gradients at times.
         self._weights: list[Tensor] = []
-        self._left: list[tuple[Tensor, int]] = []
+        self._left: list[tuple[Tensor, int, Tensor]] = []
         self._step: StepGram | None = None
         self._plain = self._returned = torch.zeros(())
 
@@ -56,15 +56,16 @@ class RunningGram:
             rows; for a gradient that is not added to the parameter's, that of the call by itself.
 
         Raises:
-            TrainerStateError: The gradient is gone at the end of the backward pass.
-            UnsupportedTransformError: The backward pass was compiled as a whole.
+            TrainerStateError: The gradient was changed since the last backward pass, or is gone at
+                the end of this one.
+            UnsupportedTransformError: There is no backward pass.
         """
         number, weight = torch_private.backward_pass(), self._weight()
         if number < 0:
             raise UnsupportedTransformError(
-                f"tract_steps on {self._scope.layer!r} in compiled autograd",
-                "one backward pass can't be told from the next",
-                "Leave compiled autograd or tract_steps out",
+                f"a gradient of {self._scope.layer!r} outside of a backward pass",
+                "tract_steps adds up what backward passes add to the weight's gradient",
+                "Use loss.backward(), or leave tract_steps out",
             )
         if not torch_private.adds_to_gradient(weight):
             if self._scope.group:
@@ -76,7 +77,7 @@ class RunningGram:
             if not self._goes_on():
                 self._step = None
             self._pass = number
-            torch_private.after_backward_pass(self._see)
+            torch_private.after_backward_pass(self.see)
         with torch.no_grad(), torch_private.full_precision(x.device):
             return self._difference(grad, x, settings)
 
@@ -105,10 +106,10 @@ class RunningGram:
             found = (torch_private.local_part(weight.grad) for weight in self._weights)
             return [gradient for gradient in found if gradient is not None]
 
-    def _see(self) -> None:
+    def see(self) -> None:
         """Remember the gradient at the end of a backward pass."""
         self._weight()
-        self._left = [(g, torch_private.version(g)) for g in self._gradients()]
+        self._left = [(g, torch_private.version(g), g.clone()) for g in self._gradients()]
         if not self._left:
             raise TrainerStateError(
                 f"no gradient of {self._scope.layer!r} at the end of a backward pass",
@@ -121,12 +122,36 @@ class RunningGram:
         found = self._gradients()
         if not found or len(found) != len(self._left):
             return False
-        for gradient, (left, version) in zip(found, self._left, strict=True):
-            if gradient is not left:  # DDP moves its buckets once
-                if not torch.equal(gradient, left):
-                    return False
-            elif torch_private.version(gradient) != version and not gradient.any():
-                # Set to zero; in a bucket's view, whose version is the bucket's, it may have been.
-                if not gradient._is_view() or self._returned.any():
-                    return False
-        return True
+        return all(self._is_left(g, *left) for g, left in zip(found, self._left, strict=True))
+
+    def _is_left(self, gradient: Tensor, left: Tensor, version: int, values: Tensor) -> bool:
+        moved = gradient is not left
+        if not moved and torch_private.version(gradient) == version:
+            return True
+        # DDP moves its buckets once, and all of a bucket's gradients have one version.
+        if (moved or torch_private.is_view(gradient)) and torch.allclose(
+            gradient, values, rtol=0, atol=0, equal_nan=True
+        ):
+            return True
+        if not moved and bool(gradient.any()):
+            raise TrainerStateError(
+                f"a gradient of {self._scope.layer!r}, changed since the last backward pass",
+                "what is to be added to it is the difference to what it was",
+                "Clip and unscale gradients in a step's last micro-batch alone (for Accelerate: if "
+                "accelerator.sync_gradients), and call zero_grad() after the step; what else has a "
+                "gradient for the weight goes into the same backward pass",
+            )
+        return False
+
+
+def after_recomputation(scope: str) -> None:
+    """Let a step see the gradient at the end of the backward pass that runs a forward pass again.
+
+    Checkpointing of the kind that is reentrant has backward passes inside, which end before it.
+
+    Args:
+        scope: The layer's.
+    """
+    counting = counting_of(GramScope.read(scope))
+    if isinstance(counting, RunningGram):
+        torch_private.after_backward_pass(counting.see)

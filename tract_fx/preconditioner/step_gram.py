@@ -198,6 +198,18 @@ def close_step(token: str) -> None:
     _open.pop(token, None)
 
 
+def counting_of(scope: GramScope) -> Counting | None:
+    """Find what counts a layer's rows.
+
+    Args:
+        scope: The layer's, with a step.
+
+    Returns:
+        It, None once the step is over.
+    """
+    return _open.get(scope.step)
+
+
 def count_in_step(grad: Tensor, x: Tensor, settings: CallSettings, scope: GramScope) -> Tensor:
     """Let a call take part in its step, in the backward pass.
 
@@ -213,7 +225,7 @@ def count_in_step(grad: Tensor, x: Tensor, settings: CallSettings, scope: GramSc
     Raises:
         UnsupportedTransformError: The step is over.
     """
-    counting = _open.get(scope.step)
+    counting = counting_of(scope)
     if counting is None:
         raise UnsupportedTransformError(
             f"a backward pass of {scope.layer!r} whose forward pass ran inside tract_step",
