@@ -1,25 +1,15 @@
-"""What training with gram="global" gives in several processes; run by test_global_gram.py.
-
-    torchrun --nproc-per-node N global_gram.py FOLDER [PART OF A CASE'S NAME …]
-
-Writes to FOLDER/RANK.json, by name of the case, how far the gradient is from the oracle: of one
-process with the batches of all, each in one Gram.
-"""
+"""What training with gram="global" gives in several processes; run by global_gram_steps.py."""
 
 # No `from __future__ import annotations`: fx can't pickle a graph whose types are strings.
 
 import copy
-import functools
 import io
-import json
 import pickle
-import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
@@ -39,12 +29,10 @@ import oracle
 from tract_fx import (
     Inspection,
     ProcessGroupError,
-    TractError,
     inspect_graph,
     remove_tract,
     tract_module,
     tract_pass,
-    tract_step,
 )
 from tract_fx.preconditioner import precondition_weight_gradient, process_groups
 
@@ -213,7 +201,7 @@ def wrapped(
 
 for form_name, one_form in FORMS.items():
     for way_name in WAYS if form_name in ("conv", "rows-too-few") else ("module",):
-        wrapped(f"{form_name} {way_name}", DDP, one_form, way_name, small=True)
+        wrapped(f"{form_name} {way_name}", DDP, one_form, way_name, small=way_name != "exported")
 
 
 def sharded(*names: str) -> Callable[[nn.Module], nn.Module]:
@@ -350,6 +338,17 @@ def no_sync() -> float:
     return oracle.relative_error(whole(weight_of(model).grad), total)
 
 
+@case("join that ends all with the first")
+def ending_join() -> float:
+    net, batches = CONV.net(), inputs(CONV)
+    model = DDP(given(copy.deepcopy(net), batches[0]))
+    with suppress(RuntimeError), model.join(throw_on_early_termination=True):
+        for _ in range(2 - dist.get_rank()):
+            found = step(model, batches)
+        return 1.0  # the process that has ended raises, too
+    return oracle.relative_error(found, wanted(net, batches))
+
+
 @case("forward passes of one process alone")
 def alone() -> float:
     net, batches = CONV.net(), inputs(CONV)
@@ -478,77 +477,18 @@ def local_again() -> float:
     return max(once, oracle.relative_error(weight_of(plain).grad, plain_gradient(net, [x])))  # type: ignore[arg-type]
 
 
-# tract_step: one Gram over micro-batches and processes.
-
-
-def accumulated(
-    model: nn.Module, net: Net, micro: Sequence[Sequence[Tensor]], synced: Callable[[bool], Any]
-) -> float:
-    """The second step's error; `synced` says whether gradients are to be averaged now."""
-    everything = [x for batches in micro for x in batches]
-    examples = sum(map(len, everything))
-    for _ in range(2):
-        model.zero_grad()
-        with tract_step(model):
-            for number, batches in enumerate(micro):
-                with synced(number == len(micro) - 1):
-                    (loss(model, batches[dist.get_rank()], examples) * size()).backward()
-    return oracle.relative_error(whole(weight_of(model).grad), wanted(net, everything))
-
-
-def with_no_sync(model: DistributedDataParallel) -> Callable[[bool], Any]:
-    return lambda last: nullcontext() if last else model.no_sync()
-
-
-def step_of(form: Form, way: str, wrap: Callable[[nn.Module], nn.Module]) -> float:
-    net, micro = form.net(), [inputs(form, seed=seed) for seed in range(3)]
-    model = wrap(WAYS[way](copy.deepcopy(net), form.input(0)))
-    if isinstance(model, DistributedDataParallel):
-        return accumulated(model, net, micro, with_no_sync(model))
-
-    def synced(last: bool) -> Any:
-        model.set_requires_gradient_sync(last)  # type: ignore[operator]
-        return nullcontext()
-
-    return accumulated(model, net, micro, synced)
-
-
-for form_name in ("conv", "rows-together-enough", "rows-too-few", "groups"):
-    case(f"step ddp {form_name}", small=True)(
-        functools.partial(step_of, FORMS[form_name], "pass", DDP)
-    )
-for form_name in ("conv", "rows-too-few"):
-    for wrapper, names in (("root", ()), ("layer", ("first",))):
-        case(f"step fsdp {wrapper} {form_name}", small=wrapper == "root")(
-            functools.partial(step_of, FORMS[form_name], "module", sharded(*names))
-        )
-case("step ddp of compiled")(
-    functools.partial(step_of, CONV, "module", lambda m: DDP(compiled(m, fullgraph=True)))
-)
-case("step checkpoint")(
-    functools.partial(step_of, CONV, "pass", lambda m: DDP(Checkpointed(m, False)))
-)
-
-
-@case("step of uneven batches, with a Gram that was local")
-def uneven_step() -> float:
-    net, rank = CONV.net(), dist.get_rank()
-    micro = [inputs(CONV, [1 + (seed + r) % 3 for r in range(size())], seed) for seed in range(2)]
-    model = DDP(tract_module(copy.deepcopy(net), micro[0][rank]))
-    return accumulated(model, net, micro, with_no_sync(model))
-
-
-@case("step tensor parallel")
-def parallel_step() -> float:
-    form = FORMS["linear"]
-    net, micro = form.net(), [form.input(seed) for seed in range(3)]
-    mesh = init_device_mesh("cpu", (size(),))
-    plan: dict[str, Any] = {"first": ColwiseParallel(output_layouts=Replicate())}
-    model = parallelize_module(eager(copy.deepcopy(net), micro[0]), mesh, plan)
-    with tract_step(model):
-        for x in micro:
-            loss(model, x, sum(map(len, micro))).backward()
-    return oracle.relative_error(whole(weight_of(model).grad), wanted(net, micro))
+@case("sync batch norm, converted after TrAct")
+def sync_batch_norm() -> float:
+    """With running statistics, in FSDP2: on a CPU it averages none, and DDP refuses it."""
+    net, batches, worst = CONV.net(), inputs(CONV), 0.0
+    net.head = nn.Sequential(nn.BatchNorm1d(8), net.head).double()  # type: ignore[assignment]
+    net.eval()
+    for way in ("pass", "module"):
+        model = WAYS[way](copy.deepcopy(net), batches[0])
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        assert any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+        worst = max(worst, error(sharded()(model), net, batches))
+    return worst
 
 
 @case("batched gradients")
@@ -569,7 +509,7 @@ def inspected(form: Form, dtype: torch.dtype, gram: Literal["local", "global"]) 
     return inspect_graph(model, x, backward="expanded")
 
 
-@case("inspected", small=True)
+@case("inspected")
 def inspection() -> float:
     """Verified against all rows, in both forms and where they tell another Gram from it."""
     worst = 0.0
@@ -676,30 +616,9 @@ def other_ranks() -> None:
     model(CONV.input(0)).sum().backward()
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", FutureWarning)  # of torch, for itself
-    dist.init_process_group("gloo")
-    results: dict[str, float | str] = {}
-    chosen = CASES if size() == 2 else SMALL
-    for name, run in chosen.items():
-        if not any(word in name for word in sys.argv[2:] or [""]):
-            continue
-        print(dist.get_rank(), name, flush=True)  # the last one is where it hangs or fails
-        results[name] = run()
-        print(dist.get_rank(), results[name], flush=True)
-        torch.compiler.reset()
-    for name, fail in (ERRORS if size() == 2 and not sys.argv[2:] else {}).items():
-        try:
-            fail()
-            results[name] = "no error"
-        except TractError as found:
-            results[name] = str(found)
-        dist.barrier()
-    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+@refused("join")
+def join() -> None:
+    x = CONV.input(0)
+    model = DDP(given(CONV.net(), x))
+    with model.join():
+        model(x)

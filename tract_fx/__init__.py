@@ -7,7 +7,7 @@ Petersen, Borgelt, Ermon: TrAct: Making First-layer Pre-Activations Trainable, N
 from typing import TYPE_CHECKING, Any
 
 from tract_fx import extras, torch_version  # noqa: F401 (its import checks the version)
-from tract_fx.accumulation import tract_step
+from tract_fx.accumulation import tract_step, tract_steps
 from tract_fx.eager import tract_module
 from tract_fx.errors import (
     AmbiguousInputLayerError,
@@ -115,6 +115,7 @@ __all__ = [
     "tract_module",
     "tract_pass",
     "tract_step",
+    "tract_steps",
     "with_weights",
 ]
 

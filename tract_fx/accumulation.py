@@ -1,12 +1,15 @@
-"""One Gram for a whole optimizer step: over micro-batches, and over processes."""
+"""One Gram for a whole optimizer step: over micro-batches, and over processes.
+
+`tract_step` is told where a step begins and ends; `tract_steps` sees it by the gradient.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +19,8 @@ from tract_fx.errors import NoInputLayerError, TrainerStateError, UnsupportedLay
 from tract_fx.modules import is_standard, tract_lambda, tract_scope
 from tract_fx.passes.fx_graph import treated_layers
 from tract_fx.preconditioner import WORLD, GramScope, PatchGeometry, group_of
-from tract_fx.preconditioner.step_gram import StepGram, close_step, open_step
+from tract_fx.preconditioner.running_gram import RunningGram
+from tract_fx.preconditioner.step_gram import Counting, StepGram, close_step, open_step
 
 _numbers = itertools.count()
 _tokens: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -57,30 +61,108 @@ def tract_step(model: nn.Module) -> Iterator[None]:
         TrainerStateError: A gradient is there already, or the step of the layer is open already, or
             no backward pass was counted.
     """
-    layers = _layers(model)
-    opened: list[tuple[Any, StepGram, str | None]] = []
+    layers = _layers(model, "tract_step")
+    for name, layer in layers.items():
+        _check(name, layer, model)
+    opened: list[tuple[Any, StepGram]] = []
     try:
         for name, layer in layers.items():
-            before = tract_scope(layer)
-            token = _tokens.setdefault(layer, str(next(_numbers)))
-            scope = GramScope(group_of(before) or WORLD, name, token)
+            group = group_of(tract_scope(layer)) or WORLD
+            scope = GramScope(group, name, _tokens.setdefault(layer, str(next(_numbers))))
             gram = StepGram(scope, PatchGeometry.of_module(layer), _columns(layer))
-            opened.append((layer, gram, before))
-            vars(layer)["tract_scope"] = str(scope)
-            open_step(token, gram)
+            opened.append((layer, gram))
+            _open(layer, scope, gram)
         yield
     finally:
-        for layer, gram, before in opened:
-            close_step(gram.scope.step)
-            vars(layer)["tract_scope"] = before
-    for layer, gram, _ in opened:
+        for layer, _ in opened:
+            _close(layer)
+    for layer, gram in opened:
         lambda_ = tract_lambda(layer)
         assert lambda_ is not None
         gram.apply_(layer.weight, lambda_)
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The trained layers with TrAct by name, all of which can be treated."""
+def tract_steps(model: nn.Module) -> TractSteps:
+    """Give all backward passes between two `zero_grad` one Gram, whoever calls them.
+
+    For loops that somebody else writes: a trainer's, or your own with Accelerate. From now on the
+    first layers' gradients are after each backward pass those of the one large batch of all
+    micro-batches since `zero_grad`, in time for clipping and for any optimizer:
+
+        model = tract_module(model, images, gram="global")
+        tract_steps(model)
+
+    With `gram="global"` the rows are those of all processes, with `"local"` of this one. Each
+    backward pass solves once and, with `"global"`, adds up once over processes, as without it;
+    `tract_step` does once in a step. Three numbers per weight are kept, and the Gram.
+
+    What changes gradients (clipping, unscaling) comes after a step's last backward pass and before
+    `zero_grad`; else the next backward pass raises a `TrainerStateError`, as it does where
+    gradients are not kept in `.grad`. A gradient that `torch.autograd.grad` returns, and one of
+    another tensor that `functional_call` puts in the weight's place, is of its call's own rows.
+    Copies and pickles of the model are as without it.
+
+    Args:
+        model: What `tract_pass` or `tract_module` returned, also inside DDP, FSDP2 or
+            `torch.compile`.
+
+    Returns:
+        What ends it.
+
+    Raises:
+        NoInputLayerError: No layer that is trained has TrAct.
+        UnsupportedLayerError: A layer is a function call, or has no parameter `weight` (a computed
+            weight).
+        TrainerStateError: A step of the layer is open already.
+    """
+    layers = _layers(model, "tract_steps")
+    for name, layer in layers.items():
+        if layer._parameters.get("weight") is None:
+            raise _unsupported(
+                name,
+                "its weight is computed, and it has several gradients to be told by",
+                "Remove the parametrization, weight norm or pruning, or train without tract_steps",
+                "tract_steps",
+            )
+    for name, layer in layers.items():
+        token = str(next(_numbers))
+        scope = GramScope(group_of(tract_scope(layer)) or "", name, token)
+        _open(layer, scope, RunningGram(scope, layer))
+        finalize(layer, close_step, token)
+    return TractSteps([*layers.values()])
+
+
+class TractSteps:
+    """What `tract_steps` has begun.
+
+    Args:
+        layers: The layers.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = [ref(layer) for layer in layers]
+
+    def remove(self) -> None:
+        """Let each backward pass have a Gram of its own again."""
+        while self._layers:
+            layer = self._layers.pop()()
+            if layer is not None:
+                _close(layer)
+
+
+def _open(layer: nn.Module, scope: GramScope, counting: Counting) -> None:
+    vars(layer)["tract_scope_of_copies"] = tract_scope(layer)
+    vars(layer)["tract_scope"] = str(scope)
+    open_step(scope.step, counting)
+
+
+def _close(layer: nn.Module) -> None:
+    close_step(GramScope.read(vars(layer)["tract_scope"]).step)
+    vars(layer)["tract_scope"] = vars(layer).pop("tract_scope_of_copies")
+
+
+def _layers(model: nn.Module, call: str) -> dict[str, nn.Module]:
+    """The trained layers with TrAct by name, none of which is in a step."""
     modules = {n: m for n, m in model.named_modules() if tract_lambda(m) is not None}
     for name, _, _ in treated_layers(model):
         if name not in modules:
@@ -88,6 +170,7 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
                 name,
                 "it is a function call in a graph, and its weight may have other uses too",
                 "Apply tract_module to the eager model, or tract_pass to a symbolic_trace of it",
+                call,
             )
     trained = {n: m for n, m in modules.items() if any(p.requires_grad for p in m.parameters())}
     if not trained:
@@ -97,7 +180,13 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
             "Apply tract_pass or tract_module first",
         )
     for name, layer in trained.items():
-        _check(name, layer, model)
+        if "tract_scope_of_copies" in vars(layer):
+            raise TrainerStateError(
+                f"{call} inside a tract_step or after tract_steps of {name}",
+                "a backward pass is of one step",
+                "Leave the first, or call remove() on what tract_steps returned, before you enter "
+                "the second",
+            )
     return trained
 
 
@@ -127,12 +216,6 @@ def _check(name: str, layer: nn.Module, model: nn.Module) -> None:
             "groups",
             "Leave this layer whole, or split it by rows (FSDP2, ColwiseParallel)",
         )
-    if tract_scope(layer) is not None and GramScope.read(tract_scope(layer) or "").step:
-        raise TrainerStateError(
-            f"tract_step inside a tract_step of {name}",
-            "a step has one end",
-            "Leave the first before you enter the second",
-        )
     before = torch_private.local_part(weight.grad)
     if before is not None and bool(before.any()):
         raise TrainerStateError(
@@ -143,8 +226,10 @@ def _check(name: str, layer: nn.Module, model: nn.Module) -> None:
         )
 
 
-def _unsupported(name: str, reason: str, remedy: str) -> UnsupportedLayerError:
-    return UnsupportedLayerError(f"tract_step with TrAct on {name}", reason, remedy)
+def _unsupported(
+    name: str, reason: str, remedy: str, call: str = "tract_step"
+) -> UnsupportedLayerError:
+    return UnsupportedLayerError(f"{call} with TrAct on {name}", reason, remedy)
 
 
 def _called_plain(model: nn.Module, layer: nn.Module) -> bool:

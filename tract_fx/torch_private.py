@@ -123,6 +123,17 @@ def group_store(group: Any) -> Any:
     return torch.distributed.distributed_c10d._get_process_group_store(group)
 
 
+def in_uneven_join() -> bool:
+    """Tell whether DDP's forward pass is running in a `join()` that lets processes end early.
+
+    Returns:
+        False too where its `throw_on_early_termination` ends all with the first.
+    """
+    ddp = torch.nn.parallel.DistributedDataParallel._active_ddp_module
+    config = getattr(ddp, "_join_config", None)
+    return config is not None and config.enable and not config.throw_on_early_termination
+
+
 def is_composite(overload: Any) -> bool | None:
     """Tell an operator that is written in terms of others, and may so hand an operand back.
 
@@ -245,6 +256,71 @@ def versions_kept(tensors: tuple[torch.Tensor, ...]) -> AbstractContextManager[A
         A context manager.
     """
     return _unsafe_preserve_version_counter(tensors)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """Count how often a tensor has been written to in place.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        The count.
+    """
+    return tensor._version
+
+
+def is_view(tensor: torch.Tensor) -> bool:
+    """Tell a tensor that shares memory and version with what it was taken from.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        True for such a view.
+    """
+    return tensor._is_view()
+
+
+def backward_pass() -> int:
+    """Tell the backward pass that this thread is in from those before it.
+
+    Returns:
+        Its number, -1 outside of one and in one that a compiler has captured.
+    """
+    return torch._C._current_graph_task_id()
+
+
+def adds_to_gradient(leaf: torch.Tensor) -> bool:
+    """Tell whether the backward pass under way ends in a leaf's `.grad`.
+
+    Args:
+        leaf: A leaf that requires grad.
+
+    Returns:
+        False for a leaf that is not in the graph, and in `torch.autograd.grad`.
+    """
+    # A custom operator runs beneath what builds graphs, by which the node is found.
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded):
+        node = torch.autograd.graph.get_gradient_edge(leaf).node
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # what it says of a leaf whose gradient is returned
+        return False
+
+
+def after_backward_pass(function: Callable[[], None]) -> None:
+    """Call a function at the end of the backward pass under way, also after what DDP does then.
+
+    Args:
+        function: What to call.
+    """
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    queue(lambda: queue(function))  # DDP's are queued by then, some by the others
 
 
 def tracing_jit() -> bool:

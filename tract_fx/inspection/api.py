@@ -23,6 +23,7 @@ from tract_fx.inspection.runs import observe, observe_forward
 from tract_fx.inspection.statistics import statistics as measure
 from tract_fx.inspection.subject import subject_of
 from tract_fx.inspection.verify import verify as compare
+from tract_fx.modules import outside_steps
 from tract_fx.passes.fx_graph import refuse_wrapped, remove_tract
 from tract_fx.program import arguments, captured, running
 from tract_fx.version import __version__
@@ -99,7 +100,8 @@ def _inspect(
     refuse_wrapped(model)
     if example_inputs is None and not (args or kwargs):
         return _inspect_structure(model, options)
-    return _inspect_on_batch(model, args, kwargs, loss, options)
+    with outside_steps(model):
+        return _inspect_on_batch(model, args, kwargs, loss, options)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from tract_fx.modules.layer import (
     TractLayer,
     is_standard,
+    outside_steps,
     plain_class,
     to_plain,
     to_tract,
@@ -20,6 +21,7 @@ __all__ = [
     "is_of_torch_tract",
     "is_standard",
     "named_tensors",
+    "outside_steps",
     "plain_class",
     "still_reaches",
     "to_plain",

@@ -8,6 +8,8 @@ on working, also those that are added later.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
@@ -17,7 +19,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from tract_fx.modules.op_on_weight import OpOnWeight, refuse_frozen_value
-from tract_fx.preconditioner import GEOMETRY, LAYER_KINDS, multiply, refuse_script
+from tract_fx.preconditioner import GEOMETRY, LAYER_KINDS, group_of, multiply, refuse_script
 
 _FUNCTIONS = {kind.module: kind.function for kind in LAYER_KINDS}
 
@@ -30,12 +32,15 @@ class TractLayer(nn.Module):
     Attributes:
         tract_lambda: λ of this layer, > 0.
         tract_scope: Whose rows its Gram is of (see `GramScope`), None for the call's own.
+        tract_scope_of_copies: While rows of several calls are added up, the scope without that: a
+            copy is another layer, with gradients of its own.
         tract_plain: The user's class.
         tract_kind: PyTorch's class that it derives from.
     """
 
     tract_lambda: float
     tract_scope: str | None
+    tract_scope_of_copies: str | None
     tract_plain: type[nn.Module]
     tract_kind: type[nn.Module]
 
@@ -80,7 +85,7 @@ class TractLayer(nn.Module):
         lambda_ = tract_lambda(self)
         if lambda_ is None:
             return super().extra_repr()
-        gram = "" if tract_scope(self) is None else ", gram='global'"
+        gram = "" if group_of(tract_scope(self)) is None else ", gram='global'"
         return super().extra_repr() + f", lambda_={lambda_}{gram}"
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -96,7 +101,45 @@ class TractLayer(nn.Module):
         get_state: Any = getattr(
             self, "__getstate__", lambda: self.__dict__
         )  # Python 3.10 has none
-        return _empty_tract_layer, (plain_class(type(self)),), get_state()
+        return _empty_tract_layer, (plain_class(type(self)),), state_of_copy(get_state())
+
+
+def state_of_copy(state: Any) -> Any:
+    """Give what a copy of a module has: a layer whose rows are added up over calls is one layer.
+
+    Args:
+        state: Attributes by name; what a class of the user's makes of them stays as it is.
+
+    Returns:
+        The copy's.
+    """
+    if not isinstance(state, dict) or "tract_scope_of_copies" not in state:
+        return state
+    outside = state["tract_scope_of_copies"]
+    return {k: v for k, v in state.items() if k != "tract_scope_of_copies"} | {
+        "tract_scope": outside
+    }
+
+
+@contextmanager
+def outside_steps(model: nn.Module) -> Iterator[None]:
+    """Let layers whose rows are added up over calls have a Gram of each call for a while.
+
+    Args:
+        model: Any module.
+
+    Yields:
+        Nothing.
+    """
+    layers = [vars(m) for m in model.modules() if "tract_scope_of_copies" in vars(m)]
+    scopes = [layer["tract_scope"] for layer in layers]
+    try:
+        for layer in layers:
+            layer["tract_scope"] = layer["tract_scope_of_copies"]
+        yield
+    finally:
+        for layer, scope in zip(layers, scopes, strict=True):
+            layer["tract_scope"] = scope
 
 
 def tract_lambda(module: nn.Module) -> float | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tract_fx import torch_private
-from tract_fx.modules.layer import own_forward
+from tract_fx.modules.layer import own_forward, state_of_copy
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -41,6 +41,7 @@ def copy_tree(root: ModuleT) -> ModuleT:
         copied = memo[id(module)]
         if copied is not module:
             state = {k: _follow(v, memo) for k, v in module.__dict__.items()}
+            state = state_of_copy(state)
             object.__setattr__(copied, "__dict__", state)  # whatever the class's own would do
     for module in originals:
         if isinstance(module, fx.GraphModule):

@@ -33,9 +33,12 @@ from tract_fx.preconditioner.operators import (
     PRECONDITION_GRAD_OPERATOR,
     precondition_grad_eagerly,
     precondition_grad_function,
+    refuse_export_of_a_step,
     refuse_onnx_export,
     refuse_transforms,
 )
+from tract_fx.preconditioner.process_groups import refuse_uneven_join
+from tract_fx.preconditioner.running_gram import after_recomputation
 from tract_fx.preconditioner.settings import CallSettings, check_lambda
 from tract_fx.preconditioner.sharding import register_sharding_rules
 
@@ -74,8 +77,10 @@ def precondition_grad(
     Raises:
         UnsupportedTransformError: Inside `torch.jit.trace`, or under a `torch.func` transform
             inside `torch.compile`: the gradient would be lost. With a `scope`, under any such
-            transform.
+            transform; in an export while rows of several calls are added up.
         UnsupportedLayerError: The weight or the input is complex, sparse or nested.
+        ProcessGroupError: The Gram is of several processes, and `DistributedDataParallel.join` lets
+            some end before others.
     """
     exporting = torch.compiler.is_exporting()
     compiling = exporting or torch.compiler.is_compiling()
@@ -109,6 +114,7 @@ def precondition_grad(
         lambda_ = check_lambda(lambda_)
     if exporting:
         refuse_onnx_export()
+        refuse_export_of_a_step(scope)
     _refuse_layouts(weight, input)
     if not compiling and torch_private.is_dtensor(weight, input):
         register_sharding_rules()
@@ -133,6 +139,10 @@ def precondition_grad(
     settings = CallSettings(lambda_, geometry, torch_private.autocast_dtype(input), scope)
     if scope is not None:
         refuse_transforms(settings)
+        if not compiling:
+            refuse_uneven_join(scope)
+            if torch_private.backward_pass() >= 0:
+                after_recomputation(scope)
         # Else a process that asks for the input's gradient alone would wait for the others.
         input = input.detach()  # noqa: A001
     if transforming:

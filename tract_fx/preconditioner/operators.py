@@ -58,6 +58,20 @@ def refuse_onnx_export() -> None:
         )
 
 
+def refuse_export_of_a_step(scope: str | None) -> None:
+    """Refuse what adds up rows in this process for as long as a graph is not run elsewhere.
+
+    Args:
+        scope: The layer's.
+    """
+    if scope is not None and GramScope.read(scope).step:
+        raise UnsupportedTransformError(
+            f"an export of {GramScope.read(scope).layer!r} within tract_step or after tract_steps",
+            "the rows of several calls are added up in this process, for this model",
+            "Export a copy (copy.deepcopy(model)), or before",
+        )
+
+
 EXPORT_REMEDY = (
     "For inference export remove_tract(model); to train the graph use tract_fx.export_training"
 )
@@ -164,7 +178,8 @@ def refuse_transforms(settings: CallSettings) -> None:
 
 def _refuse_over_processes(found: str) -> NoReturn:
     raise UnsupportedTransformError(
-        f"{found} over TrAct's Gram of several processes (gram='global') or calls (tract_step)",
+        f"{found} over TrAct's Gram of several processes (gram='global') or calls (tract_step, "
+        "tract_steps)",
         "the sum over them has no rule there",
         "Apply tract_pass or tract_module with gram='local', or use loss.backward()",
     )

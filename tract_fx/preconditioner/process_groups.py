@@ -45,9 +45,10 @@ class GramScope:
     """Whose rows a layer's Gram is of, as one string in operators' arguments.
 
     Attributes:
-        group: Name of the process group whose rows are added up.
+        group: Name of the process group whose rows are added up; empty for this process's own.
         layer: The layer's name, by which processes know that they are at the same one.
-        step: Names what is open while `tract_step` adds up rows; empty for a Gram of each call.
+        step: Names what adds up rows of several calls (`tract_step`, `tract_steps`); empty for a
+            Gram of each call.
     """
 
     group: str
@@ -80,7 +81,7 @@ def group_of(scope: str | None) -> str | None:
     Returns:
         The name, None for a Gram of the call's own rows.
     """
-    return None if scope is None else GramScope.read(scope).group
+    return None if scope is None else GramScope.read(scope).group or None
 
 
 def group_name(gram: object, process_group: GroupChoice) -> str | None:
@@ -224,6 +225,26 @@ def _exchange(group: Any, layer: str, own: str, rows: int) -> int:
             _REMEDY,
         )
     return sum(int(count) for _, count in found)
+
+
+def refuse_uneven_join(scope: str) -> None:
+    """Refuse DDP's way of going on without processes that have no more batches.
+
+    Args:
+        scope: The layer's.
+
+    Raises:
+        ProcessGroupError: It is on, and the Gram is of several processes.
+    """
+    read = GramScope.read(scope)
+    if read.group and torch_private.in_uneven_join():
+        raise ProcessGroupError(
+            f"DistributedDataParallel.join() over TrAct's Gram of the layer {read.layer!r}",
+            "the processes that go on would wait for the rows of those that have ended",
+            "Give all processes the same number of batches (an empty one will do), use "
+            "join(throw_on_early_termination=True), which ends all with the first, or apply TrAct "
+            "with gram='local'",
+        )
 
 
 def waited(work: Any, layer: str) -> None:

@@ -8,6 +8,7 @@ processes, is multiplied once by P = (S/R + λI)⁻¹.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +29,21 @@ from tract_fx.preconditioner.process_groups import GramScope, agree, resolve
 from tract_fx.preconditioner.settings import CallSettings
 from tract_fx.preconditioner.solve import plan_solve, row_space_solve
 
-_open: dict[str, StepGram] = {}
+
+class Counting(Protocol):
+    """What takes part in a layer's backward passes while it is open."""
+
+    def count(self, grad: Tensor, x: Tensor, settings: CallSettings) -> Tensor:
+        """Count one call's rows, and give what its backward pass returns as the gradient.
+
+        Args:
+            grad: Its weight's gradient.
+            x: What the layer read.
+            settings: The call's.
+        """
+
+
+_open: dict[str, Counting] = {}
 
 
 class StepGram:
@@ -52,6 +67,20 @@ class StepGram:
         self._kept: list[Tensor] = []
         self._sum: Tensor | None = None
         self._noise = 0.0
+
+    def count(self, grad: Tensor, x: Tensor, settings: CallSettings) -> Tensor:
+        """Add one call's rows, and leave its gradient plain.
+
+        Args:
+            grad: Its weight's gradient.
+            x: What the layer read.
+            settings: The call's.
+
+        Returns:
+            The gradient as it is, in memory of its own.
+        """
+        self.add(grad, x, settings)
+        return grad.clone()
 
     def add(self, grad: Tensor, x: Tensor, settings: CallSettings) -> None:
         """Add one call's rows.
@@ -91,19 +120,12 @@ class StepGram:
         Raises:
             TrainerStateError: No row was added, and there is a gradient.
         """
-        group = resolve(self.scope.group)
-        alike = f"λ = {lambda_}, {self.columns} columns, {self.geometry}, for a whole step"
         with torch.no_grad(), torch_private.full_precision(weight.device):
-            counts = [self.rows]
-            shared = None if group is None else Shared(group, self.scope.layer)
-            if shared is not None:
-                agree(group, self.scope.layer, alike, self.rows)
-                counts = row_counts(self.rows, shared, weight.device)
-            solve = self._solver(weight, lambda_, counts, shared)
+            total, solve = self.solver(weight, lambda_)
             local = torch_private.local_part(weight.grad)
             if local is None:
                 return
-            if not sum(counts) and bool(local.any()):
+            if not total and bool(local.any()):
                 raise TrainerStateError(
                     f"a gradient of {self.scope.layer!r} of which tract_step has counted no row",
                     "its layer ran compiled as it was before, or not inside the step",
@@ -114,19 +136,40 @@ class StepGram:
                 matrix = local.reshape(groups, local.shape[0] // groups, self.columns)
                 local.copy_(solve(matrix.double()).reshape(local.shape))
 
+    def solver(
+        self, like: Tensor, lambda_: float, span: str = "for a whole step"
+    ) -> tuple[int, Callable[[Tensor], Tensor]]:
+        """Do what all processes of the group have to do together; the rest is of the gradient.
+
+        Args:
+            like: A tensor of the layer's device and, where no row was added, of X's dtype.
+            lambda_: λ > 0.
+            span: Of which backward passes, for people to read; the same in all processes.
+
+        Returns:
+            The rows of all, and gW → gW P of (groups, out, n) in float64.
+        """
+        group = resolve(self.scope.group) if self.scope.group else None
+        counts, shared = [self.rows], None
+        if group is not None:
+            shared = Shared(group, self.scope.layer)
+            alike = f"λ = {lambda_}, {self.columns} columns, {self.geometry}, {span}"
+            agree(group, self.scope.layer, alike, self.rows)
+            counts = row_counts(self.rows, shared, like.device)
+        return sum(counts), self._solver(like, lambda_, counts, shared)
+
     def _solver(
-        self, weight: Tensor, lambda_: float, counts: list[int], shared: Shared | None
+        self, like: Tensor, lambda_: float, counts: list[int], shared: Shared | None
     ) -> Callable[[Tensor], Tensor]:
-        """Do what all processes do together; the rest is a function of the gradient."""
         total, n = sum(counts), self.columns
         if 0 < total < n:
-            like = weight.new_empty((0, self.geometry.groups, n))
-            rows = torch.cat(self._kept) if self._kept else like
+            none = like.new_empty((0, self.geometry.groups, n))
+            rows = torch.cat(self._kept) if self._kept else none
             if shared is not None:
                 rows = gather_rows(rows, counts, shared)
             columns = rows.permute(1, 2, 0).double() / total**0.5
             return lambda grad: row_space_solve(grad, columns, lambda_, self._noise)
-        gram = torch.zeros((self.geometry.groups, n, n), dtype=torch.float64, device=weight.device)
+        gram = torch.zeros((self.geometry.groups, n, n), dtype=torch.float64, device=like.device)
         if self.rows:
             self._take(gram)
             assert self._sum is not None
@@ -136,7 +179,7 @@ class StepGram:
         return lambda grad: solve_with_gram(grad, gram / max(1, total), lambda_)
 
 
-def open_step(token: str, gram: StepGram) -> None:
+def open_step(token: str, gram: Counting) -> None:
     """Let the calls with that token add their rows.
 
     Args:
@@ -155,8 +198,20 @@ def close_step(token: str) -> None:
     _open.pop(token, None)
 
 
+def counting_of(scope: GramScope) -> Counting | None:
+    """Find what counts a layer's rows.
+
+    Args:
+        scope: The layer's, with a step.
+
+    Returns:
+        It, None once the step is over.
+    """
+    return _open.get(scope.step)
+
+
 def count_in_step(grad: Tensor, x: Tensor, settings: CallSettings, scope: GramScope) -> Tensor:
-    """Add a call's rows to its step's, in the backward pass.
+    """Let a call take part in its step, in the backward pass.
 
     Args:
         grad: The weight's gradient.
@@ -165,17 +220,17 @@ def count_in_step(grad: Tensor, x: Tensor, settings: CallSettings, scope: GramSc
         scope: With a step.
 
     Returns:
-        The gradient as it is, in memory of its own.
+        What the backward pass returns.
 
     Raises:
         UnsupportedTransformError: The step is over.
     """
-    gram = _open.get(scope.step)
-    if gram is None:
+    counting = counting_of(scope)
+    if counting is None:
         raise UnsupportedTransformError(
             f"a backward pass of {scope.layer!r} whose forward pass ran inside tract_step",
             "the step is over, and its gradient would stay plain",
-            "Run forward and backward passes of a step inside one `with tract_step(model):`",
+            "Run forward and backward passes of a step inside one `with tract_step(model):`, or "
+            "before tract_steps is removed",
         )
-    gram.add(grad, x, settings)
-    return grad.clone()
+    return counting.count(grad, x, settings)
