@@ -332,6 +332,11 @@ def tracing_jit() -> bool:
     return bool(torch._C._get_tracing_state())
 
 
+def is_exporting() -> bool:
+    """As `torch.compiler.is_exporting`, which always says so inside PyTorch 2.11's Dynamo."""
+    return bool(torch.compiler._is_exporting_flag)
+
+
 def tracing_operators() -> bool:
     """Tell whether operators are being recorded by `make_fx` or what is built on it.
 

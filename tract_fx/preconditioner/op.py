@@ -114,6 +114,7 @@ def precondition_grad(
         lambda_ = check_lambda(lambda_)
     if exporting:
         refuse_onnx_export()
+    if torch_private.is_exporting() or (exporting and not compiling):
         refuse_export_of_a_step(scope)
     _refuse_layouts(weight, input)
     if not compiling and torch_private.is_dtensor(weight, input):
