@@ -49,7 +49,7 @@ class Batch:
         self.args, self.kwargs = pytree.tree_map(copied, (tuple(args), dict(kwargs)))
 
     def _copy(self, name: str, tensor: Tensor, with_gradients: bool) -> Tensor:
-        self._words.append(f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}")
+        self._words.append(_in_words(tensor))
         if not has_gradient(tensor):
             return tensor.clone()
         self.autocast = self.autocast or torch_private.autocast_dtype(tensor)
@@ -81,18 +81,20 @@ def tensors_in(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
                 yield from tensors_in(getattr(leaf, field.name), f"{at}.{field.name}")
 
 
+def describe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Put a batch into words."""
+    return ", ".join(_in_words(tensor) for _, tensor in tensors_in((args, kwargs), ""))
+
+
+def _in_words(tensor: Tensor) -> str:
+    return f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
+
+
 def has_gradient(tensor: Tensor) -> bool:
     """Tell the dtypes that have gradients."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Name a dtype.
-
-    Args:
-        dtype: The dtype.
-
-    Returns:
-        `"float32"`.
-    """
+def dtype_name(dtype: object) -> str:
+    """Name a dtype of torch's, `"float32"`; another's as it is."""
     return str(dtype).removeprefix("torch.")
