@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -93,6 +93,11 @@ def _in_words(tensor: Tensor) -> str:
 def has_gradient(tensor: Tensor) -> bool:
     """Tell the dtypes that have gradients."""
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def value_words(dtype: object, sizes: Iterable[object]) -> str:
+    """Describe a tensor in a picture or a report: `"float32 64×3×7×7"`."""
+    return f"{dtype_name(dtype)} {'×'.join(map(str, sizes)) or 'scalar'}"
 
 
 def dtype_name(dtype: object) -> str:

@@ -25,7 +25,7 @@ from tract_fx.preconditioner.settings import read_settings
 from tract_fx.reference.observed import ObservedCall
 
 _aten = torch.ops.aten
-_PRECONDITION = torch.ops.tract_fx.precondition.default
+PRECONDITION = torch.ops.tract_fx.precondition.default
 _ISFINITE = (_aten.eq.Tensor, _aten.ne.Scalar)
 _PASSED_ON = {_aten.detach.default, _aten.alias.default, _aten.clone.default}
 
@@ -44,7 +44,7 @@ def expand(joint: JointGraph, calls: Sequence[ObservedCall]) -> tuple[JointGraph
     graph = torch_private.copy_graph(joint.module.graph)
     inputs = _observed_inputs(graph, joint.inputs, calls)
     left = 0
-    for node in graph.find_nodes(op="call_function", target=_PRECONDITION):
+    for node in graph.find_nodes(op="call_function", target=PRECONDITION):
         x = inputs.get(_key(node))
         if x is None or read_scope(node) is not None:  # no tracer runs what several processes do
             left += 1
@@ -62,7 +62,7 @@ def _observed_inputs(
     inputs: dict[Any, Tensor] = {}
     unused = list(calls)
     for node in graph.find_nodes(op="call_function", target=PRECONDITION_GRAD_OPERATOR):
-        shapes = tuple(tuple(_value(n).shape) for n in node.all_input_nodes[:2])
+        shapes = tuple(tuple(value_of(n).shape) for n in node.all_input_nodes[:2])
         fits = [c for c in unused if (c.weight_shape, tuple(c.x.shape)) == shapes]
         parameters = {names.get(n) for n in _ancestors(node.all_input_nodes[0])}
         fits.sort(key=lambda call: parameters.isdisjoint(call.record.weight))  # stable
@@ -89,18 +89,18 @@ def _key(node: Node) -> tuple[Any, ...]:
     x = node.args[1]
     while isinstance(x, Node) and x.target in _PASSED_ON:
         x = x.args[0]
-    return (x, str(node.args[2:]), tuple(_value(node).shape))
+    return (x, str(node.args[2:]), tuple(value_of(node).shape))
 
 
-def _value(node: Node) -> Any:
-    """Something with the shape and dtype of a node's tensor."""
+def value_of(node: Node) -> Any:
+    """Something with the shape and dtype of a node's tensor, or several; None where not known."""
     value = node.meta.get("val")
-    return node.meta["tensor_meta"] if value is None else value
+    return node.meta.get("tensor_meta") if value is None else value
 
 
 def _expand_node(node: Node, x: Tensor) -> None:
     """Trace what the library computes, and put it in the place of a preconditioner."""
-    grad = torch.empty(tuple(_value(node).shape), dtype=_value(node).dtype, device=x.device)
+    grad = torch.empty(tuple(value_of(node).shape), dtype=value_of(node).dtype, device=x.device)
     settings = read_settings(grad, *node.args[2:])  # type: ignore[arg-type]
     lambda_, geometry, input_dtype = settings.lambda_, settings.geometry, settings.input_dtype
     plan = plan_solve(grad.dtype, x, lambda_, geometry, input_dtype)
@@ -110,7 +110,7 @@ def _expand_node(node: Node, x: Tensor) -> None:
             return precondition_by_plan(grad, x, lambda_, geometry, plan, input_dtype, traced=True)
 
     read = node.all_input_nodes[1]
-    example = torch.empty(tuple(_value(read).shape), dtype=_value(read).dtype, device=x.device)
+    example = torch.empty(tuple(value_of(read).shape), dtype=value_of(read).dtype, device=x.device)
     with fx.traceback.preserve_node_meta():
         functional = functionalize(compute, remove="mutations")
         traced = make_fx(functional, tracing_mode="fake")(grad, example)

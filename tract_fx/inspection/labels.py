@@ -10,12 +10,12 @@ from torch import fx, nn
 from torch.fx import Node
 from torch.nn.utils.parametrize import is_parametrized
 
-from tract_fx.inspection.expansion import stage_of
+from tract_fx.inspection.batch import value_words
+from tract_fx.inspection.expansion import PRECONDITION, stage_of, value_of
 from tract_fx.modules import plain_class, tract_lambda
 from tract_fx.passes.fx_graph.calls import is_precondition_grad, read_lambda
 from tract_fx.passes.fx_graph.values import lookup, resolve
 
-_PRECONDITION = torch.ops.tract_fx.precondition.default
 _NAMES = {
     "_native_batch_norm_legit_functional": "batch_norm",
     "_native_batch_norm_legit": "batch_norm",
@@ -30,16 +30,11 @@ _GRADIENTS = {"convolution_backward": ("gx", "gW", "gb")}
 _LONGEST_PATH = 24
 
 
-def is_precondition(node: object) -> bool:
-    """Tell TrAct's nodes in the backward pass."""
-    return isinstance(node, Node) and node.target is _PRECONDITION
-
-
 def tract_label(gm: fx.GraphModule, node: Node) -> str:
     """Say what TrAct does at a node."""
     if is_precondition_grad(node):
         return f"TrAct (identity on the weight), λ = {read_lambda(node):g}"
-    if is_precondition(node):
+    if node.target is PRECONDITION:
         return f"TrAct: gW (XᵀX/R + λI)⁻¹, λ = {node.args[2]:g}"
     if node.op == "call_module" and node.kwargs.get("tract", True):
         module = lookup(gm, node)
@@ -85,39 +80,25 @@ def _called(node: Node, module: object) -> str:
 
 
 def detail_of(gm: fx.GraphModule, node: Node) -> str:
-    """Describe a node's value.
-
-    Args:
-        gm: The module that the graph belongs to.
-        node: Any node.
-
-    Returns:
-        dtype and shape, such as `"float32 64×3×7×7"`; empty where they are not known. Of several
-        tensors those that are read.
-    """
+    """Describe a node's value, of several tensors those that are read; empty if not known."""
     if node.op == "get_attr":
         owner, _, name = str(node.target).rpartition(".")
         if is_parametrized(resolve(gm, owner), name):
             return ""  # reading it would compute it, which may change buffers
         return _describe(lookup(gm, node))
-    value = _value(node)
+    value = value_of(node)
     if not isinstance(value, (tuple, list)):
         return _describe(value)
     read = [user for user in node.users if user.target is operator.getitem and user.users]
-    by_number: dict[Any, str] = {part.args[1]: _describe(_value(part)) for part in read}
+    by_number: dict[Any, str] = {part.args[1]: _describe(value_of(part)) for part in read}
     names = _GRADIENTS.get(operation_name(node))
     if names is None:
         return by_number[min(by_number)] if by_number else ""
     return ", ".join(f"{names[number]} {by_number[number]}" for number in sorted(by_number))
 
 
-def _value(node: Node) -> Any:
-    value = node.meta.get("val")
-    return node.meta.get("tensor_meta") if value is None else value
-
-
 def _describe(value: Any) -> str:
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if shape is None or dtype is None:
         return ""
-    return f"{str(dtype).removeprefix('torch.')} {'×'.join(map(str, shape)) or 'scalar'}"
+    return value_words(dtype, shape)

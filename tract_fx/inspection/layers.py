@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from tract_fx.inspection.all_processes import gram_notes
+from tract_fx.inspection.batch import dtype_name
 from tract_fx.inspection.records import LayerReport, SourceLine
 from tract_fx.inspection.sources import source_of
 from tract_fx.passes.fx_graph import locate
@@ -112,7 +113,7 @@ def _report(record: InputLayer, calls: LayerCalls, call: ObservedCall | None) ->
         on_input=record.node in calls.on_input,
         source=calls.sources.get(record.node),
         input_shape=None if call is None else tuple(call.x.shape),
-        input_dtype=None if call is None else _dtype_name(call.x.dtype),
+        input_dtype=None if call is None else dtype_name(call.x.dtype),
         rows=None if call is None else call.row_count,
         columns=columns,
         form=form,
@@ -131,13 +132,13 @@ def _computation(record: InputLayer, call: ObservedCall | None) -> tuple[str, st
         return "Cholesky of the Gram of all processes, float64", "added up in float64"
     dtype = call.x.dtype if call.incoming is None else call.incoming.dtype
     plan = plan_solve(dtype, call.x, record.lambda_, record.geometry)
-    form = f"{_FORMS[plan.form]}, {_dtype_name(plan.dtype)}"
+    form = f"{_FORMS[plan.form]}, {dtype_name(plan.dtype)}"
     if plan.form != "cholesky":
         return form, ""
     if call.x.is_cpu and is_quicker(call.x.shape, torch.Size(call.weight_shape), record.geometry):
         form += _SMALL
     algorithm = gram_algorithm(record.geometry.batched(call.x), record.geometry)
-    return form, f"{algorithm}, {_dtype_name(plan.dtype)} products, float64 sums"
+    return form, f"{algorithm}, {dtype_name(plan.dtype)} products, float64 sums"
 
 
 def _note(record: InputLayer, calls: LayerCalls, call: ObservedCall | None) -> str:
@@ -158,7 +159,3 @@ def _notes(record: InputLayer, calls: LayerCalls) -> Iterator[str]:
         yield "named by the user: it does not consume the model's input"
     if mode := calls.padding_modes.get(record.node):
         yield f"its input is shown as it is multiplied, after its {mode} padding"
-
-
-def _dtype_name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")

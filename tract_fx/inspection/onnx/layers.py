@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from tract_fx.inspection.batch import dtype_name
 from tract_fx.inspection.layers import LayerCalls, layer_reports, sort_calls
 from tract_fx.inspection.records import LayerReport
 from tract_fx.inspection.sources import source_in
@@ -84,7 +85,7 @@ def onnx_layer_reports(
             report = dataclasses.replace(
                 report,
                 input_shape=tuple(run.x.shape),
-                input_dtype=str(run.x.dtype).removeprefix("torch."),
+                input_dtype=dtype_name(run.x.dtype),
                 rows=run.row_count,
                 columns=run.columns,
             )
