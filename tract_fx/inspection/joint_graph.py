@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from tract_fx import torch_private
 from tract_fx.errors import UntraceableModelError
+from tract_fx.inspection.records import Kind, Part
 from tract_fx.inspection.sources import SourceLines
 from tract_fx.inspection.undisturbed import undisturbed
 
@@ -39,8 +40,8 @@ class Role:
     """
 
     label: str
-    kind: Literal["input", "parameter", "constant", "output"]
-    part: Literal["forward", "backward"] = "forward"
+    kind: Kind
+    part: Part = "forward"
 
 
 @dataclass(frozen=True)

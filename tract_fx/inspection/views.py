@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from tract_fx.inspection.expansion import stage_of
 from tract_fx.inspection.joint_graph import Role, is_backward
 from tract_fx.inspection.labels import detail_of, operation_label, operation_name, tract_label
-from tract_fx.inspection.neighbourhood import neighbourhood
+from tract_fx.inspection.neighbourhood import view_of
 from tract_fx.inspection.records import GraphView, ViewNode
 from tract_fx.inspection.sources import source_of
 from tract_fx.passes.fx_graph.reasons import carries_no_values
@@ -45,10 +45,7 @@ def graph_view(
 ) -> GraphView:
     """Make a picture of a graph."""
     nodes = _Reader(gm, inputs, outputs).read()
-    shown = nodes if whole else neighbourhood(nodes, radius)
-    own = {node.name for node in nodes}
-    stand_ins = sum(node.name not in own for node in shown)
-    return GraphView(title, tuple(shown), len(nodes) + stand_ins, note)
+    return view_of(nodes, title, radius, whole=whole, note=note)
 
 
 class _Reader:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from tract_fx.artifacts.versions import versions
 from tract_fx.inspection.inspection import Inspection
 from tract_fx.inspection.onnx.batch import OnnxBatch, make_batch
+from tract_fx.inspection.onnx.drawing import OnnxPictures, Shapes
 from tract_fx.inspection.onnx.layers import (
     Form,
     chosen_form,
@@ -23,7 +24,6 @@ from tract_fx.inspection.onnx.runs import OnnxRuns, run_form, run_with_tract
 from tract_fx.inspection.onnx.subject import OnnxSubject, read_subject
 from tract_fx.inspection.onnx.text import graph_text
 from tract_fx.inspection.onnx.verify import manifest_problems, verify_runs, wiring_problems
-from tract_fx.inspection.onnx.views import OnnxPictures
 from tract_fx.inspection.records import ForwardDiff, Verification
 from tract_fx.inspection.statistics import statistics as measure
 from tract_fx.passes.onnx_graph.find import LocatedOnnx, locate
@@ -45,29 +45,10 @@ def inspect_onnx(
     statistics: bool = True,
     whole: bool = False,
 ) -> Inspection:
-    """Show what TrAct is in an ONNX graph, and whether it is right. No file is changed.
+    """Show what TrAct is in an ONNX graph, and whether it is right: `inspect_graph` of ONNX.
 
-    Args:
-        model: A training graph, as `generate_artifacts` or `export_training` writes it, a directory
-            of `export_training`, or a forward model; or their paths. Parameters are those of the
-            `checkpoint` beside the training graph, or else random.
-        example_inputs: A batch: the graph's inputs and then its targets as a tuple in this order,
-            or a mapping by name. What is missing is noise.
-        backward: `"short"` for TrAct as one node per call, `"expanded"` for its operators as well,
-            None for no picture.
-        verify: Whether to compare gradients and outputs with float64 and with the plain graph.
-        statistics: Whether to measure the Gram's spectrum and each image's share in the update.
-        whole: Whether the pictures show whole graphs instead of TrAct's neighbourhood.
-
-    Returns:
-        The inspection.
-
-    Raises:
-        UnsupportedModelError: It is no ONNX model, or TrAct's nodes in it were taken apart.
-        DamagedArtifactsError: The directory is not complete and unaltered.
-        InvalidBatchError: The batch does not fit the graph.
-        FailedRunError: ONNX Runtime can't run the graph on the batch.
-        MissingRuntimeError: ONNX Runtime Training is not installed.
+    Parameters are those of the checkpoint beside a training graph, or else random. What is missing
+    of the batch (the graph's inputs, then its targets) is noise. No file is changed.
     """
     graphs = _read(model)
     subject = graphs.subject
@@ -155,7 +136,7 @@ def _chosen(run: OnnxRuns) -> dict[str, Form]:
     return {node: form for node, form in forms.items() if form is not None}
 
 
-def _shapes(run: OnnxRuns, chosen: Mapping[str, Form]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _shapes(run: OnnxRuns, chosen: Mapping[str, Form]) -> Shapes:
     """Dtype and shape of what TrAct's operators computed on the batch."""
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for call in run.treated:
