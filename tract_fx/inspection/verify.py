@@ -201,8 +201,9 @@ def _gather(runs: Runs) -> dict[str, _Parts]:
     """Sort what the calls with TrAct give by parameter."""
     result: dict[str, _Parts] = {}
     for call, terms in zip(runs.calls, runs.terms, strict=True):
-        for name in () if terms is None else terms.plain:
-            result.setdefault(name, []).append((call, terms))
+        if terms is not None:
+            for name in terms.plain:
+                result.setdefault(name, []).append((call, terms))
     return result
 
 
