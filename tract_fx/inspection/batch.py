@@ -76,6 +76,9 @@ def tensors_in(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         at = name + pytree.keystr(path)
         if isinstance(leaf, Tensor):
             yield at, leaf
+        elif isinstance(leaf, Mapping):  # of a class that PyTorch does not take apart
+            for key, entry in leaf.items():
+                yield from tensors_in(entry, f"{at}[{key!r}]")
         elif is_dataclass(leaf) and not isinstance(leaf, type):
             for field in fields(leaf):
                 yield from tensors_in(getattr(leaf, field.name), f"{at}.{field.name}")

@@ -11,11 +11,11 @@ from torch.fx import Node
 from torch.nn.utils.parametrize import is_parametrized
 
 from tract_fx.inspection.batch import value_words
-from tract_fx.inspection.expansion import PRECONDITION, stage_of, value_of
 from tract_fx.modules import plain_class, tract_lambda
 from tract_fx.passes.fx_graph.calls import is_precondition_grad, read_lambda
 from tract_fx.passes.fx_graph.values import lookup, resolve
 
+PRECONDITION = torch.ops.tract_fx.precondition.default
 _NAMES = {
     "_native_batch_norm_legit_functional": "batch_norm",
     "_native_batch_norm_legit": "batch_norm",
@@ -28,6 +28,17 @@ _NAMES = {
 _ARITHMETIC = {"add", "sub", "mul", "div", "truediv", "pow", "eq", "ne"}
 _GRADIENTS = {"convolution_backward": ("gx", "gW", "gb")}
 _LONGEST_PATH = 24
+
+
+def stage_of(node: Node) -> str:
+    """Tell the part of TrAct that a node is a step of."""
+    return str((node.meta.get("custom") or {}).get("stage", ""))
+
+
+def value_of(node: Node) -> Any:
+    """Something with the shape and dtype of a node's tensor, or several; None where not known."""
+    value = node.meta.get("val")
+    return node.meta.get("tensor_meta") if value is None else value
 
 
 def tract_label(gm: fx.GraphModule, node: Node) -> str:

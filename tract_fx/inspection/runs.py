@@ -21,6 +21,7 @@ from tract_fx.inspection.given import FailedLossError, call_loss
 from tract_fx.inspection.taps import TappedCall, Taps, no_such_call, tap
 from tract_fx.inspection.undisturbed import undisturbed
 from tract_fx.passes.records import InputLayer
+from tract_fx.program import first_line_of
 from tract_fx.reference.observed import ObservedCall
 
 Loss = Callable[[Any], Tensor]
@@ -110,10 +111,9 @@ def observe(
         # can't.
         runs = _observe(rewritten, plain, records, (args, kwargs), loss, of_the_batch=False)
         cause = error.__cause__ if isinstance(error, FailedLossError) else error
-        message = (str(cause).strip() or "no message").splitlines()[0].rstrip(".")
         left_out = (
             "The gradients of the batch itself are not compared, for with them the model fails "
-            f"({type(cause).__name__}: {message})"
+            f"({first_line_of(cause)})"
         )
         return replace(runs, note=f"{runs.note}. {left_out}")
 

@@ -16,9 +16,14 @@ from torch.fx import Node
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
-from tract_fx.inspection.expansion import stage_of
 from tract_fx.inspection.joint_graph import Role, is_backward
-from tract_fx.inspection.labels import detail_of, operation_label, operation_name, tract_label
+from tract_fx.inspection.labels import (
+    detail_of,
+    operation_label,
+    operation_name,
+    stage_of,
+    tract_label,
+)
 from tract_fx.inspection.neighbourhood import view_of
 from tract_fx.inspection.records import GraphView, ViewNode
 from tract_fx.inspection.sources import source_of

@@ -118,11 +118,7 @@ def run_with_terms(
     given = {}
     for index, (name, array) in enumerate(terms.items()):
         term = values[name]
-        source = ir.Value(
-            name=f"inspected_term_{index}",
-            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-            shape=ir.Shape(array.shape),
-        )
+        source = _source(f"inspected_term_{index}", array)
         # The accumulation reads a node's output, also where the term itself is accumulated.
         copy = ir.node("Identity", [source], name=f"inspected_copy_{index}")
         copy.outputs[0].name, copy.outputs[0].type = f"inspected_value_{index}", source.type
@@ -152,15 +148,11 @@ def run_form(
         _inline(graph, str(choice.outputs[0].name), BRANCHES[when])
     known = {v.name: v for node in graph for v in node.outputs} | {v.name: v for v in graph.inputs}
     sources: list[tuple[ir.Value, np.ndarray]] = []
-    for name in dict.fromkeys(str(v.name) for v in _outer(call)):
-        old, array = known[name], values[name]
-        source = ir.Value(
-            name=f"inspected_{len(sources)}",
-            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-            shape=ir.Shape(array.shape),
-        )
-        old.replace_all_uses_with(source)
-        sources.append((source, array))
+    outer = (call.call.input, call.plain, call.output_gradient)
+    for name in dict.fromkeys(str(value.name) for value in outer):
+        source = _source(f"inspected_{len(sources)}", values[name])
+        known[name].replace_all_uses_with(source)
+        sources.append((source, values[name]))
     names = [name for name in names if name in known]
     graph.inputs.extend(source for source, _ in sources)
     cut(graph, [known[name] for name in names])
@@ -185,8 +177,10 @@ def _inline(graph: ir.Graph, result: str, branch: str) -> None:
     choice.outputs[0].replace_all_uses_with(end, replace_graph_outputs=True)
 
 
-def _outer(call: TreatedCall) -> tuple[ir.Value, ...]:
-    return (call.call.input, call.plain, call.output_gradient)
+def _source(name: str, array: np.ndarray) -> ir.Value:
+    """A value for an array to stand in a graph's inputs."""
+    dtype = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+    return ir.Value(name=name, type=dtype, shape=ir.Shape(array.shape))
 
 
 def _run(
