@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
@@ -41,8 +41,9 @@ class LayerCalls:
         others: How many further calls there are.
         refusals: What meets the input and can't be treated.
         on_input: Names of all nodes that consume the model's input.
-        sources: The user's line of each call, by its node's name, where it is known.
-        padding_modes: How a call's module pads, by its node's name, where that is not with zeros.
+        sources: The user's line of each call, by its node's name, None where it is not known.
+        padding_modes: How a call's module pads, by its node's name; empty where it does so with
+            zeros.
     """
 
     taken: tuple[InputLayer, ...]
@@ -50,8 +51,8 @@ class LayerCalls:
     others: int
     refusals: tuple[Refusal, ...]
     on_input: frozenset[str]
-    sources: Mapping[str, SourceLine]
-    padding_modes: Mapping[str, str] = field(default_factory=dict)
+    sources: Mapping[str, SourceLine | None]
+    padding_modes: Mapping[str, str]
 
 
 def read_layers(graph: fx.GraphModule, model: nn.Module) -> LayerCalls:
@@ -73,15 +74,14 @@ def sort_calls(
     on_input = frozenset(record.node for record in findings.layers)
     taken = tuple(r for r in records if r.lambda_ is not None)
     candidates = tuple(r for r in records if r.lambda_ is None and r.node in on_input)
-    modes = {r.node: padding_modes.get(r.node) for r in taken}
     return LayerCalls(
         taken=taken,
         candidates=candidates,
         others=len(records) - len(taken) - len(candidates),
         refusals=findings.refusals,
         on_input=on_input,
-        sources={name: source for name, source in sources.items() if source is not None},
-        padding_modes={name: mode for name, mode in modes.items() if mode},
+        sources=sources,
+        padding_modes=padding_modes,
     )
 
 

@@ -34,6 +34,7 @@ _FORWARD = (
     "A forward graph: TrAct is a property of gradients, and goes in when a training graph is made "
     "of it, by export_training, or by generate_artifacts and tract_onnx_pass"
 )
+_VERSIONS = {"onnx": onnx.__version__, "onnx_ir": ir.__version__}
 
 
 def inspect_onnx(
@@ -53,12 +54,16 @@ def inspect_onnx(
     graphs = _read(model)
     subject = graphs.subject
     asked = verify or statistics or example_inputs is not None
-    run = _run(graphs, example_inputs) if graphs.treated and asked else None
+    run = None
+    if graphs.treated and asked:
+        batch = make_batch(subject, example_inputs)
+        run = run_with_tract(subject.model, graphs.plain, graphs.treated, batch)
     calls = onnx_calls(graphs.located)
+    drawn = [call.call for call in graphs.treated] or graphs.located.calls.values()
     pictures = OnnxPictures(
         subject.model,
         graphs.treated,
-        _drawn_outputs(graphs),
+        [call.output for call in drawn],
         (*subject.trainable, *subject.frozen),
         {} if run is None else _open_sizes(subject, run.batch),
         whole,
@@ -87,7 +92,8 @@ def inspect_onnx(
         verification=_verification(graphs, run) if verify else None,
         statistics=measure(run.calls) if statistics and run is not None else None,
         notes=_notes(graphs, run),
-        versions=_versions(subject),
+        # A forward graph takes no ONNX Runtime.
+        versions=versions() if subject.is_training else _VERSIONS,
     )
 
 
@@ -117,18 +123,6 @@ def _read(model: onnx.ModelProto | ir.Model | str | os.PathLike[str]) -> _Graphs
         *manifest_problems(subject.manifest, present, records),
     )
     return _Graphs(subject, plain, located, treated, problems)
-
-
-def _run(graphs: _Graphs, example_inputs: Any) -> OnnxRuns:
-    batch = make_batch(graphs.subject, example_inputs)
-    return run_with_tract(graphs.subject.model, graphs.plain, graphs.treated, batch)
-
-
-def _drawn_outputs(graphs: _Graphs) -> list[ir.Value]:
-    """Of the calls with TrAct, or where there is none of those on the input."""
-    located = graphs.located
-    treated = [call.call for call in graphs.treated]
-    return [call.output for call in treated or located.calls.values()]
 
 
 def _chosen(run: OnnxRuns) -> dict[str, Form]:
@@ -187,10 +181,3 @@ def _notes(graphs: _Graphs, run: OnnxRuns | None) -> tuple[str, ...]:
     if manifest is not None and manifest.precision != "float32":
         notes.append(f"Training rounds large products to {manifest.precision}; here nothing does")
     return tuple(notes)
-
-
-def _versions(subject: OnnxSubject) -> dict[str, str]:
-    """Name the packages' versions; a forward graph takes no ONNX Runtime."""
-    if subject.is_training:
-        return versions()
-    return {"onnx": onnx.__version__, "onnx_ir": ir.__version__}

@@ -11,7 +11,6 @@ import onnx_ir as ir
 from tract_fx import ort_training
 from tract_fx.errors import FailedRunError
 from tract_fx.export.graph_runs import accumulated_gradients, run_training_graph
-from tract_fx.importer.modes import random_operators
 from tract_fx.inspection.onnx.batch import OnnxBatch
 from tract_fx.inspection.onnx.layers import BRANCHES, Form, conditions_of
 from tract_fx.passes.onnx_graph.cutting import cut
@@ -49,7 +48,6 @@ class OnnxRuns:
         treated: The calls with TrAct.
         calls: What each of them read and what came back to it.
         rewritten: What the graph with TrAct computed.
-        draws: Whether the graph has random operators that are on.
     """
 
     model: ir.Model
@@ -58,7 +56,6 @@ class OnnxRuns:
     treated: tuple[TreatedCall, ...]
     calls: tuple[ObservedCall, ...]
     rewritten: GraphRun
-    draws: bool
 
 
 def run_with_tract(
@@ -70,8 +67,7 @@ def run_with_tract(
     names += [name for call in treated for name in conditions_of(call)]
     rewritten = run_gradients(model, batch, names)
     calls = tuple(observe_call(call, rewritten.values) for call in treated)
-    draws = bool(random_operators(model))
-    return OnnxRuns(model, plain, batch, treated, calls, rewritten, draws)
+    return OnnxRuns(model, plain, batch, treated, calls, rewritten)
 
 
 def _seeded(model: ir.Model) -> ir.Model:
@@ -89,7 +85,7 @@ def run_gradients(model: ir.Model, batch: OnnxBatch, names: Iterable[str] = ()) 
     gathered = accumulated_gradients(model)
     outputs = [str(v.name) for v in model.graph.outputs if not _accumulates(v)]
     read = list(dict.fromkeys((*outputs, *gathered.values(), *names)))
-    values = _run(model.clone(), batch, read)
+    values = run_training_graph(model, batch.feeds, batch.parameters, read, _failed)
     return GraphRun(
         outputs={name: values[name] for name in outputs},
         gradients={name: values[value] for name, value in gathered.items()},
@@ -115,7 +111,7 @@ def run_with_terms(
     """
     model = plain.clone()
     values = {value.name: value for node in model.graph for value in node.outputs}
-    given = {}
+    feeds = dict(batch.feeds)
     for index, (name, array) in enumerate(terms.items()):
         term = values[name]
         source = _source(f"inspected_term_{index}", array)
@@ -127,10 +123,10 @@ def run_with_terms(
         term.replace_all_uses_with(copy.outputs[0], replace_graph_outputs=True)
         model.graph.insert_after(producer, copy)
         model.graph.inputs.append(source)
-        given[str(source.name)] = array
+        feeds[str(source.name)] = array
     gathered = accumulated_gradients(model)
     wanted = {name: gathered[name] for name in parameters if name in gathered}
-    results = _run(model, batch, wanted.values(), given)
+    results = run_training_graph(model, feeds, batch.parameters, list(wanted.values()), _failed)
     return {name: results[value] for name, value in wanted.items()}
 
 
@@ -181,17 +177,6 @@ def _source(name: str, array: np.ndarray) -> ir.Value:
     """A value for an array to stand in a graph's inputs."""
     dtype = ir.TensorType(ir.DataType.from_numpy(array.dtype))
     return ir.Value(name=name, type=dtype, shape=ir.Shape(array.shape))
-
-
-def _run(
-    model: ir.Model,
-    batch: OnnxBatch,
-    names: Iterable[str],
-    more: Mapping[str, np.ndarray] | None = None,
-) -> dict[str, np.ndarray]:
-    """Run a graph and read values in it."""
-    feeds = {**batch.feeds, **(more or {})}
-    return run_training_graph(model, feeds, batch.parameters, list(names), _failed)
 
 
 def _failed(error: Exception) -> FailedRunError:
