@@ -140,8 +140,7 @@ def _inspect(
             runs = observe(model, plain, calls.taken, args, kwargs, loss)
             observed = runs.calls
             if verify:
-                lost = lost_marks(model, calls.taken)
-                verification = compare(runs, calls.taken, lost, calls.candidates)
+                verification = compare(runs, lost_marks(model, calls.taken), calls.candidates)
         elif has_batch:
             observed = observe_forward(plain, calls.taken, args, kwargs)
     measured = measure(observed) if statistics else None

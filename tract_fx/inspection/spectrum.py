@@ -82,7 +82,7 @@ def too_large(call: ObservedCall) -> str:
 def spectrum(call: ObservedCall) -> Spectrum | None:
     """Compute the eigenvalues of a call's Gram and factorise TrAct's system.
 
-    None where the Gram overflows float64. The call has λ, rows, finite input and is not `too_large`.
+    None where the Gram overflows float64. The call has λ, rows and finite input, not `too_large`.
     """
     lambda_, count, n = call.record.lambda_, call.gram_rows, call.columns
     assert lambda_ is not None and count

@@ -56,10 +56,7 @@ _Parts = list[tuple[ObservedCall, Terms]]
 
 
 def verify(
-    runs: Runs,
-    expected: Sequence[InputLayer],
-    lost: Sequence[str] = (),
-    untreated: Sequence[InputLayer] = (),
+    runs: Runs, lost: Sequence[str] = (), untreated: Sequence[InputLayer] = ()
 ) -> Verification:
     """Compare what the rewritten model gave with float64 and with the plain model."""
     weights, wrong = [], []
@@ -72,7 +69,7 @@ def verify(
     compared = compare_runs(runs.rewritten, runs.plain, runs.autocast, names)
     differing, says_nothing = _differing(runs, weights, compared, wrong)
     absent = [
-        *_missing(runs, expected, lost),
+        *_missing(runs, lost),
         *_without_gradient(runs, weights),
         *_hooked(runs, weights),
     ]
@@ -90,7 +87,7 @@ def verify(
 
 def _treated(runs: Runs) -> dict[str, InputLayer]:
     """The layers with TrAct, by name."""
-    return {call.record.name: call.record for call in runs.calls if _has_tract(call.record)}
+    return {call.record.name: call.record for call in runs.calls}
 
 
 def _differing(
@@ -170,7 +167,7 @@ def _remarks(runs: Runs, untreated: Sequence[InputLayer]) -> Iterator[str]:
     for layer in treated.values():
         if layer.frozen:
             yield f"{layer.name} is frozen: it has no gradient to verify"
-    nodes = {call.record.node for call in runs.calls if _has_tract(call.record)}
+    nodes = {call.record.node for call in runs.calls}
     missing = [r for r in untreated if not r.frozen and r.node not in nodes]
     if treated and missing:
         again = [
@@ -191,10 +188,6 @@ def _remarks(runs: Runs, untreated: Sequence[InputLayer]) -> Iterator[str]:
 def _first(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def _has_tract(record: InputLayer) -> bool:
-    return record.lambda_ is not None
 
 
 def _gather(runs: Runs) -> dict[str, _Parts]:
@@ -283,22 +276,16 @@ def _problem(
     return None
 
 
-def _missing(runs: Runs, expected: Sequence[InputLayer], lost: Sequence[str]) -> list[str]:
+def _missing(runs: Runs, lost: Sequence[str]) -> list[str]:
     """Say which calls should have TrAct and have not."""
-    treated = {call.record.node for call in runs.calls if _has_tract(call.record)}
     problems = [
-        f"{record}: it should have TrAct and has not. {_LOST}."
-        for record in expected
-        if record.node not in treated
-    ]
-    problems += [
         f"{name}: the pass has marked it, and in this run it has no TrAct. Its layer was replaced, "
         "or given another forward method; or TrAct's node was taken out of the graph; or the model "
         "calls the layer under torch.no_grad(), does not call it, or calls another in its place "
         f"that it holds in a closure. {_LOST}."
         for name in lost
     ]
-    if not treated and not problems:
+    if not runs.calls and not problems:
         problems.append(f"No call has TrAct: every gradient is the plain one. {_LOST}.")
     return problems
 

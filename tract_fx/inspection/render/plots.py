@@ -76,8 +76,6 @@ def spectrum_plot(layer: LayerStatistics) -> str:
         above = sum(value > layer.lambda_ for value in positive)
         total = len(layer.eigenvalues) + layer.zeros
         title = _spectrum_title(layer, above, total)
-        if not positive:
-            return _empty(title, "There are no eigenvalues above zero to draw.")
         figure, (axes,) = _figure(title, [_SPECTRUM_HEIGHT], above=0.6 * _LINE)
         _draw_spectrum(axes, positive, layer.lambda_)
         _label_lambda(axes, layer.lambda_, at_right=above <= 0.6 * len(positive))
@@ -92,8 +90,6 @@ def spectrum_plot(layer: LayerStatistics) -> str:
 
 def _spectrum_title(layer: LayerStatistics, above: int, total: int) -> str:
     name = _short(layer.name)
-    if not total:
-        return f"{name}: no eigenvalues"
     if not above:
         return f"{name}: λ is above all eigenvalues, TrAct only scales"
     if above == total:
