@@ -72,6 +72,11 @@ def is_backward(node: fx.Node) -> bool:
     )
 
 
+def output_roles(count: int) -> list[Role]:
+    """Name the values that a model returns."""
+    return [Role(f"output {i}" if count > 1 else "the output", "output") for i in range(count)]
+
+
 def trace_joint_graph(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> JointGraph:
@@ -189,7 +194,7 @@ def _by_running(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     named = _names(model, args, kwargs)
     roles += [Role(named[i], "input") for i in at]
     count = len(pytree.tree_leaves(module.graph.output_node().args)) - len(trainable)
-    outputs = [Role(f"output {i}" if count > 1 else "the output", "output") for i in range(count)]
+    outputs = output_roles(count)
     outputs += [Role(f"gradient of {name}", "output", "backward") for name in trainable]
     note = "Recorded while the batch ran, for the model can't be traced without"
     return JointGraph(module, tuple(roles), tuple(outputs), note)

@@ -16,7 +16,7 @@ from torch.fx import Node
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
-from tract_fx.inspection.joint_graph import Role, is_backward
+from tract_fx.inspection.joint_graph import Role, is_backward, output_roles
 from tract_fx.inspection.labels import (
     detail_of,
     operation_label,
@@ -88,9 +88,7 @@ class _Reader:
     def _read_input(self, node: Node) -> None:
         role = self.roles.get(node) or _role(self.gm, node)
         if node.users or role.kind == "input":
-            self.names[node] = self._add(
-                role.label, node, label=role.label, kind=role.kind, part=role.part, inputs=()
-            )
+            self.names[node] = self._add(role.label, node, inputs=(), **vars(role))
 
     def _read_operation(self, node: Node) -> None:
         read = [self.names[n] for n in node.all_input_nodes if n in self.names]
@@ -119,21 +117,10 @@ class _Reader:
         roles = self.outputs
         if not roles:
             values = [value for value in values if isinstance(value, Node)]
-            several = len(values) > 1
-            roles = [
-                Role(f"output {i}" if several else "the output", "output")
-                for i in range(len(values))
-            ]
+            roles = output_roles(len(values))
         for value, role in zip(values, roles, strict=True):
             if role is not None and isinstance(value, Node) and value in self.names:
-                self._add(
-                    role.label,
-                    value,
-                    label=role.label,
-                    kind=role.kind,
-                    part=role.part,
-                    inputs=(self.names[value],),
-                )
+                self._add(role.label, value, inputs=(self.names[value],), **vars(role))
 
 
 def _role(gm: fx.GraphModule, node: Node) -> Role:

@@ -97,6 +97,9 @@ class _Drawing:
         self.nodes: dict[str, ViewNode] = {}
         is_training = is_training_graph(of.model)
         self._forward = ancestors(graph.outputs[0]) if is_training else set(graph)
+        calls = {call.record.node for call in of.treated}
+        # In front of every name that the pass made for the one call.
+        self._prefix = f"{PREFIX}{calls.pop()}/" if len(calls) == 1 else ""
         self._owners = {node: call for call in of.treated for node in call.nodes}
         self._parameters, self._sizes, self._shapes = set(of.parameters), of.sizes, shapes
         self._chosen = chosen
@@ -192,15 +195,10 @@ class _Drawing:
         named = [value for value in outputs if value.name]
         if not named:
             return
-        name = self._short(str(named[0].name))
+        name = str(named[0].name).removeprefix(self._prefix)
         self._drawn.update(dict.fromkeys(named, name))
         detail = self._detail(named[0]) if kind != "output" else ""
         self.nodes[name] = ViewNode(name, label, kind, part, inputs, detail, stage)
-
-    def _short(self, name: str) -> str:
-        """Leave out what is in front of every name that the pass made for the one call."""
-        calls = {call.record.node for call in self._owners.values()}
-        return name.removeprefix(f"{PREFIX}{calls.pop()}/") if len(calls) == 1 else name
 
     def _detail(self, value: ir.Value) -> str:
         """Dtype and shape: those of a run, or the graph's own, a gradient having its value's."""
