@@ -113,7 +113,11 @@ def _inspect(
     whole: bool,
 ) -> Inspection:
     """Inspect a model of PyTorch's; what takes a run is left out where there is no batch."""
-    args, kwargs = _batch(gm, example_inputs)
+    if example_inputs is not None:
+        args, kwargs = arguments(example_inputs)
+    else:  # an exported program keeps a batch itself
+        own = gm.example_inputs if isinstance(gm, ExportedProgram) else None
+        args, kwargs = own or ((), {})
     model = gm.module() if isinstance(gm, ExportedProgram) else gm
     refuse_wrapped(model)
     has_batch = example_inputs is not None or bool(args or kwargs)
@@ -155,7 +159,7 @@ def _inspect(
         kind="graph" if graph is model else "module",
         batch=describe(args, kwargs),
         layers=layer_reports(calls, observed),
-        refusals=calls.refusals,
+        refusals=calls.findings.refusals,
         others=calls.others,
         forward=forward_diff(plain, model, graph, whole=whole),
         backward=shown,
@@ -164,13 +168,3 @@ def _inspect(
         notes=notes,
         versions={"tract_fx": __version__, "torch": str(torch.__version__)},
     )
-
-
-def _batch(
-    gm: nn.Module | ExportedProgram, example_inputs: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Read the batch; an exported program keeps one itself."""
-    if example_inputs is not None:
-        return arguments(example_inputs)
-    own = gm.example_inputs if isinstance(gm, ExportedProgram) else None
-    return own or ((), {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -39,12 +39,7 @@ def compare_runs(
         one, other = run.outputs.get(name), reference.outputs.get(name)
         tolerance = OTHER_TOLERANCE[coarsest(autocast, one, other)]
         outputs.append(Check(name, _error(one, other, 0.0), tolerance))
-    return outputs, list(_compare_gradients(run, reference, autocast, without))
-
-
-def _compare_gradients(
-    run: Run, reference: Run, autocast: torch.dtype | None, without: Collection[str]
-) -> Iterator[Check]:
+    checks = []
     gradients = run.gradients, reference.gradients
     inputs = run.input_gradients, reference.input_gradients
     norms = [norm(g) for of in (gradients[1], inputs[1]) for g in of.values() if g is not None]
@@ -52,13 +47,12 @@ def _compare_gradients(
     for words, (found, wanted) in (("", gradients), ("the input ", inputs)):
         for name in dict.fromkeys([*wanted, *found]):
             one, other = found.get(name), wanted.get(name)
-            if name in without and not words:
-                continue
-            if one is None and other is None:
+            if (name in without and not words) or (one is None and other is None):
                 continue
             dtype = coarsest(autocast, one, other)
             error = _error(one, other, NEGLIGIBLE[dtype] * largest)
-            yield Check(f"gradient of {words}{name}", error, OTHER_TOLERANCE[dtype])
+            checks.append(Check(f"gradient of {words}{name}", error, OTHER_TOLERANCE[dtype]))
+    return outputs, checks
 
 
 def coarsest(autocast: torch.dtype | None, *tensors: Tensor | None) -> torch.dtype:

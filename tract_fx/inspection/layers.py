@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import fx, nn
@@ -14,7 +15,7 @@ from tract_fx.inspection.batch import dtype_name
 from tract_fx.inspection.records import LayerReport, SourceLine
 from tract_fx.inspection.sources import source_of
 from tract_fx.passes.fx_graph import locate
-from tract_fx.passes.records import Findings, InputLayer, Refusal
+from tract_fx.passes.records import Findings, InputLayer
 from tract_fx.preconditioner import gram_algorithm, is_quicker, plan_solve
 from tract_fx.reference.observed import ObservedCall
 
@@ -33,56 +34,48 @@ _SMALL = (
 
 @dataclass(frozen=True)
 class LayerCalls:
-    """The calls of layers in a graph.
+    """The calls of layers in a graph, of whatever kind.
 
     Attributes:
-        taken: Those that TrAct is on, in graph order.
-        candidates: Those that consume the model's input and that TrAct is not on.
-        others: How many further calls there are.
-        refusals: What meets the input and can't be treated.
-        on_input: Names of all nodes that consume the model's input.
+        findings: What locating says of the model's input.
+        records: All calls, in graph order.
         sources: The user's line of each call, by its node's name, None where it is not known.
-        padding_modes: How a call's module pads, by its node's name; empty where it does so with
-            zeros.
+        padding_modes: How a call's module pads, by its node's name; empty where with zeros.
     """
 
-    taken: tuple[InputLayer, ...]
-    candidates: tuple[InputLayer, ...]
-    others: int
-    refusals: tuple[Refusal, ...]
-    on_input: frozenset[str]
+    findings: Findings
+    records: Sequence[InputLayer]
     sources: Mapping[str, SourceLine | None]
     padding_modes: Mapping[str, str]
 
+    @cached_property
+    def on_input(self) -> set[str]:
+        """Names of the nodes that consume the model's input."""
+        return {record.node for record in self.findings.layers}
+
+    @property
+    def taken(self) -> list[InputLayer]:
+        """The calls that TrAct is on."""
+        return [r for r in self.records if r.lambda_ is not None]
+
+    @property
+    def candidates(self) -> list[InputLayer]:
+        """Those that consume the model's input and that it is not on."""
+        return [r for r in self.records if r.lambda_ is None and r.node in self.on_input]
+
+    @property
+    def others(self) -> int:
+        """How many further calls there are."""
+        return len(self.records) - len(self.taken) - len(self.candidates)
+
 
 def read_layers(graph: fx.GraphModule, model: nn.Module) -> LayerCalls:
-    """Sort the calls of a graph."""
+    """Read the calls of a graph."""
     located = locate(graph)
     records = [record for record, _ in located.eligible]
     sources = {record.node: source_of(call.node) for record, call in located.eligible}
     modes = {record.node: _padding_mode(record, model) for record in records}
-    return sort_calls(located.findings, records, sources, modes)
-
-
-def sort_calls(
-    findings: Findings,
-    records: Sequence[InputLayer],
-    sources: Mapping[str, SourceLine | None],
-    padding_modes: Mapping[str, str],
-) -> LayerCalls:
-    """Sort the calls that locating found, in whatever kind of graph."""
-    on_input = frozenset(record.node for record in findings.layers)
-    taken = tuple(r for r in records if r.lambda_ is not None)
-    candidates = tuple(r for r in records if r.lambda_ is None and r.node in on_input)
-    return LayerCalls(
-        taken=taken,
-        candidates=candidates,
-        others=len(records) - len(taken) - len(candidates),
-        refusals=findings.refusals,
-        on_input=on_input,
-        sources=sources,
-        padding_modes=padding_modes,
-    )
+    return LayerCalls(located.findings, records, sources, modes)
 
 
 def _padding_mode(record: InputLayer, model: nn.Module) -> str:
@@ -146,7 +139,7 @@ def _note(record: InputLayer, calls: LayerCalls, call: ObservedCall | None) -> s
         return "; ".join([*_notes(record, calls), *gram_notes(record, call)])
     if calls.taken:
         return "TrAct was put on another layer"
-    if len({r.name for r in calls.candidates}) > 1 or calls.refusals:
+    if len({r.name for r in calls.candidates}) > 1 or calls.findings.refusals:
         return "TrAct is on no layer; of several on the input one has to be named: layers=[…]"
     return "TrAct is on no layer; the pass would take this one"
 

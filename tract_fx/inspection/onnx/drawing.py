@@ -150,18 +150,15 @@ class _Drawing:
         self._inputs(v for node in call.nodes for v in operands(node) if _is_lambda(v))
         for form in forms:
             for node, stage in _staged(form):
-                self._add_operator(node, stage)
+                read = self._inputs(operands(node))
+                if read and not carries_no_values(node) and node.outputs[0] not in self._drawn:
+                    self._put(node.op_type, "tract", read, node.outputs, "backward", stage)
         if len(forms) == 1:
             self._drawn[call.result] = self._drawn[forms[0].end]
             return
         conditions = {node.inputs[0]: None for form in forms for node, _ in form.choices}
-        read = [*(form.end for form in forms), *(v for v in conditions if v is not None)]
-        self._put("If", "tract", self._inputs(read), (call.result,), "backward")
-
-    def _add_operator(self, node: ir.Node, stage: str) -> None:
-        inputs = self._inputs(operands(node))
-        if inputs and not carries_no_values(node) and node.outputs[0] not in self._drawn:
-            self._put(node.op_type, "tract", inputs, node.outputs, "backward", stage)
+        read_by_if = [*(form.end for form in forms), *(v for v in conditions if v is not None)]
+        self._put("If", "tract", self._inputs(read_by_if), (call.result,), "backward")
 
     def _inputs(self, values: Iterable[ir.Value]) -> tuple[str, ...]:
         """Name what is drawn of the values that a node reads, and draw those that no node makes."""

@@ -81,7 +81,7 @@ def inspect_onnx(
             () if run is None else run.calls,
             {} if run is None else run.rewritten.values,
         ),
-        refusals=calls.refusals,
+        refusals=calls.findings.refusals,
         others=calls.others,
         forward=ForwardDiff(
             graph_text(graphs.plain), graph_text(subject.model), pictures.changed()

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tract_fx.inspection.batch import dtype_name
-from tract_fx.inspection.layers import LayerCalls, layer_reports, sort_calls
+from tract_fx.inspection.layers import LayerCalls, layer_reports
 from tract_fx.inspection.records import LayerReport
 from tract_fx.inspection.sources import source_in
 from tract_fx.passes.onnx_graph.calls import is_standard
@@ -60,10 +60,10 @@ class Form:
 
 
 def onnx_calls(located: LocatedOnnx) -> LayerCalls:
-    """Sort the calls of a graph."""
+    """Read the calls of a graph."""
     traces = {r.node: call.node.metadata_props.get(_TRACE, "") for r, call in located.eligible}
     sources = {name: source_in(trace) for name, trace in traces.items()}
-    return sort_calls(located.findings, [record for record, _ in located.eligible], sources, {})
+    return LayerCalls(located.findings, [record for record, _ in located.eligible], sources, {})
 
 
 def onnx_layer_reports(
