@@ -134,7 +134,7 @@ def _observe(
         return Batch(model, *arguments, with_gradients=of_the_batch)
 
     with undisturbed(rewritten, *guarded):
-        first, _, _ = _run(rewritten, batch_for(rewritten), loss, None)
+        first, _, _ = _run(rewritten, batch_for(rewritten), loss, Taps())
     tapped, taps = tap(plain, records)
     batch = batch_for(plain)
     with undisturbed(plain, tapped, *guarded):
@@ -148,7 +148,7 @@ def _observe(
 
     def plain_again() -> Run:
         with undisturbed(plain, tapped, *guarded):
-            return _run(tapped, batch_for(plain), loss, None)[0]
+            return _run(tapped, batch_for(plain), loss, Taps())[0]
 
     mode = "training" if rewritten.training else "evaluation"
     cast = batch.autocast
@@ -183,18 +183,15 @@ def observe_forward(
 
 
 def _run(
-    model: nn.Module, batch: Batch, loss: Loss | None, taps: Taps | None
+    model: nn.Module, batch: Batch, loss: Loss | None, taps: Taps
 ) -> tuple[Run, dict[int, Tensor | None], str]:
     """Run forward and backward; also the gradients of the tapped calls' own weights, by id."""
-    if taps is None:
+    with taps.listening():
         output = model(*batch.args, **batch.kwargs)
-    else:
-        with taps.listening():
-            output = model(*batch.args, **batch.kwargs)
     outputs = {name: value for name, value in tensors_in(output, "output") if has_gradient(value)}
     value, loss_name = _loss(output, outputs, loss)
     # After the loss, which may do backward passes of its own, and which the hooks have seen.
-    calls = [] if taps is None else taps.calls
+    calls = taps.calls
     for call in calls:
         call.output_gradient = None
     parameters = _trained(model)
@@ -202,7 +199,7 @@ def _run(
     wanted = [*parameters.values(), *batch.leaves.values(), *weights]
     gradients: Sequence[Tensor | None] = [None] * len(wanted)
     if value.requires_grad and wanted:
-        gradients = _gradients(value, wanted, retain_graph=taps is not None)
+        gradients = _gradients(value, wanted, retain_graph=bool(calls))
     found = iter([None if g is None else g.detach() for g in gradients])
     run = Run(
         # Copies: an output may be a buffer, which is put back.
