@@ -70,7 +70,7 @@ class Runs:
 
     Attributes:
         calls: The calls of the records, in the plain model: what they read, and what came back.
-        terms: What each of `calls` gives to parameters' gradients; None without TrAct or gradient.
+        terms: What each of `calls` gives to parameters' gradients; None without a gradient.
         rewritten: The model with TrAct.
         plain: The model without.
         autocast: Autocast's dtype, None where it was off.
@@ -246,7 +246,7 @@ def _in_order(model: nn.Module, records: Sequence[InputLayer], taps: Taps) -> li
 
 def _terms(weight: Tensor, call: ObservedCall, parameters: Mapping[str, Tensor]) -> Terms | None:
     """Lead a call's gW, plain and preconditioned, on to the parameters."""
-    if call.incoming is None or call.record.lambda_ is None:
+    if call.incoming is None:
         return None
 
     def lead(gradient: Tensor) -> dict[str, Tensor]:

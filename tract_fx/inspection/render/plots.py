@@ -326,8 +326,8 @@ def _empty(title: str, text: str) -> str:
     return _svg(figure, title)
 
 
-def _short(name: str, most: int = 30) -> str:
-    return name if len(name) <= most else "…" + name[-most + 1 :]
+def _short(name: str) -> str:
+    return name if len(name) <= 30 else "…" + name[-29:]
 
 
 def _powers(low: float, high: float) -> list[float]:
