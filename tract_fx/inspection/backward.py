@@ -17,9 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tract_fx import torch_private
 from tract_fx.inspection.joint_graph import JointGraph, Role, trace_joint_graph
-from tract_fx.inspection.labels import PRECONDITION, stage_of, value_of
 from tract_fx.inspection.records import Backward, GraphView
-from tract_fx.inspection.views import graph_view
+from tract_fx.inspection.views import PRECONDITION, graph_view, stage_of, value_of
 from tract_fx.passes.fx_graph import PROVENANCE
 from tract_fx.passes.fx_graph.calls import read_scope
 from tract_fx.preconditioner import (
