@@ -14,9 +14,9 @@ import torch
 from torch import fx, nn
 
 import inspected_models
-from inspected_models import MODELS, Branching, ConvNet, Inspected, with_spectral_norm
+from inspected_models import MODELS, ConvNet, Inspected, with_spectral_norm
 from tract_fx import remove_tract, tract_module, tract_pass
-from tract_fx.inspection.forward_diff import graph_diff, module_diff
+from tract_fx.inspection.forward_diff import forward_diff
 from tract_fx.inspection.neighbourhood import neighbourhood
 from tract_fx.inspection.records import ForwardDiff, GraphView, ViewNode
 from tract_fx.inspection.sources import source_of
@@ -36,11 +36,8 @@ def line_of(text: str) -> int:
 @functools.cache
 def diff_of(case: Inspected, whole: bool = False) -> ForwardDiff:
     model, args, kwargs = case.make()
-    if isinstance(model, fx.GraphModule):
-        return graph_diff(remove_tract(model), model, whole=whole)
-    graph = captured(model, args, kwargs, "")
-    assert isinstance(graph, fx.GraphModule)
-    return module_diff(remove_tract(model), model, graph, whole=whole)
+    graph = model if isinstance(model, fx.GraphModule) else captured(model, args, kwargs, "")
+    return forward_diff(remove_tract(model), model, graph, whole=whole)
 
 
 def assert_sound(view: GraphView) -> None:
@@ -161,7 +158,7 @@ def test_the_diff_shows_what_the_pass_changed_and_nothing_else(case: Inspected) 
 
 def test_a_graph_is_listed_as_code() -> None:
     model = tract_pass(fx.symbolic_trace(ConvNet()))
-    diff = graph_diff(remove_tract(model), model)
+    diff = forward_diff(remove_tract(model), model, model)
     layer = "Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1)"
     assert diff.lines(context=1) == [
         "@@ -3,3 +3,3 @@",
@@ -183,7 +180,7 @@ def test_a_call_that_stays_plain_shows_it() -> None:
             return self.fc(self.fc(x))  # type: ignore[no-any-return]
 
     model = tract_pass(fx.symbolic_trace(Twice()))
-    diff = graph_diff(remove_tract(model), model)
+    diff = forward_diff(remove_tract(model), model, model)
     assert "fc_1 = self.fc(fc, tract=False)" in diff.after
     assert [n.name for n in diff.view.nodes if n.kind == "tract"] == ["fc"]
 
@@ -202,7 +199,7 @@ def test_no_memory_addresses_make_lines_differ() -> None:
 
     net = nn.Sequential(Odd(), nn.Linear(3, 3))
     graph = tract_pass(fx.GraphModule(net, Leaves().trace(net)))
-    diff = graph_diff(remove_tract(graph), graph)
+    diff = forward_diff(remove_tract(graph), graph, graph)
     assert len([line for line in diff.lines(0) if line[0] == "+"]) == 1
     assert "\n\n" not in diff.after and " at 0x" not in diff.after
 
@@ -216,12 +213,11 @@ def test_a_parametrized_weight_is_not_computed() -> None:
     z = graph.call_module("conv1", (graph.placeholder("x"),))
     graph.output((z, graph.call_function(torch.abs, (graph.get_attr("conv1.weight"),))))
     functions = tract_pass(fx.GraphModule(with_spectral_norm(), graph), layers=["conv1"])
-    for rewritten in (model, traced, eager, functions):
+    exported = captured(eager, (torch.randn(2, 3, 8, 8),), {}, "")
+    cases = ((model, model), (traced, traced), (eager, exported), (functions, functions))
+    for rewritten, shown in cases:
         before = {name: buffer.clone() for name, buffer in rewritten.named_buffers()}
-        if isinstance(rewritten, fx.GraphModule):
-            graph_diff(remove_tract(rewritten), rewritten, whole=True)
-        else:
-            module_diff(remove_tract(rewritten), rewritten, None)
+        forward_diff(remove_tract(rewritten), rewritten, shown, whole=True)
         assert all(torch.equal(b, before[name]) for name, b in rewritten.named_buffers())
 
 
@@ -261,18 +257,6 @@ def test_a_layer_module_is_one_node() -> None:
     view = diff_of(MODELS[0]).view
     node = by_label(view, "conv1 (Conv2d) with TrAct, λ = 0.1")
     assert (node.kind, node.inputs) == ("tract", ("sub",))
-
-
-def test_a_model_that_cant_be_exported_shows_its_layers() -> None:
-    model = tract_module(Branching(), layers=["fc1"])
-    view = module_diff(remove_tract(model), model, None).view
-    assert [n.label for n in view.nodes] == [
-        "fc1.weight",
-        "TrAct (identity on the weight), λ = 0.1",
-        "fc1 (Linear)",
-    ]
-    assert_sound(view)
-    assert view.hidden == 0 and "torch.export" in view.note
 
 
 def test_without_tract_the_picture_is_the_graph() -> None:

@@ -27,10 +27,10 @@ from oracle import relative_error, tract_gradient
 from test_inspect_graphs import FILE, assert_sound, by_label, line_of
 from tract_fx import remove_tract, tract_module, tract_pass
 from tract_fx.errors import UntraceableModelError
-from tract_fx.inspection.backward import backward
-from tract_fx.inspection.expansion import expand, stage_of
+from tract_fx.inspection.backward import backward, expand
 from tract_fx.inspection.joint_graph import JointGraph, trace_joint_graph
 from tract_fx.inspection.records import Backward, GraphView
+from tract_fx.inspection.views import stage_of
 from tract_fx.preconditioner import PatchGeometry, gram_algorithm
 
 FORWARD = "TrAct (identity on the weight), λ = 0.1"

@@ -197,14 +197,9 @@ def test_of_very_many_images_some_are_drawn_and_it_is_said(layer: LayerStatistic
     assert len(svg) < 400_000
 
 
-@pytest.mark.parametrize("plot", PLOTS)
-def test_nothing_to_draw_is_said(layer: LayerStatistics, plot: Plot) -> None:
-    nothing = dataclasses.replace(layer, eigenvalues=(), zeros=0, images=())
-    assert any("no eigenvalues above zero" in w or "no shares" in w for w in words(plot(nothing)))
-    zero = dataclasses.replace(
-        layer, eigenvalues=(0.0,), images=(ImageShare(0.0, 0.0, math.nan, math.nan),)
-    )
-    assert any("to draw" in text for text in words(plot(zero)))
+def test_nothing_to_draw_is_said(layer: LayerStatistics) -> None:
+    nothing = dataclasses.replace(layer, images=(ImageShare(0.0, 0.0, math.nan, math.nan),))
+    assert any("no shares to draw" in text for text in words(share_plot(nothing)))
 
 
 @pytest.mark.parametrize("plot", PLOTS)

@@ -36,7 +36,7 @@ from tract_fx.inspection.records import (
     Verification,
 )
 from tract_fx.inspection.render.terminal import print_inspection
-from tract_fx.inspection.render.text import diff_text, graph_lines, graph_text
+from tract_fx.inspection.render.text import aligned, graph_lines
 from tract_fx.inspection.render.words import number, operation, sentence, shorten, verdict, worst
 from tract_fx.preconditioner import PatchGeometry
 
@@ -148,7 +148,7 @@ def test_a_pipe_that_takes_ascii_alone() -> None:
 
 
 def test_a_graph_as_text() -> None:
-    lines = graph_text(SHORT).splitlines()
+    lines = aligned(graph_lines(SHORT))
     assert lines[0] == "forward" and "backward" in lines
     (line,) = [line for line in lines if "tract_conv1 =" in line]
     assert re.fullmatch(
@@ -166,11 +166,6 @@ def test_an_expanded_graph_has_a_heading_per_stage() -> None:
     assert headings == ["forward", "backward", *wanted]
     assert "TrAct: Gram" in printed(conv_net())
     assert "TrAct: Gram" not in printed(conv_net(backward=Backward(SHORT, None)))
-
-
-def test_a_difference_as_text() -> None:
-    assert "+conv1 = conv2d(div, tract_conv1" in diff_text(conv_net().forward)
-    assert diff_text(bare().forward) == "Nothing was changed."
 
 
 @pytest.mark.parametrize(

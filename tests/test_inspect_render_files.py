@@ -15,7 +15,7 @@ from forked import run_script
 from inspections import EVERY, conv_net, hostile, onnx_graph
 from tract_fx.errors import ArtifactsWriteError, UnsupportedFormatError
 from tract_fx.inspection.records import Backward
-from tract_fx.inspection.render.data import SCHEMA, to_data
+from tract_fx.inspection.render.files import SCHEMA, to_data
 
 needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="needs Graphviz's dot")
 

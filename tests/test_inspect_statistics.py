@@ -222,14 +222,6 @@ def test_a_call_twice_is_two_records() -> None:
     assert found.layers[1] == measured(calls[1])
 
 
-def test_calls_without_tract_are_left_out() -> None:
-    layer = nn.Conv2d(3, 4, 3).double()
-    x = drawn((2, 3, 6, 6))
-    found = statistics([observed(layer, x, lambda_=None), observed(layer, x, node="b")])
-    assert [layer.node for layer in found.layers] == ["b"]
-    assert statistics([]).layers == ()
-
-
 def test_without_a_gradient_there_are_eigenvalues_alone(case: Case) -> None:
     found = measured(observed(case.layer, drawn(case.shape)))
     assert found.eigenvalues

@@ -135,11 +135,11 @@ def test_autograd_function_retraced() -> None:
     op_of(model).target = _precondition_by_function
     model.recompile()
     runs = observe(model, plain, records, (x,), {}, None)
-    assert verify(runs, records).passed  # it computes TrAct's gradient, so far
+    assert verify(runs).passed  # it computes TrAct's gradient, so far
     retraced = fx.symbolic_trace(model)
-    assert "it should have TrAct" in problem(verified(retraced, x, expected=records))
+    assert "No call has TrAct" in problem(verified(retraced, x))
     # And where the records are taken at their word.
-    verification = verify(observe(retraced, plain, records, (x,), {}, None), records)
+    verification = verify(observe(retraced, plain, records, (x,), {}, None))
     assert_off(verification, "gradient of 0.weight")
     assert "its gradient is the plain one" in problem(verification)
 
@@ -159,10 +159,10 @@ def test_layer_made_plain(way: str, change: Callable[[nn.Module], None]) -> None
     model = WAYS[way]()
     records = treated(model, (images(),), {})
     change(model)
-    # Nothing is located any more, but the mark on the node or the layer's class tells.
-    found = "it should have TrAct" if (way, change) == ("eager", plain_layer) else "has marked it"
-    expected = records if (way, change) == ("eager", plain_layer) else ()
-    assert found in problem(verified(model, images(), expected=expected))
+    # Nothing is located any more, but the mark on the node or the layer's class may tell.
+    unmarked = (way, change) == ("eager", plain_layer)
+    found = "No call has TrAct" if unmarked else "has marked it"
+    assert found in problem(verified(model, images()))
     # And where the records are taken at their word.
     verification = verified(model, images(), records=records)
     assert_off(verification)
@@ -206,14 +206,13 @@ def test_weight_without_a_gradient() -> None:
     records, plain = treated(model, (images(),), {}), remove_tract(model)
     op_of(model).target = lambda weight, x, **_: weight.detach()
     model.recompile()
-    verification = verify(observe(model, plain, records, (images(),), {}, None), records)
+    verification = verify(observe(model, plain, records, (images(),), {}, None))
     assert_off(verification)
     assert any("gives it no gradient" in p for p in verification.problems)
 
 
 @pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("trust", ["expected", "records"])
-def test_one_of_two_calls_treated(which: int, trust: str) -> None:
+def test_one_of_two_calls_treated(which: int) -> None:
     class Twice(Net):
         def forward(self, x: Tensor) -> Tensor:
             one, other = self.first(x), self.first(x.flip(0) * 2)
@@ -231,12 +230,11 @@ def test_one_of_two_calls_treated(which: int, trust: str) -> None:
     op.replace_all_uses_with(op.args[0])
     model.graph.erase_node(op)
     model.recompile()
-    if trust == "expected":  # the one call is right, and the other is missing
-        verification = verified(model, images(), expected=both)
-        assert not failed(verification)
-        assert f"node {both[which].node!r}" in problem(verification)
-    else:
-        assert_off(verified(model, images(), records=both))
+    # The one call is right, and the other is without.
+    verification = verified(model, images(), untreated=[both[which]])
+    assert not failed(verification)
+    assert f"in its call {both[which].node!r}" in verification.note
+    assert_off(verified(model, images(), records=both))
 
 
 # The transform is wrong.
@@ -349,7 +347,7 @@ def insert(model: fx.GraphModule, before: Callable[[fx.Node], bool], argument: i
 def run_against_plain(model: fx.GraphModule, records: list[InputLayer]) -> Verification:
     """Verify against the model as it was before it was changed."""
     plain = torch.export.export(net(), (images(),)).module()
-    return verify(observe(model, plain, records, (images(),), {}, None), records)
+    return verify(observe(model, plain, records, (images(),), {}, None))
 
 
 @pytest.mark.parametrize(
@@ -396,6 +394,6 @@ def test_output_missing() -> None:
     output.args = (output.all_input_nodes[0],)
     model.recompile()
     records = treated(model, (images(),), {})
-    verification = verify(observe(model, plain, records, (images(),), {}, None), records)
+    verification = verify(observe(model, plain, records, (images(),), {}, None))
     assert not verification.passed
     assert {"output", "output[0]", "output[1]"} <= set(failed(verification))

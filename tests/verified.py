@@ -43,7 +43,6 @@ def verified(
     *args: Any,
     loss: Loss | None = None,
     records: Sequence[InputLayer] | None = None,
-    expected: Sequence[InputLayer] = (),
     untreated: Sequence[InputLayer] = (),
     **kwargs: Any,
 ) -> Verification:
@@ -54,13 +53,12 @@ def verified(
         *args: A batch.
         loss: The loss.
         records: The calls with TrAct; by default those that are found in the model.
-        expected: Further calls that should have it.
         untreated: Calls on the input that have it not.
         **kwargs: The rest of the batch.
     """
     found = treated(model, args, kwargs) if records is None else records
     runs = runs_of(model, *args, loss=loss, records=found, **kwargs)
-    return verify(runs, [*found, *expected], lost_marks(model, found), untreated)
+    return verify(runs, lost_marks(model, found), untreated)
 
 
 def failed(verification: Verification) -> list[str]:

@@ -77,6 +77,12 @@ def message_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(":. ")
 
 
+def first_line_of(error: BaseException | None) -> str:
+    """Give an error's class and the first line of what it says, without a full stop."""
+    said = (str(error).strip() or "no message").splitlines()[0].rstrip(".")
+    return f"{type(error).__name__}: {said}"
+
+
 def captured(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], remedy: str
 ) -> fx.GraphModule:

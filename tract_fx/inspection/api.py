@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,19 +13,19 @@ from torch.export import ExportedProgram
 from tract_fx import extras
 from tract_fx.errors import UnsupportedModelError, UntraceableModelError
 from tract_fx.inspection.backward import backward as show_backward
-from tract_fx.inspection.forward_diff import graph_diff, module_diff
-from tract_fx.inspection.given import check_arguments, describe
+from tract_fx.inspection.batch import describe
+from tract_fx.inspection.forward_diff import forward_diff
+from tract_fx.inspection.given import check_arguments, subject_of
 from tract_fx.inspection.inspection import Inspection
 from tract_fx.inspection.layers import layer_reports, read_layers
 from tract_fx.inspection.marks import lost_marks
-from tract_fx.inspection.records import ForwardDiff
 from tract_fx.inspection.runs import observe, observe_forward
 from tract_fx.inspection.statistics import statistics as measure
-from tract_fx.inspection.subject import subject_of
 from tract_fx.inspection.verify import verify as compare
 from tract_fx.modules import outside_steps
 from tract_fx.passes.fx_graph import refuse_wrapped, remove_tract
 from tract_fx.program import arguments, captured, running
+from tract_fx.reference.observed import ObservedCall
 from tract_fx.version import __version__
 
 Detail = Literal["short", "expanded"]
@@ -85,110 +85,73 @@ def inspect_graph(
         MissingRuntimeError: `gm` is an ONNX model, and the extra `ort-training` is missing.
     """
     check_arguments(gm, example_inputs, loss, backward)
-    options = _Options(backward, verify, statistics, whole)
-    inspection = _inspect(gm, example_inputs, loss, options)
+    options: dict[str, Any] = {
+        "backward": backward,
+        "verify": verify,
+        "statistics": statistics,
+        "whole": whole,
+    }
+    if isinstance(gm, (nn.Module, ExportedProgram)):
+        own = gm.example_inputs if isinstance(gm, ExportedProgram) else None
+        model = gm.module() if isinstance(gm, ExportedProgram) else gm
+        args, kwargs = (own or ((), {})) if example_inputs is None else arguments(example_inputs)
+        with outside_steps(model):
+            inspection = _inspect(model, args, kwargs, loss, **options)
+    elif loss is not None:
+        raise UnsupportedModelError(
+            "loss= with an ONNX model", "a training graph has its own loss", "Leave loss out"
+        )
+    else:
+        inspect_onnx = extras.load("tract_fx.inspection.onnx.inspection", "inspect_onnx")
+        inspection = inspect_onnx(gm, example_inputs, **options)
     return inspection if name is None else replace(inspection, subject=name)
 
 
 def _inspect(
-    gm: Any, example_inputs: Any, loss: Callable[[Any], torch.Tensor] | None, options: _Options
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    loss: Callable[[Any], torch.Tensor] | None,
+    *,
+    backward: Detail | None,
+    verify: bool,
+    statistics: bool,
+    whole: bool,
 ) -> Inspection:
-    if not isinstance(gm, (nn.Module, ExportedProgram)):
-        return _inspect_onnx(gm, example_inputs, loss, options)
-    args, kwargs = _batch(gm, example_inputs)
-    model = gm.module() if isinstance(gm, ExportedProgram) else gm
+    """Inspect a model of PyTorch's; what takes a run is left out where there is no batch."""
     refuse_wrapped(model)
-    if example_inputs is None and not (args or kwargs):
-        return _inspect_structure(model, options)
-    with outside_steps(model):
-        return _inspect_on_batch(model, args, kwargs, loss, options)
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What to look at; see `inspect_graph`."""
-
-    backward: Detail | None
-    verify: bool
-    statistics: bool
-    whole: bool
-
-
-def _inspect_onnx(gm: object, example_inputs: Any, loss: object, options: _Options) -> Inspection:
-    if loss is not None:
-        raise UnsupportedModelError(
-            "loss= with an ONNX model", "a training graph has its own loss", "Leave loss out"
-        )
-    inspect_onnx = extras.load("tract_fx.inspection.onnx.inspection", "inspect_onnx")
-    inspection: Inspection = inspect_onnx(gm, example_inputs, **asdict(options))
-    return inspection
-
-
-def _batch(
-    gm: nn.Module | ExportedProgram, example_inputs: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Read the batch; an exported program keeps one itself."""
-    if example_inputs is not None:
-        return arguments(example_inputs)
-    own = gm.example_inputs if isinstance(gm, ExportedProgram) else None
-    return own or ((), {})
-
-
-def _inspect_structure(model: nn.Module, options: _Options) -> Inspection:
-    """Show what can be seen of a graph without running it."""
-    if not isinstance(model, fx.GraphModule):
+    has_batch = bool(args or kwargs)
+    notes: tuple[str, ...] = ()
+    if not has_batch:
+        backward, verify, statistics = None, False, False
+        notes = ("Without example inputs: no backward pass, verification or statistics",)
+    if isinstance(model, fx.GraphModule):
+        graph = model
+    elif has_batch:
+        graph = captured(model, args, kwargs, _REMEDY)
+    else:
         raise UnsupportedModelError(
             f"an eager model of class {type(model).__name__} without example inputs",
             "its layers are located in the graph that torch.export makes on a batch",
             "Give inspect_graph(model, example_inputs)",
         )
-    calls = read_layers(model, model)
-    return Inspection(
-        subject=subject_of(model),
-        kind="graph",
-        batch="",
-        layers=layer_reports(calls, ()),
-        refusals=calls.refusals,
-        others=calls.others,
-        forward=graph_diff(remove_tract(model), model, whole=options.whole),
-        backward=None,
-        verification=None,
-        statistics=None,
-        notes=("Without example inputs: no backward pass, verification or statistics",),
-        versions=_versions(),
-    )
-
-
-def _inspect_on_batch(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    loss: Callable[[Any], torch.Tensor] | None,
-    options: _Options,
-) -> Inspection:
-    graph = model if isinstance(model, fx.GraphModule) else captured(model, args, kwargs, _REMEDY)
     plain = remove_tract(model)
     calls = read_layers(graph, model)
-    verification = measured = None
+    observed: Sequence[ObservedCall] = ()
+    verification = shown = None
     with running(model, UnsupportedModelError):
-        if options.verify or options.statistics:
+        if verify or statistics:
             runs = observe(model, plain, calls.taken, args, kwargs, loss)
             observed = runs.calls
-            if options.verify:
-                lost = lost_marks(model, calls.taken)
-                verification = compare(runs, calls.taken, lost, calls.candidates)
-        else:
+            if verify:
+                verification = compare(runs, lost_marks(model, calls.taken), calls.candidates)
+        elif has_batch:
             observed = observe_forward(plain, calls.taken, args, kwargs)
-    if options.statistics:
-        measured = measure(observed)
-    backward = None
-    notes: tuple[str, ...] = ()
-    if options.backward is not None:
-        expanded = options.backward == "expanded"
+    measured = measure(observed) if statistics else None
+    if backward is not None:
+        expanded = backward == "expanded"
         try:
-            backward = show_backward(
-                model, args, kwargs, observed, expanded=expanded, whole=options.whole
-            )
+            shown = show_backward(model, args, kwargs, observed, expanded=expanded, whole=whole)
         except UntraceableModelError as error:
             notes = (f"The backward pass is not shown. {error}",)
     return Inspection(
@@ -196,22 +159,12 @@ def _inspect_on_batch(
         kind="graph" if graph is model else "module",
         batch=describe(args, kwargs),
         layers=layer_reports(calls, observed),
-        refusals=calls.refusals,
+        refusals=calls.findings.refusals,
         others=calls.others,
-        forward=_forward(plain, model, graph, options.whole),
-        backward=backward,
+        forward=forward_diff(plain, model, graph, whole=whole),
+        backward=shown,
         verification=verification,
         statistics=measured,
         notes=notes,
-        versions=_versions(),
+        versions={"tract_fx": __version__, "torch": str(torch.__version__)},
     )
-
-
-def _forward(plain: nn.Module, model: nn.Module, graph: fx.GraphModule, whole: bool) -> ForwardDiff:
-    if isinstance(plain, fx.GraphModule) and isinstance(model, fx.GraphModule):
-        return graph_diff(plain, model, whole=whole)
-    return module_diff(plain, model, graph, whole=whole)
-
-
-def _versions() -> dict[str, str]:
-    return {"tract_fx": __version__, "torch": str(torch.__version__)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ class Batch:
         self.args, self.kwargs = pytree.tree_map(copied, (tuple(args), dict(kwargs)))
 
     def _copy(self, name: str, tensor: Tensor, with_gradients: bool) -> Tensor:
-        self._words.append(f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}")
+        self._words.append(_in_words(tensor))
         if not has_gradient(tensor):
             return tensor.clone()
         self.autocast = self.autocast or torch_private.autocast_dtype(tensor)
@@ -76,9 +76,21 @@ def tensors_in(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         at = name + pytree.keystr(path)
         if isinstance(leaf, Tensor):
             yield at, leaf
+        elif isinstance(leaf, Mapping):  # of a class that PyTorch does not take apart
+            for key, entry in leaf.items():
+                yield from tensors_in(entry, f"{at}[{key!r}]")
         elif is_dataclass(leaf) and not isinstance(leaf, type):
             for field in fields(leaf):
                 yield from tensors_in(getattr(leaf, field.name), f"{at}.{field.name}")
+
+
+def describe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Put a batch into words."""
+    return ", ".join(_in_words(tensor) for _, tensor in tensors_in((args, kwargs), ""))
+
+
+def _in_words(tensor: Tensor) -> str:
+    return f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
 
 
 def has_gradient(tensor: Tensor) -> bool:
@@ -86,13 +98,11 @@ def has_gradient(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Name a dtype.
+def value_words(dtype: object, sizes: Iterable[object]) -> str:
+    """Describe a tensor in a picture or a report: `"float32 64×3×7×7"`."""
+    return f"{dtype_name(dtype)} {'×'.join(map(str, sizes)) or 'scalar'}"
 
-    Args:
-        dtype: The dtype.
 
-    Returns:
-        `"float32"`.
-    """
+def dtype_name(dtype: object) -> str:
+    """Name a dtype of torch's, `"float32"`; another's as it is."""
     return str(dtype).removeprefix("torch.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -33,28 +33,13 @@ say), and its error is relative to that share."""
 def compare_runs(
     run: Run, reference: Run, autocast: torch.dtype | None, without: Collection[str] = ()
 ) -> tuple[list[Check], list[Check]]:
-    """Compare what should be equal.
-
-    Args:
-        run: What one model gave.
-        reference: What the other gave.
-        autocast: Autocast's dtype in both runs, None where it was off.
-        without: Parameters whose gradients are not to be compared.
-
-    Returns:
-        The comparisons of outputs, and those of gradients.
-    """
+    """Compare outputs, and gradients but for those of the parameters `without`."""
     outputs = []
     for name in dict.fromkeys([*reference.outputs, *run.outputs]):
         one, other = run.outputs.get(name), reference.outputs.get(name)
         tolerance = OTHER_TOLERANCE[coarsest(autocast, one, other)]
         outputs.append(Check(name, _error(one, other, 0.0), tolerance))
-    return outputs, list(_compare_gradients(run, reference, autocast, without))
-
-
-def _compare_gradients(
-    run: Run, reference: Run, autocast: torch.dtype | None, without: Collection[str]
-) -> Iterator[Check]:
+    checks = []
     gradients = run.gradients, reference.gradients
     inputs = run.input_gradients, reference.input_gradients
     norms = [norm(g) for of in (gradients[1], inputs[1]) for g in of.values() if g is not None]
@@ -62,42 +47,18 @@ def _compare_gradients(
     for words, (found, wanted) in (("", gradients), ("the input ", inputs)):
         for name in dict.fromkeys([*wanted, *found]):
             one, other = found.get(name), wanted.get(name)
-            if name in without and not words:
-                continue
-            if one is None and other is None:
+            if (name in without and not words) or (one is None and other is None):
                 continue
             dtype = coarsest(autocast, one, other)
             error = _error(one, other, NEGLIGIBLE[dtype] * largest)
-            yield Check(f"gradient of {words}{name}", error, OTHER_TOLERANCE[dtype])
+            checks.append(Check(f"gradient of {words}{name}", error, OTHER_TOLERANCE[dtype]))
+    return outputs, checks
 
 
 def coarsest(autocast: torch.dtype | None, *tensors: Tensor | None) -> torch.dtype:
-    """Find the dtype that limits a comparison.
-
-    Args:
-        autocast: Autocast's dtype, None where it was off.
-        *tensors: What took part, None for what is missing.
-
-    Returns:
-        The coarsest of them, float64 where there is none.
-    """
-    dtype = autocast or torch.float64
-    for tensor in tensors:
-        dtype = dtype if tensor is None else coarser(dtype, tensor.dtype)
-    return dtype
-
-
-def coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:
-    """Choose the coarser of two dtypes.
-
-    Args:
-        one: A floating or complex dtype.
-        other: Another.
-
-    Returns:
-        The real dtype with the larger rounding unit.
-    """
-    return max(one.to_real(), other.to_real(), key=lambda dtype: torch.finfo(dtype).eps)
+    """Find the real dtype that limits a comparison: that with the largest rounding unit."""
+    dtypes = [autocast or torch.float64, *(t.dtype for t in tensors if t is not None)]
+    return max((d.to_real() for d in dtypes), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _error(found: Tensor | None, wanted: Tensor | None, negligible: float) -> float:

@@ -12,33 +12,22 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.nn import functional
 
-from tract_fx.inspection.records import ForwardDiff, GraphView, ViewNode
+from tract_fx.inspection.records import ForwardDiff
 from tract_fx.inspection.views import graph_view
-from tract_fx.modules import plain_class, tract_lambda
-from tract_fx.passes.fx_graph import weight_parameters
 from tract_fx.passes.fx_graph.values import lookup
 
-_TITLE = "Forward pass with TrAct"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def graph_diff(
-    plain: fx.GraphModule, rewritten: fx.GraphModule, *, whole: bool = False
+def forward_diff(
+    plain: nn.Module, rewritten: nn.Module, graph: fx.GraphModule, *, whole: bool = False
 ) -> ForwardDiff:
-    """Compare two graphs, node by node."""
-    return ForwardDiff(
-        before=_listing(plain),
-        after=_listing(rewritten),
-        view=graph_view(rewritten, _TITLE, whole=whole),
-    )
-
-
-def module_diff(
-    plain: nn.Module, rewritten: nn.Module, graph: fx.GraphModule | None, *, whole: bool = False
-) -> ForwardDiff:
-    """Compare two eager models, module by module."""
-    view = _layers_view(rewritten) if graph is None else graph_view(graph, _TITLE, whole=whole)
-    return ForwardDiff(before=repr(plain), after=repr(rewritten), view=view)
+    """Compare two graphs node by node, or two eager models, of which one's graph is drawn."""
+    if isinstance(plain, fx.GraphModule) and isinstance(rewritten, fx.GraphModule):
+        before, after = _listing(plain), _listing(rewritten)
+    else:
+        before, after = repr(plain), repr(rewritten)
+    return ForwardDiff(before, after, graph_view(graph, "Forward pass with TrAct", whole=whole))
 
 
 def _listing(gm: fx.GraphModule) -> str:
@@ -92,22 +81,3 @@ def _module(module: object) -> str:
     if not isinstance(module, nn.Module) or next(module.children(), None) is not None:
         return type(module).__name__
     return " ".join(_ADDRESS.sub("", repr(module)).split())
-
-
-def _layers_view(model: nn.Module) -> GraphView:
-    """Show the TrAct layers of a model that has no graph."""
-    nodes: list[ViewNode] = []
-    for name, module in model.named_modules():
-        lambda_ = tract_lambda(module)
-        if lambda_ is None:
-            continue
-        weights = tuple(
-            f"{name}.{weight}" if name else weight for weight in weight_parameters(module)
-        )
-        nodes += [ViewNode(w, w, "parameter", "forward", ()) for w in weights]
-        label = f"TrAct (identity on the weight), λ = {lambda_:g}"
-        nodes.append(ViewNode(f"tract_{name}", label, "tract", "forward", weights))
-        called = f"{name} ({plain_class(type(module)).__name__})".lstrip()
-        nodes.append(ViewNode(name or "model", called, "operation", "forward", (f"tract_{name}",)))
-    note = "torch.export can't trace the model: its TrAct layers alone are shown"
-    return GraphView(_TITLE, tuple(nodes), len(nodes), note)

@@ -1,4 +1,4 @@
-"""What a user gives to be inspected: whether it is of a kind that can be, and what fails in it."""
+"""What a user gives to be inspected: whether it can be, what it is called, what fails in it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from tract_fx.errors import TractError, UnsupportedFormatError, UnsupportedModelError
+from tract_fx.modules import plain_class, tract_lambda
 from tract_fx.program import message_of
 
 _ONNX_PACKAGES = frozenset({"onnx", "onnx_ir", "onnxscript"})
+_NAMED = 4
 
 
 def check_arguments(model: object, example_inputs: object, loss: object, backward: object) -> None:
@@ -91,11 +91,29 @@ def call_loss(loss: Callable[[Any], Any], output: Any) -> Any:
         ) from error
 
 
-def describe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Put a batch into words."""
-    tensors = [
-        f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
-        for leaf in pytree.tree_leaves((args, kwargs))
-        if isinstance(leaf, torch.Tensor)
-    ]
-    return ", ".join(tensors)
+def subject_of(model: nn.Module) -> str:
+    """Name a model by the class that was traced, and a chain by the modules in it."""
+    classes = _traced(model) if isinstance(model, fx.GraphModule) else {}
+    name = classes.get("", _name(model))
+    classes = classes or {path: _name(child) for path, child in model.named_children()}
+    parts = [part for path, part in classes.items() if path and "." not in path]
+    if name != "Sequential" or not parts:
+        return name
+    if len(parts) <= _NAMED:
+        return f"Sequential of {', '.join(parts)}"
+    return f"Sequential of {len(parts)} modules, {parts[0]} to {parts[-1]}"
+
+
+def _name(module: nn.Module) -> str:
+    kind = type(module)
+    return (kind if tract_lambda(module) is None else plain_class(kind)).__name__
+
+
+def _traced(graph: fx.GraphModule) -> dict[str, str]:
+    """Classes of the modules that the tracer saw, by their paths; the root's, of torch.export's."""
+    classes: dict[str, str] = {}
+    for node in graph.graph.nodes:
+        for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+            name = kind if isinstance(kind, str) else kind.__name__
+            classes.setdefault(path, name.rpartition(".")[2])
+    return classes

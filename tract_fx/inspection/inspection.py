@@ -106,7 +106,7 @@ class Inspection:
             Dictionaries, lists, strings, numbers, booleans and None. Numbers that are not finite
             are strings: `"nan"`, `"inf"`, `"-inf"`.
         """
-        data: dict[str, Any] = extras.load("tract_fx.inspection.render.data", "to_data")(self)
+        data: dict[str, Any] = extras.load("tract_fx.inspection.render.files", "to_data")(self)
         return data
 
     def _repr_html_(self) -> str:

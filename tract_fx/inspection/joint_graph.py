@@ -7,11 +7,9 @@ the batch runs, with real tensors.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,8 +18,11 @@ from torch.utils import _pytree as pytree
 
 from tract_fx import torch_private
 from tract_fx.errors import UntraceableModelError
+from tract_fx.inspection.batch import tensors_in
+from tract_fx.inspection.records import Kind, Part
 from tract_fx.inspection.sources import SourceLines
 from tract_fx.inspection.undisturbed import undisturbed
+from tract_fx.program import first_line_of
 
 _BACKWARD = "tract_backward"
 """Key in `node.meta["custom"]` of the backward pass's nodes, where the tracer marks them not."""
@@ -39,8 +40,8 @@ class Role:
     """
 
     label: str
-    kind: Literal["input", "parameter", "constant", "output"]
-    part: Literal["forward", "backward"] = "forward"
+    kind: Kind
+    part: Part = "forward"
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ def is_backward(node: fx.Node) -> bool:
     )
 
 
+def output_roles(count: int) -> list[Role]:
+    """Name the values that a model returns."""
+    return [Role(f"output {i}" if count > 1 else "the output", "output") for i in range(count)]
+
+
 def trace_joint_graph(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> JointGraph:
@@ -78,32 +84,22 @@ def trace_joint_graph(
     found = f"the backward pass of {type(model).__name__}"
     if not any(p.requires_grad for p in model.parameters()):
         raise UntraceableModelError(found, "nothing in it requires a gradient", _LEAVE_OUT)
-    failures: list[Exception] = []
-    for trace in (_by_aot_autograd, _by_running):
-        try:
-            with undisturbed(model):
-                return trace(model, args, kwargs)
-        except Exception as error:
-            failures.append(error)
-    name = type(failures[-1]).__name__
-    message = (str(failures[-1]).strip() or "no message").splitlines()[0].rstrip(".")
-    raise UntraceableModelError(
-        found, f"it can't be traced, nor recorded while it runs ({name}: {message})", _LEAVE_OUT
-    ) from failures[-1]
+    try:
+        with undisturbed(model):
+            return _by_aot_autograd(model, args, kwargs)
+    except Exception:  # whatever it can't trace
+        pass
+    try:
+        with undisturbed(model):
+            return _by_running(model, args, kwargs)
+    except Exception as error:
+        why = f"it can't be traced, nor recorded while it runs ({first_line_of(error)})"
+        raise UntraceableModelError(found, why, _LEAVE_OUT) from error
 
 
-@dataclasses.dataclass
-class _Arguments:
-    """A call's arguments, flat, with their names."""
-
-    leaves: list[Any]
-    names: list[str]
-    spec: Any
-
-    @classmethod
-    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
-        flat, spec = pytree.tree_flatten_with_path((args, kwargs))
-        return cls([leaf for _, leaf in flat], [_name(model, path) for path, _ in flat], spec)
+def _names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Name the leaves of a call's arguments."""
+    return [_name(model, path) for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]]
 
 
 def _name(model: nn.Module, path: tuple[Any, ...]) -> str:
@@ -125,7 +121,7 @@ def _positional_names(model: nn.Module) -> list[str]:
 
 
 def _by_aot_autograd(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> JointGraph:
-    names = _Arguments.of(model, args, kwargs).names
+    names = _names(model, args, kwargs)
     with SourceLines(model):
         module, inputs, outputs = torch_private.joint_graph(model, args, kwargs)
     several = sum(kind == "output" for kind, _ in outputs) > 1
@@ -165,23 +161,23 @@ def _output_name(what: tuple[str, Any], several: bool) -> str:
 
 def _by_running(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> JointGraph:
     """Record what the batch runs through, with a gradient of ones for every output."""
-    arguments = _Arguments.of(model, args, kwargs)
+    given, spec = pytree.tree_flatten((args, kwargs))
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     trainable = [name for name, p in parameters.items() if p.requires_grad]
-    at = [i for i, leaf in enumerate(arguments.leaves) if isinstance(leaf, Tensor)]
+    at = [i for i, leaf in enumerate(given) if isinstance(leaf, Tensor)]
 
     def step(parameters: list[Tensor], buffers: list[Tensor], inputs: list[Tensor]) -> Any:
-        leaves = list(arguments.leaves)
+        leaves = list(given)
         for i, value in zip(at, inputs, strict=True):
             leaves[i] = value
         state = {
             **dict(zip(names, parameters, strict=True)),
             **dict(zip(own, buffers, strict=True)),
         }
-        args, kwargs = pytree.tree_unflatten(leaves, arguments.spec)
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
         with SourceLines(model):
             result = functional_call(model, state, args, kwargs)
-        outputs = [t for t in _tensors(result) if t.requires_grad]
+        outputs = [t for _, t in tensors_in(result, "") if t.requires_grad]
         with fx.traceback.annotate({_BACKWARD: True}):
             ones = [torch.ones_like(t) for t in outputs]
             wanted = [state[name] for name in trainable]
@@ -189,29 +185,16 @@ def _by_running(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         return [t.detach() for t in outputs], gradients
 
     names, own = list(parameters), list(buffers)
-    inputs = [arguments.leaves[i].detach() for i in at]
+    inputs = [given[i].detach() for i in at]
     state = [b.clone() for b in buffers.values()]
     with fx.traceback.preserve_node_meta():
         module = torch_private.record_run(step, list(parameters.values()), state, inputs)
     roles = [Role(name, "parameter") for name in names]
     roles += [Role(name, "constant") for name in own]
-    roles += [Role(arguments.names[i], "input") for i in at]
+    named = _names(model, args, kwargs)
+    roles += [Role(named[i], "input") for i in at]
     count = len(pytree.tree_leaves(module.graph.output_node().args)) - len(trainable)
-    outputs = [Role(f"output {i}" if count > 1 else "the output", "output") for i in range(count)]
+    outputs = output_roles(count)
     outputs += [Role(f"gradient of {name}", "output", "backward") for name in trainable]
     note = "Recorded while the batch ran, for the model can't be traced without"
     return JointGraph(module, tuple(roles), tuple(outputs), note)
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    """Go through the tensors that a model returns, in whatever it puts them."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _tensors(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors(entry)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from _tensors(vars(value))

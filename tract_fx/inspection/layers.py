@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import fx, nn
 
 from tract_fx.inspection.all_processes import gram_notes
+from tract_fx.inspection.batch import dtype_name
 from tract_fx.inspection.records import LayerReport, SourceLine
 from tract_fx.inspection.sources import source_of
 from tract_fx.passes.fx_graph import locate
-from tract_fx.passes.records import Findings, InputLayer, Refusal
+from tract_fx.passes.records import Findings, InputLayer
 from tract_fx.preconditioner import gram_algorithm, is_quicker, plan_solve
 from tract_fx.reference.observed import ObservedCall
 
@@ -32,56 +34,48 @@ _SMALL = (
 
 @dataclass(frozen=True)
 class LayerCalls:
-    """The calls of layers in a graph.
+    """The calls of layers in a graph, of whatever kind.
 
     Attributes:
-        taken: Those that TrAct is on, in graph order.
-        candidates: Those that consume the model's input and that TrAct is not on.
-        others: How many further calls there are.
-        refusals: What meets the input and can't be treated.
-        on_input: Names of all nodes that consume the model's input.
-        sources: The user's line of each call, by its node's name, where it is known.
-        padding_modes: How a call's module pads, by its node's name, where that is not with zeros.
+        findings: What locating says of the model's input.
+        records: All calls, in graph order.
+        sources: The user's line of each call, by its node's name, None where it is not known.
+        padding_modes: How a call's module pads, by its node's name; empty where with zeros.
     """
 
-    taken: tuple[InputLayer, ...]
-    candidates: tuple[InputLayer, ...]
-    others: int
-    refusals: tuple[Refusal, ...]
-    on_input: frozenset[str]
-    sources: Mapping[str, SourceLine]
-    padding_modes: Mapping[str, str] = field(default_factory=dict)
+    findings: Findings
+    records: Sequence[InputLayer]
+    sources: Mapping[str, SourceLine | None]
+    padding_modes: Mapping[str, str]
+
+    @cached_property
+    def on_input(self) -> set[str]:
+        """Names of the nodes that consume the model's input."""
+        return {record.node for record in self.findings.layers}
+
+    @property
+    def taken(self) -> list[InputLayer]:
+        """The calls that TrAct is on."""
+        return [r for r in self.records if r.lambda_ is not None]
+
+    @property
+    def candidates(self) -> list[InputLayer]:
+        """Those that consume the model's input and that it is not on."""
+        return [r for r in self.records if r.lambda_ is None and r.node in self.on_input]
+
+    @property
+    def others(self) -> int:
+        """How many further calls there are."""
+        return len(self.records) - len(self.taken) - len(self.candidates)
 
 
 def read_layers(graph: fx.GraphModule, model: nn.Module) -> LayerCalls:
-    """Sort the calls of a graph."""
+    """Read the calls of a graph."""
     located = locate(graph)
     records = [record for record, _ in located.eligible]
     sources = {record.node: source_of(call.node) for record, call in located.eligible}
     modes = {record.node: _padding_mode(record, model) for record in records}
-    return sort_calls(located.findings, records, sources, modes)
-
-
-def sort_calls(
-    findings: Findings,
-    records: Sequence[InputLayer],
-    sources: Mapping[str, SourceLine | None],
-    padding_modes: Mapping[str, str],
-) -> LayerCalls:
-    """Sort the calls that locating found, in whatever kind of graph."""
-    on_input = frozenset(record.node for record in findings.layers)
-    taken = tuple(r for r in records if r.lambda_ is not None)
-    candidates = tuple(r for r in records if r.lambda_ is None and r.node in on_input)
-    modes = {r.node: padding_modes.get(r.node) for r in taken}
-    return LayerCalls(
-        taken=taken,
-        candidates=candidates,
-        others=len(records) - len(taken) - len(candidates),
-        refusals=findings.refusals,
-        on_input=on_input,
-        sources={name: source for name, source in sources.items() if source is not None},
-        padding_modes={name: mode for name, mode in modes.items() if mode},
-    )
+    return LayerCalls(located.findings, records, sources, modes)
 
 
 def _padding_mode(record: InputLayer, model: nn.Module) -> str:
@@ -112,7 +106,7 @@ def _report(record: InputLayer, calls: LayerCalls, call: ObservedCall | None) ->
         on_input=record.node in calls.on_input,
         source=calls.sources.get(record.node),
         input_shape=None if call is None else tuple(call.x.shape),
-        input_dtype=None if call is None else _dtype_name(call.x.dtype),
+        input_dtype=None if call is None else dtype_name(call.x.dtype),
         rows=None if call is None else call.row_count,
         columns=columns,
         form=form,
@@ -131,13 +125,13 @@ def _computation(record: InputLayer, call: ObservedCall | None) -> tuple[str, st
         return "Cholesky of the Gram of all processes, float64", "added up in float64"
     dtype = call.x.dtype if call.incoming is None else call.incoming.dtype
     plan = plan_solve(dtype, call.x, record.lambda_, record.geometry)
-    form = f"{_FORMS[plan.form]}, {_dtype_name(plan.dtype)}"
+    form = f"{_FORMS[plan.form]}, {dtype_name(plan.dtype)}"
     if plan.form != "cholesky":
         return form, ""
     if call.x.is_cpu and is_quicker(call.x.shape, torch.Size(call.weight_shape), record.geometry):
         form += _SMALL
     algorithm = gram_algorithm(record.geometry.batched(call.x), record.geometry)
-    return form, f"{algorithm}, {_dtype_name(plan.dtype)} products, float64 sums"
+    return form, f"{algorithm}, {dtype_name(plan.dtype)} products, float64 sums"
 
 
 def _note(record: InputLayer, calls: LayerCalls, call: ObservedCall | None) -> str:
@@ -145,7 +139,7 @@ def _note(record: InputLayer, calls: LayerCalls, call: ObservedCall | None) -> s
         return "; ".join([*_notes(record, calls), *gram_notes(record, call)])
     if calls.taken:
         return "TrAct was put on another layer"
-    if len({r.name for r in calls.candidates}) > 1 or calls.refusals:
+    if len({r.name for r in calls.candidates}) > 1 or calls.findings.refusals:
         return "TrAct is on no layer; of several on the input one has to be named: layers=[…]"
     return "TrAct is on no layer; the pass would take this one"
 
@@ -158,7 +152,3 @@ def _notes(record: InputLayer, calls: LayerCalls) -> Iterator[str]:
         yield "named by the user: it does not consume the model's input"
     if mode := calls.padding_modes.get(record.node):
         yield f"its input is shown as it is multiplied, after its {mode} padding"
-
-
-def _dtype_name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")

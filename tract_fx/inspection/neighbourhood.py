@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
-from tract_fx.inspection.records import ViewNode
+from tract_fx.inspection.records import GraphView, Part, ViewNode
 
 _MOST_ON_THE_WAY = 12
 """So many nodes from the model's input to TrAct, or from TrAct to the parameter's gradient, are
 shown, whatever the radius."""
 
 
-def neighbourhood(nodes: Sequence[ViewNode], radius: int) -> list[ViewNode]:
-    """Choose the nodes around TrAct's.
+def view_of(
+    nodes: Sequence[ViewNode],
+    title: str,
+    radius: int,
+    *,
+    whole: bool,
+    note: str = "",
+    around: Collection[str] = (),
+) -> GraphView:
+    """Make a picture of a graph's nodes: of all, or of those around TrAct's and some others."""
+    shown = nodes if whole else neighbourhood(nodes, radius, around)
+    own = {node.name for node in nodes}
+    stand_ins = sum(node.name not in own for node in shown)
+    return GraphView(title, tuple(shown), len(nodes) + stand_ins, note)
+
+
+def neighbourhood(
+    nodes: Sequence[ViewNode], radius: int, around: Collection[str] = ()
+) -> list[ViewNode]:
+    """Choose the nodes around TrAct's, and around those of some names.
 
     In the forward pass these are what TrAct's weight and input are computed from and what comes
     after the layer; in the backward pass what the layer's gradient comes from, and what becomes of
@@ -23,11 +40,11 @@ def neighbourhood(nodes: Sequence[ViewNode], radius: int) -> list[ViewNode]:
     operations, for a norm alone would bring five. What is left out is drawn as one node, the rest
     of the model, which takes what the forward pass gives and gives what the backward pass takes.
     """
-    graph = _Graph(nodes)
+    graph = _Graph(nodes, around)
     if not graph.tract:
         return list(nodes)
-    there, after = graph.upstream("forward"), graph.downstream("forward")
-    above, back = graph.upstream("backward"), graph.downstream("backward")
+    there, after = (graph.reach(e, "forward") for e in (graph.inputs, graph.readers))
+    above, back = (graph.reach(e, "backward") for e in (graph.inputs, graph.readers))
     shown = {*graph.tract, *graph.hanging_on(graph.tract)}
     for distances in (after, above):
         shown |= {name for name, steps in distances.items() if steps <= radius - graph.hangs(name)}
@@ -42,8 +59,7 @@ def neighbourhood(nodes: Sequence[ViewNode], radius: int) -> list[ViewNode]:
     shown |= graph.bridges(shown)
     picture = [node for node in nodes if node.name in shown]
     hidden = {n.name: n for n in nodes if n.name not in shown and not graph.hangs(n.name)}
-    sides: tuple[tuple[dict[str, int], Literal["forward", "backward"]], ...]
-    sides = (there, "forward"), (back, "backward")
+    sides: tuple[tuple[dict[str, int], Part], ...] = ((there, "forward"), (back, "backward"))
     for way, part in sides:
         left_out = {name: hidden.pop(name) for name in way if name in hidden}
         stand_in = ViewNode("on_the_way", f"… {_count(left_out)} on the way", "operation", part, ())
@@ -59,15 +75,14 @@ def neighbourhood(nodes: Sequence[ViewNode], radius: int) -> list[ViewNode]:
 class _Graph:
     """The edges between the nodes of a picture, in both directions."""
 
-    def __init__(self, nodes: Sequence[ViewNode]) -> None:
+    def __init__(self, nodes: Sequence[ViewNode], around: Collection[str]) -> None:
         self.nodes = {node.name: node for node in nodes}
-        self.tract = [node.name for node in nodes if node.kind == "tract"]
-        self._inputs = {node.name: node.inputs for node in nodes}
-        readers: dict[str, list[str]] = {node.name: [] for node in nodes}
+        self.tract = [n.name for n in nodes if n.kind == "tract" or n.name in around]
+        self.inputs = {node.name: node.inputs for node in nodes}
+        self.readers: dict[str, list[str]] = {node.name: [] for node in nodes}
         for node in nodes:
             for name in node.inputs:
-                readers[name].append(node.name)
-        self._readers = readers
+                self.readers[name].append(node.name)
 
     def hangs(self, name: str) -> bool:
         """Tell what hangs on an operation and leads nowhere: a parameter, constant or gradient."""
@@ -77,26 +92,19 @@ class _Graph:
 
     def hanging_on(self, names: Iterable[str]) -> set[str]:
         """Give what hangs on some nodes."""
-        around = (n for name in names for n in (*self._inputs[name], *self._readers[name]))
+        around = (n for name in names for n in (*self.inputs[name], *self.readers[name]))
         return {name for name in around if self.hangs(name)}
 
     def bridges(self, shown: set[str]) -> set[str]:
         """Give the single nodes that lead from some nodes to others of them, such as a cast."""
         return {
             name
-            for name, inputs in self._inputs.items()
-            if inputs and shown.issuperset(inputs) and not shown.isdisjoint(self._readers[name])
+            for name, inputs in self.inputs.items()
+            if inputs and shown.issuperset(inputs) and not shown.isdisjoint(self.readers[name])
         }
 
-    def upstream(self, part: str) -> dict[str, int]:
-        """Give everything that TrAct's nodes in one pass are computed from there, with steps."""
-        return self._reach(self._inputs, part)
-
-    def downstream(self, part: str) -> dict[str, int]:
-        """Give everything that is computed from TrAct's nodes in one pass there, with steps."""
-        return self._reach(self._readers, part)
-
-    def _reach(self, edges: Mapping[str, Sequence[str]], part: str) -> dict[str, int]:
+    def reach(self, edges: Mapping[str, Sequence[str]], part: Part) -> dict[str, int]:
+        """Give everything that TrAct's nodes in one pass lead to there, with steps."""
         distances = {name: 0 for name in self.tract if self.nodes[name].part == part}
         pending = deque(distances)
         while pending:

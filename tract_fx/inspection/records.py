@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from tract_fx.passes.records import InputLayer
+
+Kind: TypeAlias = Literal["input", "parameter", "constant", "operation", "tract", "output"]
+Part: TypeAlias = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ class ViewNode:
 
     name: str
     label: str
-    kind: Literal["input", "parameter", "constant", "operation", "tract", "output"]
-    part: Literal["forward", "backward"]
+    kind: Kind
+    part: Part
     inputs: tuple[str, ...]
     detail: str = ""
     stage: str = ""

@@ -21,6 +21,7 @@ from tract_fx.inspection.given import FailedLossError, call_loss
 from tract_fx.inspection.taps import TappedCall, Taps, no_such_call, tap
 from tract_fx.inspection.undisturbed import undisturbed
 from tract_fx.passes.records import InputLayer
+from tract_fx.program import first_line_of
 from tract_fx.reference.observed import ObservedCall
 
 Loss = Callable[[Any], Tensor]
@@ -69,7 +70,7 @@ class Runs:
 
     Attributes:
         calls: The calls of the records, in the plain model: what they read, and what came back.
-        terms: What each of `calls` gives to parameters' gradients; None without TrAct or gradient.
+        terms: What each of `calls` gives to parameters' gradients; None without a gradient.
         rewritten: The model with TrAct.
         plain: The model without.
         autocast: Autocast's dtype, None where it was off.
@@ -110,10 +111,9 @@ def observe(
         # can't.
         runs = _observe(rewritten, plain, records, (args, kwargs), loss, of_the_batch=False)
         cause = error.__cause__ if isinstance(error, FailedLossError) else error
-        message = (str(cause).strip() or "no message").splitlines()[0].rstrip(".")
         left_out = (
             "The gradients of the batch itself are not compared, for with them the model fails "
-            f"({type(cause).__name__}: {message})"
+            f"({first_line_of(cause)})"
         )
         return replace(runs, note=f"{runs.note}. {left_out}")
 
@@ -134,7 +134,7 @@ def _observe(
         return Batch(model, *arguments, with_gradients=of_the_batch)
 
     with undisturbed(rewritten, *guarded):
-        first, _, _ = _run(rewritten, batch_for(rewritten), loss, None)
+        first, _, _ = _run(rewritten, batch_for(rewritten), loss, Taps())
     tapped, taps = tap(plain, records)
     batch = batch_for(plain)
     with undisturbed(plain, tapped, *guarded):
@@ -148,7 +148,7 @@ def _observe(
 
     def plain_again() -> Run:
         with undisturbed(plain, tapped, *guarded):
-            return _run(tapped, batch_for(plain), loss, None)[0]
+            return _run(tapped, batch_for(plain), loss, Taps())[0]
 
     mode = "training" if rewritten.training else "evaluation"
     cast = batch.autocast
@@ -183,18 +183,15 @@ def observe_forward(
 
 
 def _run(
-    model: nn.Module, batch: Batch, loss: Loss | None, taps: Taps | None
+    model: nn.Module, batch: Batch, loss: Loss | None, taps: Taps
 ) -> tuple[Run, dict[int, Tensor | None], str]:
     """Run forward and backward; also the gradients of the tapped calls' own weights, by id."""
-    if taps is None:
+    with taps.listening():
         output = model(*batch.args, **batch.kwargs)
-    else:
-        with taps.listening():
-            output = model(*batch.args, **batch.kwargs)
     outputs = {name: value for name, value in tensors_in(output, "output") if has_gradient(value)}
     value, loss_name = _loss(output, outputs, loss)
     # After the loss, which may do backward passes of its own, and which the hooks have seen.
-    calls = [] if taps is None else taps.calls
+    calls = taps.calls
     for call in calls:
         call.output_gradient = None
     parameters = _trained(model)
@@ -202,7 +199,7 @@ def _run(
     wanted = [*parameters.values(), *batch.leaves.values(), *weights]
     gradients: Sequence[Tensor | None] = [None] * len(wanted)
     if value.requires_grad and wanted:
-        gradients = _gradients(value, wanted, retain_graph=taps is not None)
+        gradients = _gradients(value, wanted, retain_graph=bool(calls))
     found = iter([None if g is None else g.detach() for g in gradients])
     run = Run(
         # Copies: an output may be a buffer, which is put back.
@@ -249,7 +246,7 @@ def _in_order(model: nn.Module, records: Sequence[InputLayer], taps: Taps) -> li
 
 def _terms(weight: Tensor, call: ObservedCall, parameters: Mapping[str, Tensor]) -> Terms | None:
     """Lead a call's gW, plain and preconditioned, on to the parameters."""
-    if call.incoming is None or call.record.lambda_ is None:
+    if call.incoming is None:
         return None
 
     def lead(gradient: Tensor) -> dict[str, Tensor]:

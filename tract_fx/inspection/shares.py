@@ -113,12 +113,9 @@ def image_shares(call: ObservedCall, found: Spectrum, seen: Looks) -> tuple[Imag
 def _condensed(outputs: Tensor) -> Tensor:
     """Make dz_iᵀ as small as it can be with ‖dz_iᵀ A‖ the same for every A.
 
-    Args:
-        outputs: dz_i, (groups, images, rows of one image, out/groups).
-
-    Returns:
-        (groups, images, min(rows of one image, out/groups), rows of one image). An image of one row
-        needs one number instead of a column of them, and its gW_i of out × n is never formed.
+    From (groups, images, rows of one image, out/groups) to (groups, images, the smaller of these
+    two, rows of one image). An image of one row needs one number instead of a column of them, and
+    its gW_i of out × n is never formed.
     """
     rows, out = outputs.shape[-2:]
     return outputs.mT if out <= rows else torch.linalg.qr(outputs.mT, mode="r").R
@@ -134,15 +131,7 @@ def _shares(norms: Tensor) -> list[float]:
 
 
 def correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Compute Pearson's correlation.
-
-    Args:
-        first: One number per image.
-        second: Another per image.
-
-    Returns:
-        The correlation; NaN where one of both does not vary or is not finite.
-    """
+    """Compute Pearson's correlation, NaN where one of both does not vary or is not finite."""
     pair = torch.tensor([first, second], dtype=torch.float64)
     if pair.shape[1] < 2 or not torch.isfinite(pair).all():
         return math.nan

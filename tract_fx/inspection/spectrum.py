@@ -41,28 +41,16 @@ class Spectrum:
     factors: tuple[Tensor, Tensor]
 
     def coordinates(self, rows: Tensor, start: int) -> Tensor:
-        """Give rows of X in the coordinates that the system is in.
+        """Give some rows of X, (groups, rows, n), in the coordinates that the system is in.
 
-        Args:
-            rows: (groups, rows, n), some rows of X in float64.
-            start: How many rows of X come before them.
-
-        Returns:
-            (groups, rows, n), or (groups, rows, R) with R < n.
+        That is as they are or, with R < n, as (groups, rows, R); `start` rows come before them.
         """
         if self.compact is None:
             return rows
         return self.compact[:, start : start + rows.shape[1]]
 
     def precondition(self, vectors: Tensor) -> Tensor:
-        """Multiply with the inverse of XᵀX/R + λI.
-
-        Args:
-            vectors: (groups, *, columns), in the system's coordinates.
-
-        Returns:
-            The same shape.
-        """
+        """Multiply (groups, *, columns), in these coordinates, with the inverse of XᵀX/R + λI."""
         flat = vectors.flatten(1, -2)
         solved: Tensor = torch.linalg.lu_solve(*self.factors, flat, left=False)
         return solved.reshape(vectors.shape)
@@ -94,11 +82,7 @@ def too_large(call: ObservedCall) -> str:
 def spectrum(call: ObservedCall) -> Spectrum | None:
     """Compute the eigenvalues of a call's Gram and factorise TrAct's system.
 
-    Args:
-        call: A call with λ, rows, finite input and a size that is not `too_large`.
-
-    Returns:
-        Both, None where the Gram overflows float64.
+    None where the Gram overflows float64. The call has λ, rows and finite input, not `too_large`.
     """
     lambda_, count, n = call.record.lambda_, call.gram_rows, call.columns
     assert lambda_ is not None and count

@@ -18,10 +18,9 @@ from tract_fx.reference.observed import ObservedCall
 
 def statistics(calls: Sequence[ObservedCall]) -> Statistics:
     """Measure what TrAct does on a batch, in float64."""
-    treated = [call for call in calls if call.record.lambda_ is not None]
-    times = Counter(call.record.name for call in treated)
+    times = Counter(call.record.name for call in calls)
     layers, warnings = [], []
-    for call in treated:
+    for call in calls:
         name, node = call.record.name, call.record.node
         where = name if times[name] == 1 else f"{name} (node {node!r})"
         seen = looks(call)

@@ -8,6 +8,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,8 +92,8 @@ class _State:
 
     def restore(self) -> None:
         """Put everything back."""
-        for put_back, before in self._generators:
-            put_back(before)
+        for put_back in self._generators:
+            put_back()
         for container, before in self._containers:
             container.clear()
             if isinstance(container, (list, deque)):
@@ -144,30 +145,26 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.data_ptr()
 
 
-_Generators = list[tuple[Callable[[Any], object], Any]]
-"""How to put a random state back, and the state."""
-
-
-def _global_generators() -> _Generators:
-    """Python's and NumPy's; torch's own have a context manager."""
-    found: _Generators = [(random.setstate, random.getstate())]
+def _global_generators() -> list[Callable[[], object]]:
+    """Put back Python's and NumPy's states; torch's own have a context manager."""
+    found: list[Callable[[], object]] = [partial(random.setstate, random.getstate())]
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        found.append((numpy.random.set_state, numpy.random.get_state()))
+        found.append(partial(numpy.random.set_state, numpy.random.get_state()))
     return found
 
 
-def _generator(value: object) -> _Generators:
+def _generator(value: object) -> list[Callable[[], object]]:
+    """Put back the state of a generator, if it is one."""
     if isinstance(value, torch.Generator):
-        return [(value.set_state, value.get_state())]
+        return [partial(value.set_state, value.get_state())]
     if isinstance(value, random.Random):
-        return [(value.setstate, value.getstate())]
+        return [partial(value.setstate, value.getstate())]
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.random.RandomState):
-        return [(value.set_state, value.get_state())]
+        return [partial(value.set_state, value.get_state())]
     if numpy is not None and isinstance(value, numpy.random.Generator):
-        bits = value.bit_generator
-        return [(lambda state: setattr(bits, "state", state), bits.state)]
+        return [partial(setattr, value.bit_generator, "state", value.bit_generator.state)]
     return []
 
 

@@ -12,21 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from tract_fx.inspection.comparison import (
-    OTHER_TOLERANCE,
-    coarser,
-    coarsest,
-    compare_runs,
-)
+from tract_fx.inspection.batch import dtype_name
+from tract_fx.inspection.comparison import OTHER_TOLERANCE, coarsest, compare_runs
 from tract_fx.inspection.records import Check, Verification, WeightCheck
-from tract_fx.inspection.runs import Runs
+from tract_fx.inspection.runs import Runs, Terms
 from tract_fx.passes.records import InputLayer
 from tract_fx.reference.distance import relative_error
+from tract_fx.reference.observed import ObservedCall
 
 OPERATOR_TOLERANCE = {
     torch.float64: 1e-8,
@@ -55,30 +51,17 @@ _LOST = (
 )
 
 
-@dataclass
-class _Terms:
-    """What the calls with TrAct give to one parameter's gradient, in float64."""
-
-    nodes: list[str] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    dtype: torch.dtype = torch.float64
-    condition: float = 1.0
-    plain: list[Tensor] = field(default_factory=list)
-    tract: list[Tensor] = field(default_factory=list)
-    own: list[Tensor | None] = field(default_factory=list)
+_Parts = list[tuple[ObservedCall, Terms]]
+"""The calls with TrAct that give something to one parameter's gradient."""
 
 
 def verify(
-    runs: Runs,
-    expected: Sequence[InputLayer],
-    lost: Sequence[str] = (),
-    untreated: Sequence[InputLayer] = (),
+    runs: Runs, lost: Sequence[str] = (), untreated: Sequence[InputLayer] = ()
 ) -> Verification:
     """Compare what the rewritten model gave with float64 and with the plain model."""
-    terms = _gather(runs)
     weights, wrong = [], []
-    for name, of_parameter in terms.items():
-        check, problem = _check_weight(name, of_parameter, runs)
+    for name, parts in _gather(runs).items():
+        check, problem = _check_weight(name, parts, runs)
         if check is not None:
             weights.append(check)
         wrong += [] if problem is None else [problem]
@@ -86,7 +69,7 @@ def verify(
     compared = compare_runs(runs.rewritten, runs.plain, runs.autocast, names)
     differing, says_nothing = _differing(runs, weights, compared, wrong)
     absent = [
-        *_missing(runs, expected, lost),
+        *_missing(runs, lost),
         *_without_gradient(runs, weights),
         *_hooked(runs, weights),
     ]
@@ -104,7 +87,7 @@ def verify(
 
 def _treated(runs: Runs) -> dict[str, InputLayer]:
     """The layers with TrAct, by name."""
-    return {call.record.name: call.record for call in runs.calls if _has_tract(call.record)}
+    return {call.record.name: call.record for call in runs.calls}
 
 
 def _differing(
@@ -184,7 +167,7 @@ def _remarks(runs: Runs, untreated: Sequence[InputLayer]) -> Iterator[str]:
     for layer in treated.values():
         if layer.frozen:
             yield f"{layer.name} is frozen: it has no gradient to verify"
-    nodes = {call.record.node for call in runs.calls if _has_tract(call.record)}
+    nodes = {call.record.node for call in runs.calls}
     missing = [r for r in untreated if not r.frozen and r.node not in nodes]
     if treated and missing:
         again = [
@@ -207,54 +190,45 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _has_tract(record: InputLayer) -> bool:
-    return record.lambda_ is not None
-
-
-def _gather(runs: Runs) -> dict[str, _Terms]:
+def _gather(runs: Runs) -> dict[str, _Parts]:
     """Sort what the calls with TrAct give by parameter."""
-    result: dict[str, _Terms] = {}
-    for call, of_call in zip(runs.calls, runs.terms, strict=True):
-        if call.incoming is None or of_call is None:
-            continue
-        for name, part in of_call.plain.items():
-            terms = result.setdefault(name, _Terms())
-            terms.nodes.append(call.record.node)
-            terms.names.append(call.record.name)
-            terms.dtype = coarser(terms.dtype, call.incoming.dtype)
-            terms.condition = max(terms.condition, call.condition_bound)
-            terms.plain.append(part)
-            terms.tract.append(of_call.tract[name])
-            terms.own.append(None if of_call.own is None else of_call.own[name])
+    result: dict[str, _Parts] = {}
+    for call, terms in zip(runs.calls, runs.terms, strict=True):
+        if terms is not None:
+            for name in terms.plain:
+                result.setdefault(name, []).append((call, terms))
     return result
 
 
-def _check_weight(name: str, terms: _Terms, runs: Runs) -> tuple[WeightCheck | None, str | None]:
+def _check_weight(name: str, parts: _Parts, runs: Runs) -> tuple[WeightCheck | None, str | None]:
     """Compare one parameter's gradient; the comparison, and what is wrong beyond it."""
     plain, found = runs.plain.gradients[name], runs.rewritten.gradients.get(name)
     if plain is None or not plain.any():
         return None, None
-    dtype = coarser(terms.dtype, plain.dtype)
-    rest = _rest(plain.double(), terms.plain, dtype)
-    wanted = rest + sum(terms.tract)
+    calls = [call for call, _ in parts]
+    dtype = coarsest(None, plain, *(call.incoming for call in calls))
+    rest = _rest(plain.double(), [terms.plain[name] for _, terms in parts], dtype)
+    wanted = rest + sum(terms.tract[name] for _, terms in parts)
     plain_distance = _error(plain, wanted)
     error = math.inf if found is None else _error(found, wanted)
-    tolerance = min(_tolerance(dtype, terms.condition), DISTINCT * plain_distance)
+    condition = max(call.condition_bound for call in calls)
+    tolerance = min(_tolerance(dtype, condition), DISTINCT * plain_distance)
     end_to_end = floor = None
-    own = [part for part in terms.own if part is not None]
-    if len(own) == len(terms.own):
+    own = [terms.own[name] for _, terms in parts if terms.own is not None]
+    if len(own) == len(parts):
         exact = rest + sum(own)
         end_to_end = math.inf if found is None else _error(found, exact)
         floor = _error(wanted, exact)
     check = WeightCheck(
         parameter=name,
-        nodes=tuple(dict.fromkeys(terms.nodes)),
+        nodes=tuple(dict.fromkeys(call.record.node for call in calls)),
         operator=Check(f"gradient of {name}", error, tolerance),
         end_to_end=end_to_end,
         floor=floor,
         plain=plain_distance,
     )
-    return check, _problem(check, found, plain, dtype, terms)
+    layers = ", ".join(dict.fromkeys(call.record.name for call in calls))
+    return check, _problem(check, found, plain, dtype, layers)
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:
@@ -277,13 +251,12 @@ def _rest(plain: Tensor, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _problem(
-    check: WeightCheck, found: Tensor | None, plain: Tensor, dtype: torch.dtype, terms: _Terms
+    check: WeightCheck, found: Tensor | None, plain: Tensor, dtype: torch.dtype, layers: str
 ) -> str | None:
     """Say in words what a failed comparison shows, or one that shows nothing."""
     rounding = torch.finfo(dtype).eps
     if check.operator.passed and not check.plain <= _UNITS * rounding:
         return None
-    layers = ", ".join(dict.fromkeys(terms.names))
     if found is None:
         return (
             f"{check.parameter} of {layers}: the rewritten model gives it no gradient, and the "
@@ -293,7 +266,7 @@ def _problem(
         return (
             f"{check.parameter} of {layers}: on this batch the plain gradient is within "
             f"{check.plain:.1e} of TrAct's, so that the comparison can't tell them apart in "
-            f"{str(dtype).removeprefix('torch.')}. Verify on another batch, or in float64."
+            f"{dtype_name(dtype)}. Verify on another batch, or in float64."
         )
     if _error(found, plain) <= _UNITS * rounding:
         return (
@@ -303,22 +276,16 @@ def _problem(
     return None
 
 
-def _missing(runs: Runs, expected: Sequence[InputLayer], lost: Sequence[str]) -> list[str]:
+def _missing(runs: Runs, lost: Sequence[str]) -> list[str]:
     """Say which calls should have TrAct and have not."""
-    treated = {call.record.node for call in runs.calls if _has_tract(call.record)}
     problems = [
-        f"{record}: it should have TrAct and has not. {_LOST}."
-        for record in expected
-        if record.node not in treated
-    ]
-    problems += [
         f"{name}: the pass has marked it, and in this run it has no TrAct. Its layer was replaced, "
         "or given another forward method; or TrAct's node was taken out of the graph; or the model "
         "calls the layer under torch.no_grad(), does not call it, or calls another in its place "
         f"that it holds in a closure. {_LOST}."
         for name in lost
     ]
-    if not treated and not problems:
+    if not runs.calls and not problems:
         problems.append(f"No call has TrAct: every gradient is the plain one. {_LOST}.")
     return problems
 

@@ -13,6 +13,7 @@ from tract_fx.artifacts.batches import check_batch, on_host
 from tract_fx.artifacts.manifest import TensorSpec
 from tract_fx.errors import InvalidBatchError
 from tract_fx.export.made_up import made_up_numbers
+from tract_fx.inspection.batch import value_words
 from tract_fx.inspection.onnx.subject import OnnxSubject
 from tract_fx.passes.onnx_graph.values import static_shape
 
@@ -45,7 +46,7 @@ def make_batch(subject: OnnxSubject, example_inputs: Any) -> OnnxBatch:
     if parameters is None and subject.is_training:
         parameters = _random_parameters(subject, generator)
         notes.append("Random parameters, for there is no checkpoint beside the graph")
-    shapes = ", ".join(f"{name} {_words(array)}" for name, array in feeds.items())
+    shapes = ", ".join(f"{name} {value_words(a.dtype, a.shape)}" for name, a in feeds.items())
     return OnnxBatch(feeds, parameters or {}, shapes, ". ".join(notes))
 
 
@@ -126,7 +127,3 @@ def _random_parameters(
             array = generator.standard_normal(shape) * np.sqrt(2 / fan)
         parameters[name] = array.astype(dtype.numpy())
     return parameters
-
-
-def _words(array: np.ndarray) -> str:
-    return f"{array.dtype.name} {'×'.join(map(str, array.shape)) or 'scalar'}"

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from tract_fx.artifacts.versions import versions
 from tract_fx.inspection.inspection import Inspection
 from tract_fx.inspection.onnx.batch import OnnxBatch, make_batch
+from tract_fx.inspection.onnx.drawing import OnnxPictures, Shapes
 from tract_fx.inspection.onnx.layers import (
     Form,
     chosen_form,
@@ -23,7 +24,6 @@ from tract_fx.inspection.onnx.runs import OnnxRuns, run_form, run_with_tract
 from tract_fx.inspection.onnx.subject import OnnxSubject, read_subject
 from tract_fx.inspection.onnx.text import graph_text
 from tract_fx.inspection.onnx.verify import manifest_problems, verify_runs, wiring_problems
-from tract_fx.inspection.onnx.views import OnnxPictures
 from tract_fx.inspection.records import ForwardDiff, Verification
 from tract_fx.inspection.statistics import statistics as measure
 from tract_fx.passes.onnx_graph.find import LocatedOnnx, locate
@@ -34,6 +34,7 @@ _FORWARD = (
     "A forward graph: TrAct is a property of gradients, and goes in when a training graph is made "
     "of it, by export_training, or by generate_artifacts and tract_onnx_pass"
 )
+_VERSIONS = {"onnx": onnx.__version__, "onnx_ir": ir.__version__}
 
 
 def inspect_onnx(
@@ -45,39 +46,24 @@ def inspect_onnx(
     statistics: bool = True,
     whole: bool = False,
 ) -> Inspection:
-    """Show what TrAct is in an ONNX graph, and whether it is right. No file is changed.
+    """Show what TrAct is in an ONNX graph, and whether it is right: `inspect_graph` of ONNX.
 
-    Args:
-        model: A training graph, as `generate_artifacts` or `export_training` writes it, a directory
-            of `export_training`, or a forward model; or their paths. Parameters are those of the
-            `checkpoint` beside the training graph, or else random.
-        example_inputs: A batch: the graph's inputs and then its targets as a tuple in this order,
-            or a mapping by name. What is missing is noise.
-        backward: `"short"` for TrAct as one node per call, `"expanded"` for its operators as well,
-            None for no picture.
-        verify: Whether to compare gradients and outputs with float64 and with the plain graph.
-        statistics: Whether to measure the Gram's spectrum and each image's share in the update.
-        whole: Whether the pictures show whole graphs instead of TrAct's neighbourhood.
-
-    Returns:
-        The inspection.
-
-    Raises:
-        UnsupportedModelError: It is no ONNX model, or TrAct's nodes in it were taken apart.
-        DamagedArtifactsError: The directory is not complete and unaltered.
-        InvalidBatchError: The batch does not fit the graph.
-        FailedRunError: ONNX Runtime can't run the graph on the batch.
-        MissingRuntimeError: ONNX Runtime Training is not installed.
+    Parameters are those of the checkpoint beside a training graph, or else random. What is missing
+    of the batch (the graph's inputs, then its targets) is noise. No file is changed.
     """
     graphs = _read(model)
     subject = graphs.subject
     asked = verify or statistics or example_inputs is not None
-    run = _run(graphs, example_inputs) if graphs.treated and asked else None
+    run = None
+    if graphs.treated and asked:
+        batch = make_batch(subject, example_inputs)
+        run = run_with_tract(subject.model, graphs.plain, graphs.treated, batch)
     calls = onnx_calls(graphs.located)
+    drawn = [call.call for call in graphs.treated] or graphs.located.calls.values()
     pictures = OnnxPictures(
         subject.model,
         graphs.treated,
-        _drawn_outputs(graphs),
+        [call.output for call in drawn],
         (*subject.trainable, *subject.frozen),
         {} if run is None else _open_sizes(subject, run.batch),
         whole,
@@ -95,7 +81,7 @@ def inspect_onnx(
             () if run is None else run.calls,
             {} if run is None else run.rewritten.values,
         ),
-        refusals=calls.refusals,
+        refusals=calls.findings.refusals,
         others=calls.others,
         forward=ForwardDiff(
             graph_text(graphs.plain), graph_text(subject.model), pictures.changed()
@@ -106,7 +92,8 @@ def inspect_onnx(
         verification=_verification(graphs, run) if verify else None,
         statistics=measure(run.calls) if statistics and run is not None else None,
         notes=_notes(graphs, run),
-        versions=_versions(subject),
+        # A forward graph takes no ONNX Runtime.
+        versions=versions() if subject.is_training else _VERSIONS,
     )
 
 
@@ -138,24 +125,12 @@ def _read(model: onnx.ModelProto | ir.Model | str | os.PathLike[str]) -> _Graphs
     return _Graphs(subject, plain, located, treated, problems)
 
 
-def _run(graphs: _Graphs, example_inputs: Any) -> OnnxRuns:
-    batch = make_batch(graphs.subject, example_inputs)
-    return run_with_tract(graphs.subject.model, graphs.plain, graphs.treated, batch)
-
-
-def _drawn_outputs(graphs: _Graphs) -> list[ir.Value]:
-    """Of the calls with TrAct, or where there is none of those on the input."""
-    located = graphs.located
-    treated = [call.call for call in graphs.treated]
-    return [call.output for call in treated or located.calls.values()]
-
-
 def _chosen(run: OnnxRuns) -> dict[str, Form]:
     forms = {call.record.node: chosen_form(call, run.rewritten.values) for call in run.treated}
     return {node: form for node, form in forms.items() if form is not None}
 
 
-def _shapes(run: OnnxRuns, chosen: Mapping[str, Form]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _shapes(run: OnnxRuns, chosen: Mapping[str, Form]) -> Shapes:
     """Dtype and shape of what TrAct's operators computed on the batch."""
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for call in run.treated:
@@ -206,10 +181,3 @@ def _notes(graphs: _Graphs, run: OnnxRuns | None) -> tuple[str, ...]:
     if manifest is not None and manifest.precision != "float32":
         notes.append(f"Training rounds large products to {manifest.precision}; here nothing does")
     return tuple(notes)
-
-
-def _versions(subject: OnnxSubject) -> dict[str, str]:
-    """Name the packages' versions; a forward graph takes no ONNX Runtime."""
-    if subject.is_training:
-        return versions()
-    return {"onnx": onnx.__version__, "onnx_ir": ir.__version__}

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from tract_fx.inspection.layers import LayerCalls, layer_reports, sort_calls
+from tract_fx.inspection.batch import dtype_name
+from tract_fx.inspection.layers import LayerCalls, layer_reports
 from tract_fx.inspection.records import LayerReport
 from tract_fx.inspection.sources import source_in
 from tract_fx.passes.onnx_graph.calls import is_standard
@@ -59,10 +60,10 @@ class Form:
 
 
 def onnx_calls(located: LocatedOnnx) -> LayerCalls:
-    """Sort the calls of a graph."""
+    """Read the calls of a graph."""
     traces = {r.node: call.node.metadata_props.get(_TRACE, "") for r, call in located.eligible}
     sources = {name: source_in(trace) for name, trace in traces.items()}
-    return sort_calls(located.findings, [record for record, _ in located.eligible], sources, {})
+    return LayerCalls(located.findings, [record for record, _ in located.eligible], sources, {})
 
 
 def onnx_layer_reports(
@@ -84,7 +85,7 @@ def onnx_layer_reports(
             report = dataclasses.replace(
                 report,
                 input_shape=tuple(run.x.shape),
-                input_dtype=str(run.x.dtype).removeprefix("torch."),
+                input_dtype=dtype_name(run.x.dtype),
                 rows=run.row_count,
                 columns=run.columns,
             )

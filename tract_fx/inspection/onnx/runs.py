@@ -11,7 +11,6 @@ import onnx_ir as ir
 from tract_fx import ort_training
 from tract_fx.errors import FailedRunError
 from tract_fx.export.graph_runs import accumulated_gradients, run_training_graph
-from tract_fx.importer.modes import random_operators
 from tract_fx.inspection.onnx.batch import OnnxBatch
 from tract_fx.inspection.onnx.layers import BRANCHES, Form, conditions_of
 from tract_fx.passes.onnx_graph.cutting import cut
@@ -49,7 +48,6 @@ class OnnxRuns:
         treated: The calls with TrAct.
         calls: What each of them read and what came back to it.
         rewritten: What the graph with TrAct computed.
-        draws: Whether the graph has random operators that are on.
     """
 
     model: ir.Model
@@ -58,7 +56,6 @@ class OnnxRuns:
     treated: tuple[TreatedCall, ...]
     calls: tuple[ObservedCall, ...]
     rewritten: GraphRun
-    draws: bool
 
 
 def run_with_tract(
@@ -70,8 +67,7 @@ def run_with_tract(
     names += [name for call in treated for name in conditions_of(call)]
     rewritten = run_gradients(model, batch, names)
     calls = tuple(observe_call(call, rewritten.values) for call in treated)
-    draws = bool(random_operators(model))
-    return OnnxRuns(model, plain, batch, treated, calls, rewritten, draws)
+    return OnnxRuns(model, plain, batch, treated, calls, rewritten)
 
 
 def _seeded(model: ir.Model) -> ir.Model:
@@ -89,7 +85,7 @@ def run_gradients(model: ir.Model, batch: OnnxBatch, names: Iterable[str] = ()) 
     gathered = accumulated_gradients(model)
     outputs = [str(v.name) for v in model.graph.outputs if not _accumulates(v)]
     read = list(dict.fromkeys((*outputs, *gathered.values(), *names)))
-    values = _run(model.clone(), batch, read)
+    values = run_training_graph(model, batch.feeds, batch.parameters, read, _failed)
     return GraphRun(
         outputs={name: values[name] for name in outputs},
         gradients={name: values[value] for name, value in gathered.items()},
@@ -115,14 +111,10 @@ def run_with_terms(
     """
     model = plain.clone()
     values = {value.name: value for node in model.graph for value in node.outputs}
-    given = {}
+    feeds = dict(batch.feeds)
     for index, (name, array) in enumerate(terms.items()):
         term = values[name]
-        source = ir.Value(
-            name=f"inspected_term_{index}",
-            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-            shape=ir.Shape(array.shape),
-        )
+        source = _source(f"inspected_term_{index}", array)
         # The accumulation reads a node's output, also where the term itself is accumulated.
         copy = ir.node("Identity", [source], name=f"inspected_copy_{index}")
         copy.outputs[0].name, copy.outputs[0].type = f"inspected_value_{index}", source.type
@@ -131,10 +123,10 @@ def run_with_terms(
         term.replace_all_uses_with(copy.outputs[0], replace_graph_outputs=True)
         model.graph.insert_after(producer, copy)
         model.graph.inputs.append(source)
-        given[str(source.name)] = array
+        feeds[str(source.name)] = array
     gathered = accumulated_gradients(model)
     wanted = {name: gathered[name] for name in parameters if name in gathered}
-    results = _run(model, batch, wanted.values(), given)
+    results = run_training_graph(model, feeds, batch.parameters, list(wanted.values()), _failed)
     return {name: results[value] for name, value in wanted.items()}
 
 
@@ -152,15 +144,11 @@ def run_form(
         _inline(graph, str(choice.outputs[0].name), BRANCHES[when])
     known = {v.name: v for node in graph for v in node.outputs} | {v.name: v for v in graph.inputs}
     sources: list[tuple[ir.Value, np.ndarray]] = []
-    for name in dict.fromkeys(str(v.name) for v in _outer(call)):
-        old, array = known[name], values[name]
-        source = ir.Value(
-            name=f"inspected_{len(sources)}",
-            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-            shape=ir.Shape(array.shape),
-        )
-        old.replace_all_uses_with(source)
-        sources.append((source, array))
+    outer = (call.call.input, call.plain, call.output_gradient)
+    for name in dict.fromkeys(str(value.name) for value in outer):
+        source = _source(f"inspected_{len(sources)}", values[name])
+        known[name].replace_all_uses_with(source)
+        sources.append((source, values[name]))
     names = [name for name in names if name in known]
     graph.inputs.extend(source for source, _ in sources)
     cut(graph, [known[name] for name in names])
@@ -185,19 +173,10 @@ def _inline(graph: ir.Graph, result: str, branch: str) -> None:
     choice.outputs[0].replace_all_uses_with(end, replace_graph_outputs=True)
 
 
-def _outer(call: TreatedCall) -> tuple[ir.Value, ...]:
-    return (call.call.input, call.plain, call.output_gradient)
-
-
-def _run(
-    model: ir.Model,
-    batch: OnnxBatch,
-    names: Iterable[str],
-    more: Mapping[str, np.ndarray] | None = None,
-) -> dict[str, np.ndarray]:
-    """Run a graph and read values in it."""
-    feeds = {**batch.feeds, **(more or {})}
-    return run_training_graph(model, feeds, batch.parameters, list(names), _failed)
+def _source(name: str, array: np.ndarray) -> ir.Value:
+    """A value for an array to stand in a graph's inputs."""
+    dtype = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+    return ir.Value(name=name, type=dtype, shape=ir.Shape(array.shape))
 
 
 def _failed(error: Exception) -> FailedRunError:

@@ -22,15 +22,28 @@ from tract_fx.artifacts.directory import (
 from tract_fx.artifacts.manifest import Manifest, TensorSpec
 from tract_fx.artifacts.tensor_files import read_tensors
 from tract_fx.errors import DamagedArtifactsError
-from tract_fx.inspection.step_without_update import without_update
+from tract_fx.passes.onnx_graph.cutting import cut
 from tract_fx.passes.onnx_graph.models import as_ir_model
 from tract_fx.passes.onnx_graph.parameters import (
     forward_parameters,
     is_training_graph,
     training_parameters,
 )
-from tract_fx.passes.onnx_graph.step_names import has_update
+from tract_fx.passes.onnx_graph.step_names import (
+    GRADIENT,
+    IS_UPDATE,
+    LEARNING_RATE,
+    LOSS_SCALE,
+    NEW,
+    STEP,
+    STEPS_WITH_SCALE,
+    has_update,
+)
 from tract_fx.passes.onnx_graph.values import static_shape
+from tract_fx.step.low_precision import raise_products
+from tract_fx.step.ort_training import collect_results
+
+_OF_UPDATES = frozenset({IS_UPDATE, LEARNING_RATE, LOSS_SCALE, STEP, STEPS_WITH_SCALE})
 
 
 @dataclass(frozen=True)
@@ -75,15 +88,13 @@ def read_subject(model: onnx.ModelProto | ir.Model | str | os.PathLike[str]) -> 
         graph = as_ir_model(model)
         name = graph.graph.name or "ONNX model"
     if has_update(graph):
-        graph = without_update(graph)
+        graph = _without_update(graph)
     if not is_training_graph(graph):
         trained = forward_parameters(graph)
         given = [v for v in graph.graph.inputs if v.name not in graph.graph.initializers]
         inputs = tuple(_spec(value) for value in given)
         return OnnxSubject(name, graph, False, inputs, trained, (), None, None)
-    parameters = None
-    if checkpoint is not None:
-        parameters = _parameters(checkpoint)
+    parameters = None if checkpoint is None else _parameters(checkpoint)
     names = training_parameters(graph, parameters)
     if checkpoint is not None and parameters is not None:
         _check_parameters(checkpoint, graph, (*names.trainable, *names.frozen), parameters)
@@ -97,6 +108,32 @@ def read_subject(model: onnx.ModelProto | ir.Model | str | os.PathLike[str]) -> 
         parameters,
         manifest,
     )
+
+
+def _without_update(model: ir.Model) -> ir.Model:
+    """Take the update out of a step's graph, and collect its gradients."""
+    model = model.clone()
+    raise_products(model)
+    graph = model.graph
+    made = {str(value.name): value for node in graph for value in node.outputs}
+    loss = graph.outputs[0]
+    new = {str(value.name).removesuffix(NEW) for value in graph.outputs[1:]}
+    names = [str(value.name) for value in graph.inputs]
+    trained = [name for name in names if name in new and f"{name}{GRADIENT}" in made]
+    states = {name for name in new if name.rpartition(".")[0] in trained}
+    statistics = [name for name in names if name in new - {*trained} - states - _OF_UPDATES]
+    gradients = {name: made[f"{name}{GRADIENT}"] for name in trained}
+    results = {name: made[f"{name}{NEW}"] for name in statistics}
+    given = {str(value.name): value for value in graph.inputs}
+    if LOSS_SCALE in given:
+        given[LOSS_SCALE].const_value = ir.tensor(np.array(1, np.float32), name=LOSS_SCALE)
+        graph.inputs.remove(given[LOSS_SCALE])
+        graph.register_initializer(given[LOSS_SCALE])
+    cut(graph, [loss, *gradients.values(), *results.values()])
+    graph.outputs[:] = [loss]
+    others = {*states, *_OF_UPDATES, *graph.initializers}
+    collect_results(model, [given[n] for n in names if n not in others], gradients, results)
+    return model
 
 
 def _parameters(file: Path) -> dict[str, np.ndarray]:

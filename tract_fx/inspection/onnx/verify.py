@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tract_fx.artifacts.manifest import Manifest
 from tract_fx.errors import FailedRunError
+from tract_fx.importer.modes import random_operators
 from tract_fx.inspection.comparison import NEGLIGIBLE, OTHER_TOLERANCE
 from tract_fx.inspection.onnx.layers import chosen_form, forms_of
 from tract_fx.inspection.onnx.runs import (
@@ -91,7 +92,7 @@ def verify_runs(runs: OnnxRuns, problems: Sequence[str]) -> Verification:
         runs.batch.note,
         *notes_of_forms,
     ]
-    if runs.draws:
+    if random_operators(runs.model):
         notes.append("Random operators, such as dropout, drew the same numbers in both graphs")
     note = ". ".join(text for text in notes if text)
     return Verification(weights, others, (*problems, *found), f"{note}.")

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +27,8 @@ _SCALE = 1.2
 _RULER = (-9.0, 1.0)  # powers of ten at the two ends
 
 
-@dataclass(frozen=True)
-class _Line:
-    """A line of code on the page, and the class that it is coloured by."""
-
-    text: str
-    style: str = ""
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """A graph on the page: as a picture where there is one, and as text."""
-
-    view: GraphView
-    drawing: Markup | None
-    width: int
-    missing: str
-    lines: list[_Line]
-    legend: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """Statistics of one layer with their plots."""
-
-    layer: LayerStatistics
-    facts: list[tuple[str, str, str]]
-    plots: list[Markup]
+_Lines = list[tuple[str, str]]
+"""Lines of code on the page, and the class that each is coloured by."""
 
 
 def page_html(inspection: Inspection, curves: Curves | None = None) -> str:
@@ -119,19 +93,20 @@ def _context(inspection: Inspection) -> dict[str, Any]:
     }
 
 
-def _diff(forward: ForwardDiff) -> list[_Line]:
+def _diff(forward: ForwardDiff) -> _Lines:
     styles = {"+": "added", "-": "removed", "@": "place"}
-    return [_Line(line, styles.get(line[:1], "")) for line in forward.lines()]
+    return [(line, styles.get(line[:1], "")) for line in forward.lines()]
 
 
-def _texts(forward: ForwardDiff) -> list[tuple[str, list[_Line]]]:
+def _texts(forward: ForwardDiff) -> list[tuple[str, _Lines]]:
     """Both graphs whole, where they are not too long to be of use."""
     texts = [("Plain graph", forward.before), ("Graph with TrAct", forward.after)]
-    lines = [(title, [_Line(line) for line in text.splitlines()]) for title, text in texts]
+    lines = [(title, [(line, "") for line in text.splitlines()]) for title, text in texts]
     return [(title, text) for title, text in lines if 0 < len(text) <= _MOST_LINES]
 
 
-def _picture(view: GraphView) -> _Picture:
+def _picture(view: GraphView) -> dict[str, Any]:
+    """A graph on the page: as a picture where there is one, and as text."""
     drawing, width, missing = None, 0, ""
     if len(view.nodes) > _MOST_DRAWN:
         missing = (
@@ -145,10 +120,15 @@ def _picture(view: GraphView) -> _Picture:
             missing = f"No picture: {error}"
     lines = graph_lines(view)
     styles = ["heading" if line.heading else "tract" if line.tract else "" for line in lines]
-    texts = [_Line(text, style) for text, style in zip(aligned(lines), styles, strict=True)]
     kinds: set[str] = {node.kind for node in view.nodes}
-    legend = {kind: text for kind, text in LEGEND.items() if kind in kinds}
-    return _Picture(view, drawing, width, missing, texts, legend)
+    return {
+        "view": view,
+        "drawing": drawing,
+        "width": width,
+        "missing": missing,
+        "lines": list(zip(aligned(lines), styles, strict=True)),
+        "legend": {kind: text for kind, text in LEGEND.items() if kind in kinds},
+    }
 
 
 def _sized(drawing: str) -> tuple[Markup, int]:
@@ -159,11 +139,12 @@ def _sized(drawing: str) -> tuple[Markup, int]:
     return Markup(drawing), round(_SCALE * float(width[1]))
 
 
-def _measured(layer: LayerStatistics) -> _Measured:
+def _measured(layer: LayerStatistics) -> dict[str, Any]:
+    """Statistics of one layer with their plots."""
     named = dataclasses.replace(layer, name=words.printable(layer.name))
     plots = [spectrum_plot(named)] if any(value > 0 for value in layer.eigenvalues) else []
     plots += [share_plot(named)] if layer.images else []
-    return _Measured(layer, words.measured(layer), [Markup(plot) for plot in plots])
+    return {"layer": layer, "facts": words.measured(layer), "plots": list(map(Markup, plots))}
 
 
 def _ruler(weight: WeightCheck) -> list[tuple[str, float]]:

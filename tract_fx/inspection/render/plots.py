@@ -76,8 +76,6 @@ def spectrum_plot(layer: LayerStatistics) -> str:
         above = sum(value > layer.lambda_ for value in positive)
         total = len(layer.eigenvalues) + layer.zeros
         title = _spectrum_title(layer, above, total)
-        if not positive:
-            return _empty(title, "There are no eigenvalues above zero to draw.")
         figure, (axes,) = _figure(title, [_SPECTRUM_HEIGHT], above=0.6 * _LINE)
         _draw_spectrum(axes, positive, layer.lambda_)
         _label_lambda(axes, layer.lambda_, at_right=above <= 0.6 * len(positive))
@@ -92,8 +90,6 @@ def spectrum_plot(layer: LayerStatistics) -> str:
 
 def _spectrum_title(layer: LayerStatistics, above: int, total: int) -> str:
     name = _short(layer.name)
-    if not total:
-        return f"{name}: no eigenvalues"
     if not above:
         return f"{name}: λ is above all eigenvalues, TrAct only scales"
     if above == total:
@@ -330,8 +326,8 @@ def _empty(title: str, text: str) -> str:
     return _svg(figure, title)
 
 
-def _short(name: str, most: int = 30) -> str:
-    return name if len(name) <= most else "…" + name[-most + 1 :]
+def _short(name: str) -> str:
+    return name if len(name) <= 30 else "…" + name[-29:]
 
 
 def _powers(low: float, high: float) -> list[float]:

@@ -135,10 +135,7 @@ def _layers(inspection: Inspection) -> list[RenderableType]:
 
 
 def _layer(layer: LayerReport) -> Table:
-    record = layer.record
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style=_DIM, no_wrap=True)
-    grid.add_column(overflow="fold")
+    record, grid = layer.record, _labelled()
     name = _text(f"{TRACT_MARK} {record.name}", _TRACT)
     grid.add_row("layer", name + _text(f"  λ = {record.lambda_:g}", "bold"))
     grid.add_row("operation", _text(operation(record)))
@@ -156,6 +153,13 @@ def _layer(layer: LayerReport) -> Table:
         grid.add_row("source", _text(place(layer.source)) + code)
     if layer.note:
         grid.add_row("note", _text(sentence(layer.note), "yellow"))
+    return grid
+
+
+def _labelled() -> Table:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style=_DIM, no_wrap=True)
+    grid.add_column(overflow="fold")
     return grid
 
 
@@ -280,9 +284,7 @@ def _statistics(statistics: Statistics | None) -> list[RenderableType]:
 
 
 def _layer_statistics(layer: LayerStatistics) -> Table:
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style=_DIM, no_wrap=True)
-    grid.add_column(overflow="fold")
+    grid = _labelled()
     grid.add_row("layer", _text(layer.name, "bold"))
     for label, value, note in measured(layer):
         grid.add_row(label.lower(), f"{value} ({note})")

@@ -1,4 +1,4 @@
-"""Graphs and differences as text: a line per node, for terminals and where there is no picture."""
+"""Graphs as text: a line per node, for terminals and where there is no picture."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tract_fx.inspection.records import ForwardDiff, GraphView, ViewNode
+from tract_fx.inspection.records import GraphView, ViewNode
 from tract_fx.inspection.render.words import place, plural, printable
 
 TRACT_MARK = "▸"
@@ -67,11 +67,6 @@ def _code(node: ViewNode) -> str:
     return printable(f"{node.name} = {node.label}{space}({', '.join(inputs)})")
 
 
-def graph_text(view: GraphView) -> str:
-    """Write a graph as text."""
-    return "\n".join(aligned(graph_lines(view)))
-
-
 def aligned(lines: Sequence[GraphLine]) -> list[str]:
     """Put shapes and sources of lines below each other."""
     codes = [_indented(line) for line in lines]
@@ -89,8 +84,3 @@ def _indented(line: GraphLine) -> str:
     if line.heading:
         return f"  {line.code}" if line.tract else line.code
     return f"{TRACT_MARK if line.tract else ' '}   {line.code}"
-
-
-def diff_text(diff: ForwardDiff) -> str:
-    """Write what a rewrite changed."""
-    return "\n".join(map(printable, diff.lines())) or "Nothing was changed."

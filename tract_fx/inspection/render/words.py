@@ -162,7 +162,7 @@ def shorten(text: str, most: int) -> str:
     return f"{text[:start]}…{text[len(text) - (most - 1 - start) :]}"
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None) -> str:
     """Write a measured number."""
     if value is None:
         return "–"
@@ -170,7 +170,7 @@ def number(value: float | None, digits: int = 3) -> str:
         return f"{value:g}"
     if 1000 <= abs(value) < 1e7:
         return f"{value:,.0f}"
-    mantissa, exponent, power = f"{value:.{digits}g}".partition("e")
+    mantissa, exponent, power = f"{value:.3g}".partition("e")
     return f"{mantissa}e{int(power)}" if exponent else mantissa
 
 
