@@ -103,7 +103,10 @@ def _trained(
 
 def _prepare_as_a_user(folder: Path) -> None:
     command = [sys.executable, "-u", str(SCRIPT), "--folder", str(folder), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # A shell's background jobs ignore Ctrl+C, and so would what they start.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "preexec_fn": heed}
+    with subprocess.Popen(command, **options) as process:
         try:
             assert process.stdout is not None
             address = next(line for line in process.stdout if line.startswith("Open ")).split()[1]
