@@ -54,10 +54,13 @@ def doctor(debug: Debug = False) -> None:
         for check in checks():
             made.append(check)
             colour = _COLOURS[check.verdict]
-            verdict = f"[{colour}]{check.verdict}[/]"
-            table.add_row(check.what, check.device, verdict, escape(check.detail))
+            error = check.detail if check.verdict in ("right", "wrong") else ""
+            table.add_row(check.what, check.device, f"[{colour}]{check.verdict}[/]", error)
     with printing():
         output().print(table)
+        for check in made:
+            if check.verdict not in ("right", "wrong"):
+                output().print(escape(f"{check.what}: {check.detail}"), soft_wrap=True)
         output().print(_conclusion(made), soft_wrap=True)
     if any(check.verdict in ("wrong", "failed") for check in made):
         raise typer.Exit(1)
