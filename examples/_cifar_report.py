@@ -41,7 +41,8 @@ def by_arm(results: Results) -> dict[Arm, dict[int, Progress]]:
 
 def table(name: str, results: Results) -> Table:
     """Tabulate the arms of a recipe, mean ± standard deviation over their seeds."""
-    made = Table(title=f"{name}, test accuracy after the last epoch", box=SIMPLE_HEAD)
+    title = f"{name}, test accuracy after the last epoch"
+    made = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     made.add_column("", no_wrap=True)
     for column in ("seeds", "accuracy, %", "epochs to the\nplain final", "s per\nepoch"):
         made.add_column(column, justify="right", no_wrap=True)
@@ -163,7 +164,7 @@ def save_plot(stem: Path, name: str, results: Results) -> list[Path]:
             [],
             "-" if epochs == full else "--",
             color=colour,
-            label=f"{label((lambda_, epochs))}: {final} % ({len(seeds)} seed{'s' * (len(seeds) > 1)})",
+            label=f"{label((lambda_, epochs))}: {final} % (seeds: {len(seeds)})",
         )
     panels[0].set(xlabel="epoch", ylabel="test accuracy (%)")
     panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -186,7 +187,7 @@ def _draw(
 ) -> None:
     mean = accuracies.mean(0)
     spread = accuracies.std(0, ddof=1) if len(accuracies) > 1 else np.zeros_like(mean)
-    panel.fill_between(along, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
+    panel.fill_between(along, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
     panel.plot(along, mean, style, color=colour)
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
