@@ -26,7 +26,7 @@ sys.path.insert(0, str(TUTORIAL.parent))
 
 import cifar
 from _cifar_data import MARGIN, Crops, Images, load, standardise
-from _cifar_models import FIRST_LAYER
+from _cifar_models import FIRST_LAYER, build
 from _cifar_records import Budget, read_progress, train
 from _cifar_report import findings, table
 from _cifar_runs import RECIPES, Progress, Run, Settings, Training, digest, plan
@@ -168,7 +168,9 @@ def test_first_layer_has_the_gradient_of_tract_and_all_others_the_plain_one(
     name: str, images: Images
 ) -> None:
     plain, tract = (Training(one(name, lambda_), images, CPU) for lambda_ in (None, 0.1))
-    assert digest(plain.model) == digest(tract.model)  # the start of both, and no step was made
+    torch.manual_seed(0)
+    start = build(RECIPES[name].model, 2, 8, 12)
+    assert digest(plain.model) == digest(tract.model) == digest(start)
     first = f"{FIRST_LAYER[RECIPES[name].model]}.weight"
     layer = tract.model.get_submodule(first.removesuffix(".weight"))
     seen: list[Tensor] = []
@@ -193,6 +195,27 @@ def test_first_layer_has_the_gradient_of_tract_and_all_others_the_plain_one(
             assert relative_error(theirs.grad, expected) > 0.1
         else:
             torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_arms_of_a_seed_see_the_same_batches_and_each_epoch_others(images: Images) -> None:
+    def seen(lambda_: float | None, seed: int) -> list[Tensor]:
+        training = Training(one("resnet18-sgd", lambda_, seed=seed), images, CPU)
+        batches: list[Tensor] = []
+        loss = training.loss
+
+        def spy(images: Tensor, labels: Tensor) -> Tensor:
+            batches.append(images)
+            return loss(images, labels)
+
+        vars(training)["loss"] = spy
+        for _ in range(2):
+            training.train_epoch()
+        assert len(batches) == 2 * len(images.train) // TOY.batch_size
+        return [torch.cat(epoch) for epoch in (batches[:4], batches[4:])]
+
+    plain, tract, other = seen(None, 0), seen(0.1, 0), seen(None, 1)
+    assert torch.equal(plain[0], tract[0]) and torch.equal(plain[1], tract[1])
+    assert not torch.equal(plain[0], plain[1]) and not torch.equal(plain[0], other[0])
 
 
 def test_crops_are_cut_out_of_a_black_margin_and_half_of_them_flipped(images: Images) -> None:
@@ -282,9 +305,8 @@ def test_budget_begins_nothing_that_would_end_too_late(monkeypatch: pytest.Monke
     monkeypatch.setattr("time.monotonic", lambda: now)
     budget, endless = Budget(110.0), Budget(None)
     assert budget.allows(("epoch", "vit-adam"))  # how long one takes is not known yet
-    for each in (budget, endless):
-        with each.measured(("epoch", "vit-adam")):
-            now += 4
+    with budget.measured(("epoch", "vit-adam")):
+        now += 4
     assert budget.allows(("epoch", "vit-adam")) and budget.allows(("start", "vit-adam"))
     now += 2
     assert not budget.allows(("epoch", "vit-adam")) and budget.allows(("start", "vit-adam"))
