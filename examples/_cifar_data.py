@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -83,11 +84,16 @@ def load(
 
 def standardise(pixels: Tensor) -> Tensor:
     """Turn bytes `(N, 3, H, W)` into standardised float32, laid out with the channels last."""
-    mean, deviation = (
-        torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, DEVIATION)
-    )
+    mean, deviation = _moments(pixels.device)
     scaled = (pixels / 255 - mean) / deviation
     return scaled.contiguous(memory_format=torch.channels_last)
+
+
+@cache
+def _moments(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation on the device; a copy at every step would wait for it."""
+    mean, deviation = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, DEVIATION))
+    return mean, deviation
 
 
 class Crops:

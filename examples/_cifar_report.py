@@ -64,7 +64,8 @@ def table(name: str, results: Results) -> Table:
 def label(arm: Arm) -> str:
     """Name an arm."""
     lambda_, epochs = arm
-    return f"{'plain' if lambda_ is None else f'TrAct, λ = {lambda_:g}'}, {epochs} epochs"
+    name = "plain" if lambda_ is None else f"TrAct, λ = {lambda_:g}"
+    return f"{name}, {epochs} epoch{'s' if epochs > 1 else ''}"
 
 
 def _full(results: Results) -> int:
@@ -91,21 +92,20 @@ def _epochs_to(pairs: Sequence[tuple[Progress, Progress]]) -> str:
 
 
 def findings(results: Results) -> list[str]:
-    """Compare TrAct with the plain gradient, seed by seed, in words.
+    """Compare every arm with the plain gradient at full epochs, seed by seed, in words.
 
     Args:
         results: The complete runs of one recipe.
 
     Returns:
-        A sentence or two for each λ at half and at full epochs that has a plain run of full epochs
-        beside it.
+        What there is to say of each arm that shares a seed with it, those of half the epochs first.
     """
     arms, full = by_arm(results), _full(results)
     plain = arms.get((None, full), {})
     said = []
-    for (lambda_, epochs), seeds in arms.items():
+    for (lambda_, epochs), seeds in sorted(arms.items(), key=lambda item: item[0][1]):
         shared = sorted({*seeds} & {*plain})
-        if lambda_ is None or not shared:
+        if (lambda_, epochs) == (None, full) or not shared:
             continue
         differences = [
             100 * (seeds[seed].accuracies[-1] - plain[seed].accuracies[-1]) for seed in shared

@@ -100,7 +100,9 @@ def test_script_trains_and_leaves_what_it_says(folder: Path, tmp_path: Path) -> 
     (tmp_path / "out" / "images.pt").unlink()
     again = script(tmp_path, *arguments, "--budget", "0")
     assert again.returncode == 0, again.stderr
-    assert trained.stdout.endswith(again.stdout) and "TrAct, λ = 0.1, 1 epochs" in again.stdout
+    assert (
+        trained.stdout.endswith(again.stdout) and "TrAct, λ = 0.1, 1 epoch, against" in again.stdout
+    )
     arguments[arguments.index("out")] = str(tmp_path / "out")
     message = refused(*arguments, "--learning-rate", "0.5")
     assert "learning_rate 0.08, not 0.5: give another --out" in message
@@ -286,6 +288,11 @@ def test_findings_say_no_more_than_the_seeds_show() -> None:
     single = fabricated({(None, 4): plain, (0.1, 2): [0.95]})
     assert "One seed can't tell this from chance." in findings(single)[0]
     assert findings(fabricated({(None, 4): plain})) == []
+    short = findings(fabricated({(None, 4): plain, (0.1, 4): plain, (None, 2): plain}))
+    assert [sentence.partition(", against")[0] for sentence in short] == [
+        "plain, 2 epochs",
+        "TrAct, λ = 0.1, 4 epochs",
+    ]
     assert findings(fabricated({(0.1, 2): plain})) == []
 
 
