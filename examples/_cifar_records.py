@@ -16,6 +16,7 @@ from rich.console import Console
 from _cifar_data import Images, load
 from _cifar_files import write_json, write_tensors
 from _cifar_runs import Progress, Run, Training
+from _demo_data import DataError
 
 
 class OtherRunError(Exception):
@@ -62,7 +63,7 @@ def train(
         console: Is told of each epoch.
 
     Raises:
-        DataError: The images can't be read.
+        DataError: The images can't be read, or are too few.
         OtherRunError: `out` has a run of that name that was made otherwise.
     """
     images: Images | None = None
@@ -81,6 +82,11 @@ def train(
                 train_limit=settings.train_limit,
                 test_limit=settings.test_limit,
             ).to(device)
+            if len(images.train) < settings.batch_size:
+                raise DataError(
+                    f"{len(images.train)} training images make no batch of {settings.batch_size}: "
+                    "give a smaller --batch-size"
+                )
         if not _train(run, images, out, device, budget, console):
             return
 

@@ -115,7 +115,8 @@ def findings(results: Results) -> list[str]:
             for seed in shared
             if seeds[seed].devices == plain[seed].devices
         ]
-        cost = f" It trains for {statistics.fmean(times):.2f} times as long." if times else ""
+        # The runs of a seed follow each other, and a device may be slower at one time than another.
+        cost = f" It trained for {statistics.fmean(times):.2f} times as long." if times else ""
         against = f"{label((lambda_, epochs))}, against {label((None, full))}"
         said.append(f"{against}: {_difference(differences)}{cost}")
     return said

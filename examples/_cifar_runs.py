@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -277,13 +278,22 @@ class Training:
         return time.perf_counter()
 
 
-def set_precision(precision: Precision) -> None:
-    """Let CUDA's products and convolutions of float32 use TF32, or not."""
+@contextmanager
+def products_in(precision: Precision) -> Iterator[None]:
+    """Let CUDA's products and convolutions of float32 use TF32 for a while, or not."""
     convolutions = getattr(torch.backends.cudnn, "conv")  # noqa: B009 (mypy does not see it)
-    for backend in (torch.backends.cuda.matmul, convolutions):
+    backends = (torch.backends.cuda.matmul, convolutions)
+    before = [backend.fp32_precision for backend in backends], torch.backends.cudnn.benchmark
+    for backend in backends:
         backend.fp32_precision = "ieee" if precision == "float32" else "tf32"
     # All batches have one shape: cuDNN may choose by trying out.
     torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before[0], strict=True):
+            backend.fp32_precision = value
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def digest(model: nn.Module) -> str:

@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import _named_extra  # noqa: F401  # isort: skip
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -55,7 +56,7 @@ from rich.console import Console
 
 from _cifar_records import Budget, OtherRunError, read_progress, train
 from _cifar_report import findings, save_plot, table
-from _cifar_runs import RECIPES, Precision, Run, Settings, plan, set_precision
+from _cifar_runs import RECIPES, Precision, Run, Settings, plan, products_in
 from _demo_data import DataError
 from tract_fx import TractError
 
@@ -69,6 +70,14 @@ def _known(names: list[str] | None) -> list[str]:
         if name not in RECIPES:
             raise typer.BadParameter(f"there is no {name!r}, but {', '.join(RECIPES)}")
     return names or [DEFAULT]
+
+
+def _above_zero(lambdas: list[float] | None) -> list[float]:
+    """Refuse a λ before the plain runs, which come first, have been trained."""
+    for value in lambdas or []:
+        if not 0 < value < math.inf:
+            raise typer.BadParameter(f"λ is a finite number above zero, not {value}")
+    return lambdas or [0.1, 0.05]
 
 
 def run(
@@ -89,7 +98,11 @@ def run(
     seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
     lambda_: Annotated[
         list[float] | None,
-        typer.Option("--lambda", help="TrAct's λ, one or several; 0.1 and 0.05 if none is given."),
+        typer.Option(
+            "--lambda",
+            callback=_above_zero,
+            help="TrAct's λ, one or several; 0.1 and 0.05 if none.",
+        ),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
@@ -97,7 +110,10 @@ def run(
     batch_size: Annotated[int, typer.Option(min=2)] = 128,
     precision: Annotated[Precision, typer.Option(help="bfloat16 is autocast.")] = "float32",
     compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
-    width: Annotated[int | None, typer.Option(min=1, help="Of the first layer.")] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(min=1, help="Channels of the first layer; for the ViT a multiple of 12."),
+    ] = None,
     image_size: Annotated[int, typer.Option(min=8, help="Images are scaled to this.")] = 32,
     train_limit: Annotated[int, typer.Option(min=0, help="Training images; 0 for all.")] = 0,
     test_limit: Annotated[int, typer.Option(min=0, help="Test images; 0 for all.")] = 0,
@@ -114,14 +130,14 @@ def run(
         "label_smoothing": label_smoothing,
     }
     given = {name: value for name, value in changes.items() if value is not None}
-    recipes = {name: replace(RECIPES[name], **given) for name in recipe or [DEFAULT]}
+    recipes = {name: replace(RECIPES[name], **given) for name in recipe or []}
     settings = Settings(batch_size, precision, compiled, width, image_size, train_limit, test_limit)
-    runs = plan(recipes, epochs, lambda_ or [0.1, 0.05], seeds, settings)
+    runs = plan(recipes, epochs, lambda_ or [], seeds, settings)
     until = Budget(None if budget is None else START + budget)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        set_precision(precision)
-        train(runs, data, out, torch.device(device), until, console)
+        with products_in(precision):
+            train(runs, data, out, torch.device(device), until, console)
         _report(runs, recipes, out, console)
     except (DataError, OtherRunError, TractError) as error:
         typer.echo(f"error: {error}", err=True)

@@ -15,7 +15,7 @@ import torch
 import typer
 from rich.console import Console
 from torch import Tensor, nn
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from executed_notebook import TUTORIAL
 from forked import run_script
@@ -54,15 +54,25 @@ def script(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return run_script(path, *arguments, cwd=cwd, NO_COLOR="1", COLUMNS="500")
 
 
-def refused(*arguments: str) -> str:
-    """The one line with which the script ends."""
+def invoked(*arguments: str) -> Result:
     app = typer.Typer()
     app.command()(cifar.run)
-    finished = CliRunner().invoke(app, arguments)
+    return CliRunner().invoke(app, arguments)
+
+
+def refused(*arguments: str) -> str:
+    """The one line with which the script ends."""
+    finished = invoked(*arguments)
     assert finished.exit_code == 1
     (line,) = finished.stderr.splitlines()
     assert line.startswith("error: ")
     return line
+
+
+def test_names_and_numbers_that_mean_nothing_are_refused_before_anything_is_trained() -> None:
+    for arguments in (["--recipe", "vit"], ["--lambda", "0"], ["--lambda", "nan"]):
+        finished = invoked(*arguments)
+        assert finished.exit_code == 2 and "Invalid value" in finished.stderr
 
 
 def one(name: str, lambda_: float | None, epochs: int = 2, seed: int = 0) -> Run:
@@ -260,6 +270,8 @@ def test_images_that_are_kept_are_those_that_were_asked_for(folder: Path, tmp_pa
     assert (
         "holds images of images (size and limits [8, 8, 4]), not of images ([8, 0, 0])" in message
     )
+    few = [*SMALL, "--train-limit", "8", "--test-limit", "4", "--batch-size", "9"]
+    assert "8 training images make no batch of 9" in refused(*few, "--out", out)
     found = load(None, kept, image_size=8, train_limit=8, test_limit=4)
     assert found.train.shape == (8, 3, 8, 8) and found.test.shape == (4, 3, 8, 8)
     assert found.train_labels.bincount().tolist() == [4, 4] and found.classes == ("cat", "dog")
@@ -282,7 +294,7 @@ def test_findings_say_no_more_than_the_seeds_show() -> None:
     assert said.startswith("TrAct, λ = 0.1, 2 epochs, against plain, 4 epochs: +0.17 points")
     # Mean 1/6, standard error 0.601, Student's 4.30 for two degrees of freedom.
     assert "(higher in 2, lower in 1); 95 % interval -2.42 to +2.75, no difference" in said
-    assert said.endswith("It trains for 0.50 times as long.")
+    assert said.endswith("It trained for 0.50 times as long.")
     better = fabricated({(None, 4): plain, (0.1, 2): [a + 0.01 for a in plain]})
     assert "95 % interval +1.00 to +1.00, so they differ." in findings(better)[0]
     single = fabricated({(None, 4): plain, (0.1, 2): [0.95]})
