@@ -115,8 +115,9 @@ def findings(results: Results) -> list[str]:
             for seed in shared
             if seeds[seed].devices == plain[seed].devices
         ]
-        # The runs of a seed follow each other, and a device may be slower at one time than another.
-        cost = f" It trained for {statistics.fmean(times):.2f} times as long." if times else ""
+        mean = f"{statistics.fmean(times):.2f}" if times else ""
+        # A device may be slower at one time than at another.
+        cost = f" It trained for {mean} times as long, at another time." if times else ""
         against = f"{label((lambda_, epochs))}, against {label((None, full))}"
         said.append(f"{against}: {_difference(differences)}{cost}")
     return said
