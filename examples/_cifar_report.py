@@ -171,7 +171,9 @@ def save_plot(stem: Path, name: str, results: Results) -> list[Path]:
     panels[0].set(xlabel="epoch", ylabel="test accuracy (%)")
     panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     devices = {device for progress in results.values() for device in progress.devices}
-    panels[1].set(xlabel=f"seconds of training ({', '.join(sorted(devices))})")
+    panels[1].set(
+        xlabel=f"seconds of training, each run at its time ({', '.join(sorted(devices))})"
+    )
     finals = [100 * progress.accuracies[-1] for progress in results.values()]
     lowest = 100 * min(min(progress.accuracies) for progress in results.values())
     panels[0].set_ylim(bottom=max(lowest, min(finals) - 20))
