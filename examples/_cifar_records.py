@@ -70,6 +70,7 @@ def train(
     for run in runs:
         found = read_progress(run, out)
         if found is not None and found.weights:
+            _state(run, out).unlink(missing_ok=True)  # what is complete is not gone on with
             continue
         if not budget.allows(("start", run.name), ("epoch", run.name)):
             return
@@ -95,13 +96,15 @@ def _train(
     run: Run, images: Images, out: Path, device: torch.device, budget: Budget, console: Console
 ) -> bool:
     """Train a run as far as time allows; tell whether it is complete."""
-    record, state = _record(run, out), out / f"{run.file_name}.pt"
+    record, state = _record(run, out), _state(run, out)
     with budget.measured(("start", run.name)):
         training = Training(run, images, device)
         if state.is_file():
             kept = torch.load(state, map_location=device)
             _check(run, kept["run"], state)
             training.load_state(kept)
+            # It may have ended between the two.
+            write_json(record, {"run": described(run), "progress": kept["progress"]})
     progress = training.progress
     while len(progress.accuracies) < run.epochs:
         if not budget.allows(("epoch", run.name)):
@@ -116,8 +119,7 @@ def _train(
             f"{100 * progress.accuracies[-1]:.2f} %, {progress.seconds[-1]:.1f} s",
             highlight=False,
         )
-    write_json(record, {"run": described(run), "progress": asdict(progress)})
-    state.unlink()  # what is complete is not gone on with
+    state.unlink()
     return True
 
 
@@ -149,6 +151,10 @@ def described(run: Run) -> dict[str, Any]:
 
 def _record(run: Run, out: Path) -> Path:
     return out / f"{run.file_name}.json"
+
+
+def _state(run: Run, out: Path) -> Path:
+    return out / f"{run.file_name}.pt"
 
 
 def _check(run: Run, found: dict[str, Any], path: Path) -> None:
