@@ -34,7 +34,7 @@ class Split:
     """Images and labels of one half of a data set.
 
     Attributes:
-        images: `(N, C, H, W)`, float32.
+        images: `(N, C, H, W)`, float32; uint8 as they are read.
         labels: `(N,)`, int64.
     """
 
@@ -124,25 +124,31 @@ def read_image_folder(
     Raises:
         DataError: A folder is missing or empty, the classes differ, or an image can't be read.
     """
+    classes = class_names(folder)
+    return _standardise(
+        folder.resolve().name,
+        classes,
+        _scaled(read_split(folder / "train", classes, image_size, train_limit)),
+        _scaled(read_split(folder / "test", classes, image_size, test_limit)),
+    )
+
+
+def class_names(folder: Path) -> tuple[str, ...]:
+    """List the classes under `folder/train`, by label; `DataError` where the folder has no two."""
     if not folder.is_dir():
         raise DataError(f"no such folder: {folder}")
-    classes = _class_names(folder / "train")
+    classes = _names_in(folder / "train")
     if len(classes) < 2:
         raise DataError(
             f"{folder / 'train'}: one class alone ({classes[0]}) leaves nothing to learn"
         )
-    unknown = sorted(set(_class_names(folder / "test")) - set(classes))
+    unknown = sorted(set(_names_in(folder / "test")) - set(classes))
     if unknown:
         raise DataError(f"{folder / 'test'}: classes that train/ lacks: {', '.join(unknown)}")
-    return _standardise(
-        folder.resolve().name,
-        classes,
-        _read_split(folder / "train", classes, image_size, train_limit),
-        _read_split(folder / "test", classes, image_size, test_limit),
-    )
+    return classes
 
 
-def _class_names(folder: Path) -> tuple[str, ...]:
+def _names_in(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         raise DataError(f"no such folder: {folder} (expected {folder.name}/CLASS/*.jpg)")
     names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
@@ -151,8 +157,8 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return names
 
 
-def _read_split(folder: Path, classes: tuple[str, ...], image_size: int, limit: int) -> Split:
-    """Read every class's images, or an even share of `limit` from each."""
+def read_split(folder: Path, classes: tuple[str, ...], image_size: int, limit: int) -> Split:
+    """Read every class's images, or an even share of `limit` from each, as uint8."""
     share = -(-limit // len(classes))
     images: list[torch.Tensor] = []
     labels: list[int] = []
@@ -165,7 +171,11 @@ def _read_split(folder: Path, classes: tuple[str, ...], image_size: int, limit: 
             labels.append(label)
     if not images:
         raise DataError(f"{folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return Split(torch.stack(images).float() / 255, torch.tensor(labels))
+    return Split(torch.stack(images), torch.tensor(labels))
+
+
+def _scaled(pixels: Split) -> Split:
+    return Split(pixels.images.float() / 255, pixels.labels)
 
 
 def _read_image(file: Path, image_size: int) -> torch.Tensor:

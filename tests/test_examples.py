@@ -17,11 +17,11 @@ import pytest
 import torch
 import typer
 from nbformat import NotebookNode
-from PIL import Image
 from typer.testing import CliRunner
 
 from executed_notebook import TUTORIAL, executed, stored
 from forked import run_script
+from image_folders import write_images
 
 sys.path.insert(0, str(TUTORIAL.parent))
 
@@ -29,9 +29,10 @@ import demo
 from _demo_data import light_unevenly, read_digits
 
 EXAMPLES = TUTORIAL.parent
-# Modules that a script is made of start with an underscore; these two have tests of their own.
+# Modules that a script is made of start with an underscore; these have tests of their own.
 SCRIPTS = sorted(
-    {path.name for path in EXAMPLES.glob("[!_]*.py")} - {"demo.py", "browser_training.py"}
+    {path.name for path in EXAMPLES.glob("[!_]*.py")}
+    - {"demo.py", "browser_training.py", "cifar.py"}
 )
 
 
@@ -64,19 +65,6 @@ def outputs(notebook: NotebookNode) -> list[tuple[int, list[str]]]:
     given = [[o for o in cell.outputs if o.get("name") != "stderr"] for cell in code]
     kinds = [[k for o in outputs for k in o.get("data", [o.get("name")])] for outputs in given]
     return [(cell.execution_count, sorted(k)) for cell, k in zip(code, kinds, strict=True)]
-
-
-def write_images(folder: Path, *, classes: Sequence[str] = ("cat", "dog")) -> Path:
-    """Write an image folder of noise whose classes differ in their brightness."""
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 8), ("test", 4)):
-        for label, name in enumerate(classes):
-            (folder / split / name).mkdir(parents=True)
-            for index in range(count):
-                noise = torch.randint(0, 128, (12, 10, 3), generator=generator) + 100 * label
-                image = Image.fromarray(noise.to(torch.uint8).numpy())
-                image.save(folder / split / name / f"{index}.png")
-    return folder
 
 
 @pytest.fixture(params=["digits", "images"])
