@@ -1,14 +1,17 @@
-"""What differs on a GPU: other kernels, TF32, no synchronisation, no float64 retry."""
+"""What differs on a GPU: other kernels, TF32, no synchronisation, no float64 retry, CUDA graphs."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, fx, nn
+from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call, grad, vmap
+from torch.nn.parallel import DistributedDataParallel
 
 from oracle import relative_error
 from rewritten import (
@@ -27,6 +30,7 @@ from rewritten import (
     of_rounded,
     weight_of,
 )
+from tract_fx import tract_pass, tract_step, tract_steps
 
 pytestmark = [
     pytest.mark.cuda,
@@ -150,3 +154,111 @@ def test_moved_after_the_pass(case: Case) -> None:
     model = case.rewrite(net).cuda()
     x = case.batch().cuda()
     assert_tract(gradient(model, x), net, x)
+
+
+@each(*CONV_CASES)
+def test_channels_last(case: Case) -> None:
+    net, x = on_device(case)
+    net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    assert_tract(gradient(case.rewrite(net), x), net, x)
+
+
+@each(*FEW_CASES)
+def test_compiled_into_cuda_graphs(case: Case) -> None:
+    """They are warmed up, recorded and replayed on other images."""
+    torch.compiler.reset()
+    net, _ = on_device(case)
+    model: Any = torch.compile(case.rewrite(net), mode="reduce-overhead", fullgraph=True)
+    for seed in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        x = case.batch(seed=seed).cuda()
+        assert_tract(gradient(model, x), net, x)
+
+
+@each(*CONV_CASES)
+def test_a_step_in_a_cuda_graph_of_the_user_s(case: Case) -> None:
+    net, x = on_device(case)
+    model, beside = case.rewrite(net), torch.cuda.Stream()
+    with torch.cuda.stream(beside):  # the libraries make their handles, in no graph
+        for _ in range(3):
+            gradient(model, x)
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    model.zero_grad()
+    with torch.cuda.graph(graph):
+        loss(model(x)).backward()
+    found = weight_of(model).grad
+    assert found is not None
+    for seed in (1, 2):
+        x.copy_(case.batch(seed=seed))
+        graph.replay()
+        assert_tract(found.clone(), copy.deepcopy(net), x)
+
+
+@each(*FEW_CASES)
+def test_scaled_steps_in_float16(case: Case) -> None:
+    """GradScaler's: an update is by TrAct's gradient, and an overflow leaves the weights."""
+    net, x = on_device(case, torch.float32)
+    plain, model = copy.deepcopy(net), case.rewrite(net)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
+    with torch.autocast("cuda", dtype=torch.float16):
+        output = plain(x)
+    (scaled,) = torch.autograd.grad(8.0 * loss(output.float()), [plain.first.weight])
+    for factor, moves in ((1.0, True), (torch.inf, False)):
+        before = weight_of(model).detach().clone()
+        with torch.autocast("cuda", dtype=torch.float16):
+            output = model(x)
+        scaler.scale(loss(output.float()) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        change = before - weight_of(model).detach()
+        if moves:
+            wanted = of_rounded(plain, scaled / 8.0, x.to(torch.float16))
+            assert relative_error(change, wanted) < FLOAT32
+        else:
+            assert not change.any()
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@each(*(case for case in CONV_CASES if case.way in ("call_module", "tract_module")))
+def test_sharded(case: Case, one_process: None) -> None:
+    net, x = on_device(case)
+    model = case.rewrite(copy.deepcopy(net))
+    fully_shard(model)
+    found: Any = gradient(model, x)
+    assert_tract(found.full_tensor(), net, x)
+
+
+@each(*(case for case in CONV_CASES if case.way == "call_module"))
+def test_one_gram_of_all_processes(case: Case, one_process: None) -> None:
+    net, x = on_device(case)
+    model = tract_pass(fx.symbolic_trace(copy.deepcopy(net)), gram="global")
+    assert_tract(gradient(DistributedDataParallel(model), x), net, x)
+
+
+@each(*(case for case in CONV_CASES if case.way in ("call_module", "tract_module")))
+def test_one_gram_of_micro_batches(case: Case) -> None:
+    net, x = on_device(case)
+    model = case.rewrite(copy.deepcopy(net))
+    with tract_step(model):
+        _in_micro_batches(model, x)
+    assert_tract(weight_of(model).grad, net, x)
+    model.zero_grad()
+    tract_steps(model)
+    for _ in range(2):
+        _in_micro_batches(model, x)
+        assert_tract(weight_of(model).grad, net, x)
+        model.zero_grad()
+
+
+def _in_micro_batches(model: nn.Module, x: Tensor) -> None:
+    for part in x.split(len(x) // 2):
+        loss(model(part)).backward()
