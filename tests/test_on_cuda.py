@@ -159,7 +159,8 @@ def test_moved_after_the_pass(case: Case) -> None:
 @each(*CONV_CASES)
 def test_channels_last(case: Case) -> None:
     net, x = on_device(case)
-    net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    in_nhwc: Any = {"memory_format": torch.channels_last}
+    net, x = net.to(**in_nhwc), x.to(**in_nhwc)
     assert_tract(gradient(case.rewrite(net), x), net, x)
 
 
@@ -223,7 +224,8 @@ def test_scaled_steps_in_float16(case: Case) -> None:
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
+    store = torch._C._distributed_c10d.HashStore()
+    distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
 
