@@ -1,8 +1,9 @@
 """Time of a training step in ONNX Runtime and in PyTorch, TrAct's ÷ plain, in one run.
 
 python benchmarks/bench_ort_training.py [--repeats 3] [--quick] [--only ViT] [--out FOLDER]
+    [--target onnxruntime] [--device cuda] [--compile]
 
-Needs the extra `test`.
+Needs the extra `test`; the device's ONNX Runtime in its place for a GPU.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
 from rich.progress import track
+from rich.text import Text
 from torch import Tensor, nn
 
 from report import OUT, against, machine, save, table
@@ -32,29 +35,53 @@ from whole_nets import NETS, QUICK_NETS, Net
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ort_step(
-    model: nn.Module, optimizer: SGD | AdamW, x: Tensor, y: Tensor
-) -> Callable[[], object]:
-    """A step in ONNX Runtime Training: forward, loss, backward, update.
+@dataclass(frozen=True)
+class Where:
+    """What steps are timed in.
 
-    Plain where the model has no TrAct.
+    Attributes:
+        target: The export's.
+        device: Of both runtimes.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(scratch, "artifacts")
-        plain = not isinstance(model, torch.fx.GraphModule)
-        export_training(model, x, directory, optimizer=optimizer, plain=plain, verify=False)
-        trainer = load_trainer(directory)
-    return lambda: trainer.train_step(x, y)
+
+    target: Literal["ort-training", "onnxruntime"]
+    device: str
+
+    def ort_step(
+        self, model: nn.Module, optimizer: SGD | AdamW, x: Tensor, y: Tensor
+    ) -> Callable[[], object]:
+        """A step in ONNX Runtime: forward, loss, backward, update.
+
+        Plain where the model has no TrAct. On a GPU the step of any ONNX Runtime reads the batch
+        where it lies.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            directory = Path(scratch, "artifacts")
+            plain = not isinstance(model, torch.fx.GraphModule)
+            options: Any = {"plain": plain, "verify": False, "target": self.target}
+            export_training(model, x, directory, optimizer=optimizer, **options)
+            trainer = load_trainer(directory, device=self.device)
+        if self.target == "onnxruntime":
+            x, y = x.to(self.device), y.to(self.device)
+        return lambda: trainer.train_step(x, y)
+
+    def pytorch_step(
+        self, model: nn.Module, optimizer: SGD | AdamW, x: Tensor, y: Tensor
+    ) -> Callable[[], object]:
+        """The same step in PyTorch, which waits for its loss too."""
+        batch = x.to(self.device), y.to(self.device)
+        step = training_step(model.to(self.device), optimizer, [batch])
+        return lambda: step().item()
+
+    def compiled_step(
+        self, model: nn.Module, optimizer: SGD | AdamW, x: Tensor, y: Tensor
+    ) -> Callable[[], object]:
+        """The same by `torch.compile`."""
+        compiled = cast(nn.Module, torch.compile(model.to(self.device)))
+        return self.pytorch_step(compiled, optimizer, x, y)
 
 
-def pytorch_step(
-    model: nn.Module, optimizer: SGD | AdamW, x: Tensor, y: Tensor
-) -> Callable[[], object]:
-    """The same step in PyTorch."""
-    return training_step(model, optimizer, [(x, y)])
-
-
-def measure(net: Net, rounds: int) -> dict[str, dict[str, float]]:
+def measure(net: Net, rounds: int, where: Where, compiled: bool) -> dict[str, dict[str, float]]:
     """Milliseconds of a step by runtime and arm.
 
     The runtimes' turns come one after the other: their threads, which spin for a while after a
@@ -64,7 +91,9 @@ def measure(net: Net, rounds: int) -> dict[str, dict[str, float]]:
     model = net.build()
     x, y = net.example()
     times = {}
-    for runtime, make in (("onnx_runtime", ort_step), ("pytorch", pytorch_step)):
+    makers = {"onnx_runtime": where.ort_step, "pytorch": where.pytorch_step}
+    makers |= {"compiled": where.compiled_step} if compiled else {}
+    for runtime, make in makers.items():
         arms = {
             "plain": copy.deepcopy(model),
             "tract": tract_pass(torch.fx.symbolic_trace(copy.deepcopy(model))),
@@ -85,6 +114,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--repeats", type=int, default=3, help="rounds at 224² (%(default)s)")
     made.add_argument("--quick", action="store_true", help="one round of one small net")
     made.add_argument("--only", default="", help="nets whose line in the table holds this")
+    made.add_argument("--target", choices=("ort-training", "onnxruntime"), default="ort-training")
+    made.add_argument("--device", default="cpu", help="%(default)s, cuda")
+    made.add_argument("--compile", action="store_true", help="PyTorch's step compiled, too")
     made.add_argument("--out", type=Path, default=OUT, help="folder for the JSON (%(default)s)")
     return made
 
@@ -94,12 +126,15 @@ def main() -> None:
     pin_allocator()
     console = Console()
     nets = [net for net in (QUICK_NETS if options.quick else NETS) if options.only in str(net)]
+    where = Where(options.target, options.device)
     title = f"A training step: plain in ms, TrAct ÷ plain (aim in ONNX Runtime); {THREADS} threads"
-    printed = table(title, "", "ORT,\nms", "TrAct\n÷", "PyTorch,\nms", "TrAct\n÷")
+    names = {"onnx_runtime": "ORT", "pytorch": "PyTorch", "compiled": "compiled"}
+    heads = [f"{name},\nms" for name in names.values()][: 3 if options.compile else 2]
+    printed = table(title, "", *(head for name in heads for head in (name, "TrAct\n÷")))
     records: list[dict[str, Any]] = []
     for net in track(nets, "nets", console=console):
         rounds = 1 if options.quick else rounds_for(net, options.repeats)
-        times = measure(net, rounds)
+        times = measure(net, rounds, where, options.compile)
         ratio = {runtime: arms["tract"] / arms["plain"] for runtime, arms in times.items()}
         records.append(
             {
@@ -112,17 +147,16 @@ def main() -> None:
                 "aim": net.aim and net.aim.bound,
             }
         )
-        row = (
-            f"{times['onnx_runtime']['plain']:.1f}",
-            against(ratio["onnx_runtime"], net.aim),
-            f"{times['pytorch']['plain']:.1f}",
-            f"{ratio['pytorch']:.3f}",
-        )
+        row: list[Text | str] = []
+        for runtime, arms in times.items():
+            aim = net.aim if runtime == "onnx_runtime" and options.device == "cpu" else None
+            row += [f"{arms['plain']:.1f}", against(ratio[runtime], aim)]
         printed.add_row(str(net), *row)
         # As they come: the whole takes minutes.
-        console.print(f"{net}: ÷ {ratio['onnx_runtime']:.3f}, ÷ {ratio['pytorch']:.3f}")
+        console.print(f"{net}: ÷ {', ÷ '.join(f'{r:.3f}' for r in ratio.values())}")
     console.print(printed)
-    record = {**machine(), "threads": THREADS, "quick": options.quick, "nets": records}
+    record: dict[str, Any] = {**machine(torch.device(options.device)), "threads": THREADS}
+    record |= {"target": options.target, "quick": options.quick, "nets": records}
     save(console, options.out / "ort_training.json", record)
 
 

@@ -1,13 +1,15 @@
 """Exported training on a GPU, against PyTorch on the CPU in float64.
 
-Needs ONNX Runtime Training's GPU wheel (onnxruntime-training 1.19.2) in place of the CPU one, and
-NVIDIA_TF32_OVERRIDE=0 in the environment: TF32 rounds the Gram to ten bits.
+Needs ONNX Runtime Training's GPU wheel (onnxruntime-training 1.19.2) in place of the CPU one, or
+onnxruntime-gpu for the steps of any ONNX Runtime alone; and NVIDIA_TF32_OVERRIDE=0 in the
+environment: TF32 rounds the Gram to ten bits.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnxruntime
@@ -18,6 +20,7 @@ from torch import fx, nn
 from nets import NETS, SIZE, STEMS
 from tract_fx import SGD, AdamW, export_training, load_trainer, tract_pass
 
+Target = Literal["ort-training", "onnxruntime"]
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(
@@ -28,6 +31,14 @@ pytestmark = [
         os.environ.get("NVIDIA_TF32_OVERRIDE") != "0", reason="TF32 is on: set the override to 0"
     ),
 ]
+
+
+@pytest.fixture(params=["ort-training", "onnxruntime"])
+def target(request: pytest.FixtureRequest) -> Target:
+    if request.param == "ort-training":
+        pytest.importorskip("onnxruntime.training.api", reason="needs ONNX Runtime Training")
+    chosen: Target = request.param
+    return chosen
 
 
 def batch(size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,10 +55,10 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_gradients_equal_float64(name: str, tmp_path: Path) -> None:
+def test_gradients_equal_float64(name: str, target: Target, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = tract_pass(fx.symbolic_trace(without_dropout(NETS[name]())))
-    export_training(model, batch(4)[0], tmp_path / "run")
+    export_training(model, batch(4)[0], tmp_path / "run", target=target)
     trainer = load_trainer(tmp_path / "run", device="cuda")
     exact = model.double()
     for size in (8, 3):  # both forms where rows < columns for the smaller one
@@ -73,10 +84,10 @@ def test_gradients_equal_float64(name: str, tmp_path: Path) -> None:
     ],
     ids=["adamw", "momentum", "nesterov", "accumulate"],
 )
-def test_twenty_steps_equal_the_cpu(optimizer: AdamW | SGD, tmp_path: Path) -> None:
+def test_twenty_steps_equal_the_cpu(optimizer: AdamW | SGD, target: Target, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = tract_pass(fx.symbolic_trace(without_dropout(NETS["resnet"]())))
-    export_training(model, batch(4)[0], tmp_path / "run", optimizer=optimizer)
+    export_training(model, batch(4)[0], tmp_path / "run", optimizer=optimizer, target=target)
     trainers = [load_trainer(tmp_path / "run", device=device) for device in ("cpu", "cuda")]
     for step in range(20):
         images, labels = batch(16, seed=step)
@@ -87,10 +98,10 @@ def test_twenty_steps_equal_the_cpu(optimizer: AdamW | SGD, tmp_path: Path) -> N
         torch.testing.assert_close(on_gpu_state[key], value, rtol=1e-2, atol=1e-3)
 
 
-def test_resumed_run_goes_on(tmp_path: Path) -> None:
+def test_resumed_run_goes_on(target: Target, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = tract_pass(fx.symbolic_trace(NETS["vit"]().train()))
-    export_training(model, batch(4)[0], tmp_path / "run")
+    export_training(model, batch(4)[0], tmp_path / "run", target=target)
     trainer = load_trainer(tmp_path / "run", device="cuda")
     for step in range(3):
         trainer.train_step(*batch(8, seed=step))
