@@ -152,10 +152,18 @@ def test_run_that_goes_on_ends_as_one_that_was_never_stopped(
     assert records(tmp_path / "whole") == records(tmp_path / "parts")
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # The images; after a run's first epoch has left two files, its state and its record.
 @pytest.mark.parametrize("file", [1, 4, 5])
 def test_killed_while_it_writes_it_leaves_whole_files_and_goes_on(
-    file: int, folder: Path, tmp_path: Path
+    file: int, folder: Path, one_thread: None, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     arguments = ["--data", str(folder), "--out", str(out), *SMALL]
