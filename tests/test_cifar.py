@@ -90,22 +90,21 @@ def records(out: Path) -> dict[str, Any]:
 def test_script_trains_and_leaves_what_it_says(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = "resnet18-sgd", "vit-adam"
-    arguments = [*SMALL, "--out", "out", *(a for name in names for a in ("--recipe", name))]
+    name = "vit-adam"
+    arguments = [*SMALL, "--out", "out", "--recipe", name]
     trained = script(tmp_path, "--data", str(folder), *arguments)
     assert trained.returncode == 0, trained.stderr
     assert "Warning" not in trained.stderr
-    assert "8 of 8 runs are complete\n" in trained.stdout
+    assert "4 of 4 runs are complete\n" in trained.stdout
     written = records(tmp_path / "out")
-    assert len(written) == 8
+    assert len(written) == 4
     for record in written.values():
         assert len(record["progress"]["accuracies"]) == record["run"]["epochs"]
         assert record["progress"]["weights"] and record["progress"]["devices"] == ["cpu"]
     # The arms of a seed are no copies of each other.
-    assert len({record["progress"]["weights"] for record in written.values()}) == 8
-    for name in names:
-        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert "</svg>" in (tmp_path / "out" / f"{name}.svg").read_text()
+    assert len({record["progress"]["weights"] for record in written.values()}) == 4
+    assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in (tmp_path / "out" / f"{name}.svg").read_text()
     assert [path.name for path in (tmp_path / "out").glob("*.pt")] == ["images.pt"]
     assert not [*(tmp_path / "out").glob(".*")]
     # Records alone make the same table and pictures.
@@ -114,9 +113,9 @@ def test_script_trains_and_leaves_what_it_says(
     again = invoked(*arguments, "--budget", "0")
     assert again.exit_code == 0, again.stderr
     assert trained.stdout.endswith(again.stdout)
-    assert again.stdout.count("TrAct, λ = 0.1, 1 epoch, against plain, 2 epochs: ") == 2
+    assert again.stdout.count("TrAct, λ = 0.1, 1 epoch, against plain, 2 epochs: ") == 1
     message = refused(*arguments, "--learning-rate", "0.5")
-    assert "learning_rate 0.08, not 0.5: give another --out" in message
+    assert "learning_rate 0.001, not 0.5: give another --out" in message
 
 
 class Epochs(Budget):
