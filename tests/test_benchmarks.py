@@ -57,6 +57,14 @@ SMALL: dict[str, tuple[Callable[[], Layer], tuple[int, ...]]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """The scripts take all cores; other tests compare runs bit for bit."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def small(name: str) -> tuple[Layer, Tensor]:
     torch.manual_seed(0)
     build, shape = SMALL[name]
@@ -244,9 +252,8 @@ def small_benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(module, "measure_peaks", lambda *_, **__: peaks)
     monkeypatch.setattr(growth, "CIFAR", replace(stems.CIFAR, shape=(1, 3, 8, 8)))
     monkeypatch.setattr(growth, "IMAGENET", replace(stems.IMAGENET, shape=(1, 3, 16, 16)))
-    threads, tries_out = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    tries_out = torch.backends.cudnn.benchmark
     yield
-    torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = tries_out
 
 
