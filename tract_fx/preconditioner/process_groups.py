@@ -146,7 +146,7 @@ def resolve(name: str) -> Any:
     """Find the group of that name; make TrAct's own where it is meant, which all processes do.
 
     Args:
-        name: What `group_name` has returned, here or in another process.
+        name: What `group_name` has returned, here or in another process; empty for this process.
 
     Returns:
         The group, None where there is this one process alone.
@@ -154,6 +154,8 @@ def resolve(name: str) -> Any:
     Raises:
         ProcessGroupError: There is no such group here.
     """
+    if not name:
+        return None
     running = dist.is_available() and dist.is_initialized()
     if name == WORLD:
         if not running or dist.get_world_size() == 1:

@@ -22,7 +22,7 @@ from tract_fx.errors import TrainerStateError, UnsupportedTransformError
 from tract_fx.preconditioner.global_gram import precondition_over_group
 from tract_fx.preconditioner.process_groups import GramScope
 from tract_fx.preconditioner.settings import CallSettings
-from tract_fx.preconditioner.solve import by_groups, precondition_weight_gradient
+from tract_fx.preconditioner.solve import by_groups
 from tract_fx.preconditioner.step_gram import StepGram, counting_of
 
 
@@ -68,11 +68,7 @@ class RunningGram:
                 "Use loss.backward(), or leave tract_steps out",
             )
         if not torch_private.adds_to_gradient(weight):
-            if self._scope.group:
-                return precondition_over_group(grad, x, settings, self._scope)
-            return precondition_weight_gradient(
-                grad, x, settings.lambda_, settings.geometry, settings.input_dtype
-            )
+            return precondition_over_group(grad, x, settings, self._scope)
         if number != self._pass:
             if not self._goes_on():
                 self._step = None

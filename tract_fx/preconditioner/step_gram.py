@@ -69,16 +69,7 @@ class StepGram:
         self._noise = 0.0
 
     def count(self, grad: Tensor, x: Tensor, settings: CallSettings) -> Tensor:
-        """Add one call's rows, and leave its gradient plain.
-
-        Args:
-            grad: Its weight's gradient.
-            x: What the layer read.
-            settings: The call's.
-
-        Returns:
-            The gradient as it is, in memory of its own.
-        """
+        """Add one call's rows, and leave its gradient plain, in memory of its own."""
         self.add(grad, x, settings)
         return grad.clone()
 
@@ -149,7 +140,7 @@ class StepGram:
         Returns:
             The rows of all, and gW → gW P of (groups, out, n) in float64.
         """
-        group = resolve(self.scope.group) if self.scope.group else None
+        group = resolve(self.scope.group)
         counts, shared = [self.rows], None
         if group is not None:
             shared = Shared(group, self.scope.layer)
