@@ -15,8 +15,9 @@ BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
+# One thread, so that it comes out alike on any number of cores; a net this small is as quick.
 demo: .venv/.demo .venv/.dot ## train with and without TrAct, print the table, save plots and a report (DATA=folder of images, ARGS=options)
-	$(BIN)/python examples/demo.py $(if $(DATA),--data "$(DATA)") $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 notebook: .venv/.dev .venv/.dot ## execute examples/tutorial.ipynb and keep its outputs in it
 	OMP_NUM_THREADS=1 $(BIN)/python tests/executed_notebook.py
