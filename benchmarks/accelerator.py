@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from device_checks import check_layer, synchronises
-from layer_figures import Bench, measure_layer, ratio
+from layer_figures import Bench, gram_dtype, measure_layer, ratio
 from layer_table import print_layers
 from memory import peak_bytes
 from peaks import measure_peaks
@@ -51,9 +51,10 @@ def run(options: argparse.Namespace) -> int:
     torch.backends.cudnn.benchmark = True
     repeats = options.repeats or (2 if options.quick else 20)
     clock = device_interleaved if on_device else functools.partial(interleaved, warm_ups=1)
+    dtype = gram_dtype(device)
     with FLOAT32.flags():
-        peaks = measure_peaks(clock, device, 5)
-    console.print(f"measured peaks in float32: {peaks}")
+        peaks = measure_peaks(clock, device, 5, dtype)
+    console.print(f"measured peaks in {dtype}: {peaks}")
     record: dict[str, Any] = {
         **machine(device),
         "quick": options.quick,

@@ -14,9 +14,9 @@ def as_ratio(value: float) -> str:
 
 
 def as_error(value: float) -> str:
-    """Write an error with its exponent."""
+    """Write an error with its exponent, if it is a number."""
     digits, _, exponent = f"{value:.1e}".partition("e")
-    return f"{digits}e{int(exponent)}"
+    return f"{digits}e{int(exponent)}" if exponent else digits
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 At the operator: the float64 definition on the same incoming gradient and input. End to end:
 float64 throughout. Under bfloat16 autocast: with the weight gradient as autocast computes it, and
-computed in float32 from the same bfloat16 output gradient.
+computed in float32 from the same bfloat16 output gradient. Last, what the operator would be off by
+on a GPU in less than float64.
 
 python benchmarks/bench_accuracy.py [--quick] [--out FOLDER]
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aims import OPERATOR_ERROR, OPERATOR_ERROR_255, as_error
+from gram_arithmetic import PRODUCTS, arithmetic_errors
 from operator_errors import batch, errors, precondition, relative_error
 from report import OUT, error_cell, machine, save, table
 from stems import CIFAR, LAMBDA, MNIST, STEMS, Stem, weight_gradient
@@ -125,6 +127,20 @@ def print_autocast_rows(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(printed)
 
 
+def arithmetic_rows(
+    stems: Sequence[Stem], standardised: bool, console: Console
+) -> list[dict[str, Any]]:
+    """Errors in a GPU's arithmetics, by layer that has a Gram."""
+    title = f"a GPU's arithmetic, {TITLES[standardised]}"
+    found = {s.name: arithmetic_errors(s, standardised) for s in track(stems, title)}
+    printed = table(f"{title}: factor in float32, in float64", "", *PRODUCTS)
+    made = {layer: off for layer, off in found.items() if off}
+    for layer, off in made.items():
+        printed.add_row(layer, *(", ".join(map(as_error, pair)) for pair in off.values()))
+    console.print(printed)
+    return [{"layer": layer, **off} for layer, off in made.items()]
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     made.add_argument("--quick", action="store_true", help="two layers instead of eight")
@@ -142,6 +158,10 @@ def main() -> None:
         print_operator_rows(record[key], standardised, console)
     record["bfloat16_autocast"] = autocast_rows(stems, console)
     print_autocast_rows(record["bfloat16_autocast"], console)
+    record["arithmetic"] = {
+        key: arithmetic_rows(stems, key == "standardised", console)
+        for key in ("standardised", "range_255")
+    }
     save(console, options.out / "accuracy.json", record)
 
 

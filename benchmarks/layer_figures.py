@@ -130,6 +130,11 @@ def ratio(figures: dict[str, Any], one: str, other: str) -> float | None:
     return figures[one] / figures[other] if one in figures and other in figures else None
 
 
+def gram_dtype(device: torch.device) -> torch.dtype:
+    """In which the preconditioner multiplies standardised float32 there."""
+    return torch.float32 if device.type == "cpu" else torch.float64
+
+
 def gram_arms(layer: Layer, precision: Precision) -> dict[str, Callable[[Tensor], Tensor]]:
     """The Gram of a layer as torch-tract and as we compute it.
 
@@ -144,7 +149,7 @@ def gram_arms(layer: Layer, precision: Precision) -> dict[str, Callable[[Tensor]
 
     def ours(x: Tensor) -> Tensor:
         with full_precision(x.device):  # as the preconditioner calls it
-            return gram(precision.read(x), geometry, torch.float32)
+            return gram(precision.read(x), geometry, gram_dtype(x.device))
 
     return {
         "torch-tract": lambda x: torch_tract_gram(precision.read(x), layer),

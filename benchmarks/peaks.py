@@ -12,26 +12,27 @@ from timing import Clock
 from tract_fx.preconditioner import GramWork
 
 _SIDE = 2048
-_NUMBERS = 1 << 26  # 256 MiB, more than caches hold
-_BYTES = 4
+_NUMBERS = 1 << 26  # 256 MiB of float32, more than caches hold
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """Rates of float32 products and of copies.
+    """Rates of products and of copies in one dtype.
 
     Attributes:
         flops: Floating point operations per second of a large product.
         bandwidth: Bytes per second, read and written, of a large copy.
+        bytes: Of a number.
     """
 
     flops: float
     bandwidth: float
+    bytes: int = 4
 
     def floor(self, work: GramWork) -> float:
         """Milliseconds of what takes longer, products or copies, where nothing else takes time."""
         products = 2 * work.multiply_adds / self.flops
-        copies = 2 * _BYTES * work.copied / self.bandwidth
+        copies = 2 * self.bytes * work.copied / self.bandwidth
         return 1e3 * max(products, copies)
 
     def __str__(self) -> str:
@@ -39,24 +40,27 @@ class Peaks:
         return f"{products} in a product, {copies} in a copy"
 
 
-def measure_peaks(clock: Clock, device: torch.device, repeats: int) -> Peaks:
+def measure_peaks(
+    clock: Clock, device: torch.device, repeats: int, dtype: torch.dtype = torch.float32
+) -> Peaks:
     """Measure products of square matrices and copies of a large tensor.
 
     Args:
         clock: How to measure.
         device: Where.
         repeats: Rounds of which the medians are taken.
+        dtype: Of products and copies.
 
     Returns:
         The rates; the products' is the best of three sizes'.
     """
-    source = torch.ones(_NUMBERS, device=device)
+    source = torch.ones(_NUMBERS, device=device, dtype=dtype)
     target = torch.empty_like(source)
     calls: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
     sides = (_SIDE // 2, _SIDE, 2 * _SIDE) if device.type == "cuda" else (_SIDE // 2, _SIDE)
     for side in sides:
-        matrix, result = (torch.ones(side, side, device=device) for _ in range(2))
+        matrix, result = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
         calls[str(side)] = partial(torch.mm, matrix, matrix, out=result)
     seconds = {name: ms / 1e3 for name, ms in clock(calls, repeats).items()}
     flops = max(2 * side**3 / seconds[str(side)] for side in sides)
-    return Peaks(flops, 2 * _BYTES * _NUMBERS / seconds["copy"])
+    return Peaks(flops, 2 * dtype.itemsize * _NUMBERS / seconds["copy"], dtype.itemsize)

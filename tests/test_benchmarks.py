@@ -316,6 +316,9 @@ def test_record_of_the_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert conv["aim"] == bound and conv["aim_reached"] is True
         assert set(conv["operator"]) == set(conv["end_to_end"]) == {"tract_fx", "torch-tract"}
     assert len(record["bfloat16_autocast"]) == len(SMALL_STEMS)
+    (conv, _), (conv_255, _) = record["arithmetic"].values()  # the third has R < n
+    assert conv["TF32"][1] > 3 * conv["float32"][1] > 0 and conv["3 × TF32"][1] < 1e-5
+    assert conv_255["TF32"] == conv_255["float32"]  # whole numbers up to 255 are TF32
 
 
 @pytest.mark.usefixtures("small_benchmarks")

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 
-from oracle import Spec, relative_error, tract_gradient
+from oracle import Spec, precondition, relative_error, tract_gradient
+from photographs import photograph_range_255
 from rewritten import (
     CONV_CASES,
     FEW_CASES,
@@ -25,7 +27,15 @@ from rewritten import (
     preconditioned,
 )
 from tract_fx import precondition_grad
+from tract_fx.preconditioner import (
+    PatchGeometry,
+    operators,
+    plan_solve,
+    precondition_by_plan,
+)
+from tract_fx.preconditioner.settings import CallSettings
 
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 
 
@@ -118,6 +128,38 @@ def test_huge_inputs(dtype: torch.dtype, scale: float, rows: int) -> None:
     else:
         assert not found.isfinite().any()
         assert dtype == torch.float32 and scale > 1e18
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", "elsewhere", pytest.param("cuda", marks=(pytest.mark.cuda, NO_CUDA))]
+)
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(3, 8, 7, 2, 3), nn.Conv2d(3, 8, 8, 8), nn.Linear(96, 8)],
+    ids=["overlapping", "side by side", "linear"],
+)
+def test_photographs_that_float32_is_too_coarse_for(
+    layer: nn.Conv2d | nn.Linear, device: str
+) -> None:
+    """Only a CPU looks at values first; other devices' plan, carried out on it, is as exact."""
+    x = photograph_range_255(16, size=32)
+    if isinstance(layer, nn.Linear):
+        x = x.reshape(-1, 96)[:256]
+    geometry, gw = PatchGeometry.of_module(layer), torch.randn_like(layer.weight)
+    there = "meta" if device == "elsewhere" else device
+    plan = plan_solve(gw.dtype, x.to(there), LAMBDA, geometry)
+    there = "cpu" if device == "elsewhere" else device
+    found = precondition_by_plan(gw.to(there), x.to(there), LAMBDA, geometry, plan)
+    assert relative_error(found, precondition(layer, gw, x, LAMBDA)) < 1e-6
+
+
+def test_a_device_without_float64() -> None:
+    """By shapes alone; what ran on such a device, which is not here, would raise."""
+    settings = CallSettings(LAMBDA, PatchGeometry.of_module(nn.Linear(20, 4)), None)
+    with FakeTensorMode():
+        gw, x = (torch.empty(shape, device="mps") for shape in ((4, 20), (5, 20)))
+        found = operators._solve(gw, x, settings)
+    assert (found.device.type, found.dtype, found.shape) == ("mps", torch.float32, gw.shape)
 
 
 def test_overflow_of_one_column() -> None:

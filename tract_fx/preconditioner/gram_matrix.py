@@ -30,7 +30,7 @@ from tract_fx.preconditioner.row_blocks import row_block_gram, row_block_work
 # the caches between the copy that makes them and the product that reads them; on an accelerator
 # they should fill the machine.
 _PIECE_ELEMENTS = {"cpu": 1 << 20}
-_PIECE_ELEMENTS_ELSEWHERE = 1 << 26
+_PIECE_ELEMENTS_ELSEWHERE = 1 << 25
 
 # What copying a number to columns of patches takes, times copying it within rows.
 _STRIDED = 1.6

@@ -103,7 +103,13 @@ def _precondition_op(
     return _solve(grad, input, settings)
 
 
+# Kinds of devices that have no float64, whose tensors are taken to the CPU and back.
+_WITHOUT_FLOAT64 = ("mps",)
+
+
 def _solve(grad: Tensor, x: Tensor, settings: CallSettings) -> Tensor:
+    if grad.device.type in _WITHOUT_FLOAT64:
+        return _solve(grad.cpu(), x.cpu(), settings).to(grad.device)
     if settings.scope is not None:
         scope = GramScope.read(settings.scope)
         if scope.step:

@@ -25,7 +25,10 @@ from tract_fx.preconditioner.patches import patch_matrix
 # 3.8e-5, with the Gram alone in float64 by 6e-5 to 7.5e-5. For noise float32 would do (1536
 # columns: 5e-7), but only the least pivot tells, after half of the work.
 MAX_FLOAT32_AMPLIFICATION = 1e-3
-"""Largest eps · trace(XᵀX/R) / λ for which the Gram and its factor stay in float32."""
+"""Largest eps · trace(XᵀX/R) / λ for which the Gram and its factor stay in float32 on a CPU.
+
+Elsewhere both are always in float64: to read that number would be a synchronisation.
+"""
 
 # Numbers that are read at a time to tell: of half precision, a copy of them is made.
 _PIECE_ELEMENTS = 1 << 22
@@ -87,8 +90,9 @@ def plan_solve(
         return SolvePlan("no rows", rows, columns, dtype, noise)
     if rows < columns:
         return SolvePlan("row space", rows, columns, torch.float64, noise)
-    single_on_cpu = x.device.type == "cpu" and dtype == torch.float32
-    if single_on_cpu and _float32_is_too_coarse(x, lambda_, geometry):
+    if x.device.type != "cpu" or (
+        dtype == torch.float32 and _float32_is_too_coarse(x, lambda_, geometry)
+    ):
         dtype = torch.float64
     return SolvePlan("cholesky", rows, columns, dtype, noise)
 
@@ -102,8 +106,8 @@ def precondition_weight_gradient(
 ) -> torch.Tensor:
     """Compute gW (XᵀX/R + λI)⁻¹ per group (arXiv 2410.23970, section 3).
 
-    float64 where `grad` or `x` has it, else float32, whatever the global precision flags and
-    autocast say. On the CPU, what can't be done well in float32 is done in float64.
+    In full precision whatever the global flags and autocast say: on the CPU in float32 where that
+    is exact enough, else, and on any other device, in float64.
 
     Args:
         grad: The weight's gradient gW, (out, C/groups, *kernel), floating.
@@ -214,8 +218,7 @@ def _gram_solve(
 ) -> torch.Tensor:
     """Solve by Cholesky of the Gram; (groups, out, n) to the same."""
     factor, ok = _factorise(x, lambda_, geometry, dtype, in_blocks=not traced)
-    single_on_cpu = x.device.type == "cpu" and dtype == torch.float32
-    if not traced and single_on_cpu and not bool(ok.all()):
+    if not traced and dtype == torch.float32 and not bool(ok.all()):
         dtype = torch.float64
         factor, ok = _factorise(x, lambda_, geometry, dtype)
     # gW P = (P gWᵀ)ᵀ, P = (L Lᵀ)⁻¹ being symmetric. Two solves are quicker than cholesky_solve.
