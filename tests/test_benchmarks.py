@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import accelerator
 import bench_accuracy
 import bench_cuda
+import bench_cuda_gram
 import bench_gram
 import bench_processes
 import bench_processes_training
@@ -258,7 +259,7 @@ def small_benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run(main: Callable[[], int | None], *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    for name in ("bench_gram", "bench_cuda"):
+    for name in ("bench_gram", "bench_cuda", "bench_cuda_gram"):
         monkeypatch.setattr(sys.modules[name], "pin_allocator", lambda: None)
     monkeypatch.setattr(sys, "argv", ["script", "--quick", *arguments])
     return main() or 0
@@ -319,6 +320,19 @@ def test_record_of_the_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (conv, _), (conv_255, _) = record["arithmetic"].values()  # the third has R < n
     assert conv["TF32"][1] > 3 * conv["float32"][1] > 0 and conv["3 × TF32"][1] < 1e-5
     assert conv_255["TF32"] == conv_255["float32"]  # whole numbers up to 255 are TF32
+
+
+def test_ways_to_compute_a_gram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their time is of a device; that they compute the same is seen here."""
+    arguments = ("--device", "cpu", "--out", str(tmp_path))
+    assert run(bench_cuda_gram.main, *arguments, monkeypatch=monkeypatch) == 0
+    record = json.loads((tmp_path / "cuda_gram.json").read_text())
+    (ways,) = (layer["ways"] for layer in record["grams"].values())
+    assert not any("failure" in way for way in ways)
+    for words, bound in (("float64", 1e-14), ("float32", 1e-6), ("8 bits", 1e-8)):
+        of_kind = [way["error"] for way in ways if words in way["way"]]
+        assert len(of_kind) > 4 and max(of_kind) < bound
+    assert len(record["solves"]) == 2
 
 
 @pytest.mark.usefixtures("small_benchmarks")
