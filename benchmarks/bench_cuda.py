@@ -14,11 +14,10 @@ import named_extra  # noqa: F401  # isort: skip
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 
-from report import OUT
+from report import add_device_options
 from timing import pin_allocator
 
 
@@ -29,13 +28,7 @@ def parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="few rounds, no batches of 256, whole nets on 2 images"
     )
     made.add_argument("--precision", choices=("float32", "tf32", "bfloat16"), help="one of three")
-    made.add_argument("--out", type=Path, default=OUT, help="folder for the JSON (%(default)s)")
-    made.add_argument(
-        "--device",
-        choices=("cuda", "cpu"),
-        default="cuda",
-        help="cpu tries the script out, by the wall clock (%(default)s)",
-    )
+    add_device_options(made)
     return made
 
 

@@ -18,7 +18,6 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from aims import as_error
 from gram_candidates import gram_candidates
 from layer_figures import InTurn
-from report import OUT, machine, save, table
+from report import add_device_options, machine, save, table
 from timing import Clock, device_interleaved, interleaved, pin_allocator
 from tract_fx.preconditioner import PatchGeometry
 from tract_fx.torch_private import full_precision
@@ -96,13 +95,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     made.add_argument("--repeats", type=int, default=10, help="rounds (%(default)s)")
     made.add_argument("--quick", action="store_true", help="one round of one small layer")
-    made.add_argument("--out", type=Path, default=OUT, help="folder for the JSON (%(default)s)")
-    made.add_argument(
-        "--device",
-        choices=("cuda", "cpu"),
-        default="cuda",
-        help="cpu tries the script out, by the wall clock (%(default)s)",
-    )
+    add_device_options(made)
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -99,3 +100,14 @@ def save(console: Console, path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     console.print(f"saved {path}")
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Let a script that is for a device be told where it writes, and be tried out without one."""
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the JSON (%(default)s)")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu tries the script out, by the wall clock (%(default)s)",
+    )
