@@ -36,6 +36,8 @@ from rewritten import (
 )
 from tract_fx import tract_module, tract_pass
 
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
 @each()
@@ -226,3 +228,23 @@ def test_optimizers_see_the_same_parameters(case: Case) -> None:
     step = (start.first.weight - weight_of(model)) / 0.1
     assert relative_error(step, expected(start, x)) < 1e-8  # the division's rounding
     assert output_gradient(net, x).isfinite().all()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=(pytest.mark.cuda, NO_CUDA))])
+@pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
+@each(*FEW_CASES)
+def test_eight_bit_optimizers(case: Case, library: str, device: str) -> None:
+    """They move the weights as the same ones that are handed the oracle's gradient."""
+    kind = pytest.importorskip(f"{library}.optim", reason=f"needs {library}").AdamW8bit
+    net, x = case.net(torch.float32).to(device), case.batch(torch.float32).to(device)
+    model, start = case.rewrite(copy.deepcopy(net)), net.first.weight.detach().clone()
+    options: dict[str, Any] = {"min_8bit_size": 1} if library == "bitsandbytes" else {}
+    optimizers = [kind(m.parameters(), lr=0.01, **options) for m in (model, net)]
+    for _ in range(3):
+        gradient(model, x)
+        gradient(net, x)
+        net.first.weight.grad = torch.from_numpy(expected(net, x)).to(start)
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = weight_of(model).detach() - start
+    assert relative_error(moved, net.first.weight.detach() - start) < 0.02
