@@ -7,9 +7,10 @@ environment: TF32 rounds the Gram to ten bits.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -18,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from nets import NETS, SIZE, STEMS
-from tract_fx import SGD, AdamW, export_training, load_trainer, tract_pass
+from tract_fx import SGD, AdamW, export_training, load_trainer, ort_training, tract_pass
 
 Target = Literal["ort-training", "onnxruntime"]
 pytestmark = [
@@ -96,6 +97,52 @@ def test_twenty_steps_equal_the_cpu(optimizer: AdamW | SGD, target: Target, tmp_
     on_cpu_state, on_gpu_state = (trainer.state_dict() for trainer in trainers)
     for key, value in on_cpu_state.items():
         torch.testing.assert_close(on_gpu_state[key], value, rtol=1e-2, atol=1e-3)
+
+
+class ProfiledRuntime:
+    """ONNX Runtime, whose sessions write down what each node ran on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.sessions: list[onnxruntime.InferenceSession] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(onnxruntime, name)
+
+    def SessionOptions(self) -> onnxruntime.SessionOptions:  # noqa: N802 (ONNX Runtime's)
+        options = onnxruntime.SessionOptions()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(self.folder / "profile")
+        return options
+
+    def InferenceSession(self, *args: Any, **options: Any) -> onnxruntime.InferenceSession:  # noqa: N802
+        self.sessions.append(onnxruntime.InferenceSession(*args, **options))
+        return self.sessions[-1]
+
+    def results(self) -> dict[tuple[str, str], int]:
+        """The largest result, in bytes, by provider and operator."""
+        found: dict[tuple[str, str], int] = {}
+        for session in self.sessions:
+            for event in json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")):
+                about = event.get("args", {})
+                if event["cat"] == "Node" and "provider" in about:
+                    key, size = (about["provider"], about["op_name"]), int(about["output_size"])
+                    found[key] = max(size, found.get(key, 0))
+        return found
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_only_sizes_are_computed_on_the_cpu(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the steps for any ONNX Runtime; as it ran, not as the table of kernels has it."""
+    model = tract_pass(fx.symbolic_trace(NETS[name]().train()))
+    export_training(model, batch(4)[0], tmp_path / "run", target="onnxruntime")
+    runtime = ProfiledRuntime(tmp_path)
+    monkeypatch.setattr(ort_training, "any_runtime", lambda: runtime)
+    load_trainer(tmp_path / "run", device="cuda").train_step(*batch(16))
+    large = {key for key, size in runtime.results().items() if size > 800}
+    assert {provider for provider, _ in large} == {"CUDAExecutionProvider"}, large
 
 
 def test_resumed_run_goes_on(target: Target, tmp_path: Path) -> None:
