@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from training_steps import training_step
 from whole_nets import ACCELERATOR_NETS, Net
 
 LARGE_BATCH = 256
+COMPILED = {"plain": "plain, compiled", "tract_fx": "tract_fx, compiled"}
 
 
 def layers(quick: bool) -> list[Stem]:
@@ -68,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         bench = Bench(clock, device, repeats, peaks, precision)
         rows = layer_rows(layers(options.quick), bench, console)
         net_rows = [
-            net_row(net, bench)
+            net_row(net, bench, options.compile)
             for net in track(nets(options.quick), "whole steps", console=console)
         ]
         print_nets(f"Whole training steps, {precision.name}", net_rows, console)
@@ -103,12 +105,13 @@ def layer_rows(stems: Sequence[Stem], bench: Bench, console: Console) -> list[di
     return records
 
 
-def net_row(net: Net, bench: Bench) -> dict[str, Any]:
+def net_row(net: Net, bench: Bench, compiled: bool) -> dict[str, Any]:
     """Measure the steps of a whole net, and check that ours does not synchronise.
 
     Args:
         net: The net.
         bench: How.
+        compiled: Whether plain and ours are measured compiled, too.
 
     Returns:
         Milliseconds, ratios, the share of TrAct in a step of ours, peak memory beside the model;
@@ -122,7 +125,11 @@ def net_row(net: Net, bench: Bench) -> dict[str, Any]:
     failures: dict[str, str] = {}
     batches = [(x.to(device), y.to(device)) for x, y in (net.example(), net.example())]
     with bench.precision.flags():
-        for name, model in arms(net.build(), net.input_layer).items():
+        models: dict[str, Any] = dict(arms(net.build(), net.input_layer))
+        if compiled:
+            torch.compiler.reset()
+            models |= {c: torch.compile(copy.deepcopy(models[arm])) for arm, c in COMPILED.items()}
+        for name, model in models.items():
             step = training_step(model.to(device), net.optimizer, batches, bench.precision)
             try:
                 step()
@@ -140,6 +147,7 @@ def net_row(net: Net, bench: Bench) -> dict[str, Any]:
         "name": str(net),
         "milliseconds": times,
         "ours_over_plain": over,
+        "compiled_ours_over_plain": ratio(times, *reversed(COMPILED.values())),
         "torch_tract_over_plain": ratio(times, "torch-tract", "plain"),
         "share_of_ours": None if over is None else 1 - 1 / over,
         "peak_bytes": peaks,
@@ -156,25 +164,29 @@ def nets(quick: bool) -> list[Net]:
 
 
 def print_nets(title: str, rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print one line a net."""
-    printed = table(
-        title,
-        "",
-        "plain,\nms",
-        "ours\n÷ plain",
-        "TrAct's\nshare",
-        "torch-tract\n÷ plain",
-        "peak GiB:\nplain, ours",
-    )
+    """Print a line a net, with a second one of what was compiled."""
+    heads = ("plain,\nms", "ours\n÷ plain", "TrAct's\nshare", "peer\n÷ plain", "peak GiB")
+    printed = table(title, "", *heads)
+    printed.caption = "peer: torch-tract; peak GiB: plain's and ours"
     for row in rows:
-        plain, share = row["milliseconds"].get("plain"), row["share_of_ours"]
-        peaks = row["peak_bytes"]
+        times, share, peaks = row["milliseconds"], row["share_of_ours"], row["peak_bytes"]
         printed.add_row(
             row["name"],
-            MISSING if plain is None else f"{plain:.1f}",
+            _milliseconds(times.get("plain")),
             against(row["ours_over_plain"]),
             MISSING if share is None else f"{share:.1%}",
             against(row["torch_tract_over_plain"]),
             ", ".join(f"{peaks[arm] / 2**30:.1f}" for arm in ("plain", "tract_fx") if arm in peaks),
         )
+        if (over := row["compiled_ours_over_plain"]) is not None:
+            compiled = (
+                _milliseconds(times[COMPILED["plain"]]),
+                against(over),
+                f"{1 - 1 / over:.1%}",
+            )
+            printed.add_row("  compiled", *compiled)
     console.print(printed)
+
+
+def _milliseconds(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1f}"

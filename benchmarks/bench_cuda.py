@@ -3,7 +3,8 @@
 Times lie between device events. Every row is checked against float64 on the device, and a step of
 ours for synchronisations: what fails is printed, and makes the script fail.
 
-python benchmarks/bench_cuda.py [--repeats 20] [--quick] [--precision tf32] [--out FOLDER]
+python benchmarks/bench_cuda.py [--repeats 20] [--quick] [--compile] [--precision tf32]
+    [--out FOLDER]
 
 Needs the extra `test`.
 """
@@ -27,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--quick", action="store_true", help="few rounds, no batches of 256, whole nets on 2 images"
     )
+    made.add_argument("--compile", action="store_true", help="whole nets compiled, too: minutes")
     made.add_argument("--precision", choices=("float32", "tf32", "bfloat16"), help="one of three")
     add_device_options(made)
     return made
