@@ -149,6 +149,15 @@ def test_replaced_for_the_whole_process(
     assert_tract(model, model, traced, (x,), (0,))
 
 
+def test_a_function_wrapped_for_the_whole_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As mixed precision once did, and profilers do, with what the layers' forward methods call."""
+    model, x = plain(), images()
+    tract = tract_module(model, x)
+    own = functional.conv2d
+    monkeypatch.setattr(functional, "conv2d", lambda x, weight, *rest: own(x, weight * 2, *rest))
+    assert_tract(model, model, tract, (x,), (0,))
+
+
 def around_twice(layer: Any) -> None:
     for _ in range(2):
         layer.forward = shifted(layer.forward)

@@ -22,6 +22,7 @@ from tract_fx.modules.op_on_weight import OpOnWeight, refuse_frozen_value
 from tract_fx.preconditioner import GEOMETRY, LAYER_KINDS, group_of, multiply, refuse_script
 
 _FUNCTIONS = {kind.module: kind.function for kind in LAYER_KINDS}
+_NAMES = {kind.module: kind.op for kind in LAYER_KINDS}
 
 
 class TractLayer(nn.Module):
@@ -337,7 +338,8 @@ def _is_standard(module: nn.Module, cls: Any, kind: Any) -> bool:
     forward, beneath = _STANDARD[kind]
     own = "forward" in vars(module) or "_conv_forward" in vars(module)
     same = cls.forward is forward and getattr(cls, "_conv_forward", None) is beneath
-    return same and not own
+    # Mixed precision and profilers wrap what these methods call.
+    return same and not own and getattr(functional, _NAMES[kind]) is _FUNCTIONS[kind]
 
 
 # As they are before anybody replaces one for the whole process.
