@@ -502,6 +502,28 @@ def test_a_gradient_that_was_changed_or_is_taken_away_is_an_error() -> None:
     run(model, batches)
 
 
+UNSEEN: dict[str, Callable[[Tensor], Any]] = {
+    ".data": lambda gradient: gradient.data.zero_(),
+    "other data": lambda gradient: setattr(gradient, "data", torch.zeros_like(gradient)),
+    "NumPy": lambda gradient: gradient.numpy().fill(0),
+}
+
+
+@pytest.mark.parametrize("way", UNSEEN)
+def test_a_gradient_that_is_cleared_unseen_begins_a_step(way: str) -> None:
+    """PyTorch counts no version of what is written through these."""
+    net, batches = CONV.net(), micro_batches(CONV)
+    model = WAYS["module"](copy.deepcopy(net))
+    tract_steps(model)
+    run(model, batches[:1])
+    UNSEEN[way](gradient(model))
+    run(model, batches[1:])
+    assert relative_error(gradient(model), wanted(net, batches[1:])) < FLOAT64
+    gradient(model).data.clamp_(max=0)
+    with pytest.raises(TrainerStateError, match="of 'first', changed since"):
+        run(model, batches)
+
+
 def test_the_operator_by_itself_is_in_no_step() -> None:
     model, x = WAYS["module"](CONV.net()), CONV.input(0)
     tract_steps(model)
