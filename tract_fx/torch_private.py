@@ -455,6 +455,22 @@ def kept_translations() -> Iterator[None]:
 
 
 @contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Let activation checkpointing (not of the reentrant kind) keep what it would compute again.
+
+    It would so in the backward pass, where a recorded model's parameters are its own once more.
+    """
+    name = "_checkpoint_without_reentrant_generator"
+    names = vars(importlib.import_module("torch.utils.checkpoint"))
+    before = names[name]
+    names[name] = lambda *_, **__: iter([None])
+    try:
+        yield
+    finally:
+        names[name] = before
+
+
+@contextmanager
 def no_printed_graphs() -> Iterator[None]:
     """Let PyTorch raise alone in the places where it also prints the graph at which it fails."""
     places = [vars(importlib.import_module(name)) for name in _PRINTING]
