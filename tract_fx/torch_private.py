@@ -454,6 +454,17 @@ def kept_translations() -> Iterator[None]:
         setattr(ONNXRegistry, name, stock)
 
 
+def innermost_checkpoint() -> Any:
+    """Tell the activation checkpoint, not of the reentrant kind, that a forward pass is in.
+
+    Returns:
+        What differs from checkpoint to checkpoint; None where saved tensors go elsewhere.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    is_checkpoint = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    return hooks[0] if is_checkpoint else None
+
+
 @contextmanager
 def without_checkpoints() -> Iterator[None]:
     """Let activation checkpointing (not of the reentrant kind) keep what it would compute again.
