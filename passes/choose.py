@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,17 +55,23 @@ def read_choice(lambda_: float = DEFAULT_LAMBDA, layers: LayerChoice = None) -> 
     return Choice(lambda_, dict.fromkeys(names, lambda_))
 
 
-def choose(findings: Findings, eligible: Iterable[InputLayer], choice: Choice) -> dict[str, float]:
+def choose(
+    findings: Findings,
+    eligible: Iterable[InputLayer],
+    choice: Choice,
+    nodes: Container[str] | None = None,
+) -> dict[str, float]:
     """Choose the calls to treat.
 
     Without names: the TrAct calls that the graph has already, else the one layer that consumes the
-    input (in all its calls that do). With names: those, beside the TrAct calls already there.
+    input (in all its calls that do). With names: those, beside the TrAct calls already there. A
+    node's name means its call where it is among `nodes`, None for all.
     """
     lambda_, by_name = choice.lambda_, choice.by_name
     eligible = list(eligible)
     present = {r.node: r.lambda_ for r in eligible if r.lambda_ is not None}
     if by_name is not None:
-        chosen = {**present, **named_calls(by_name, findings, eligible)}
+        chosen = {**present, **named_calls(by_name, findings, eligible, nodes)}
     elif present:
         chosen = dict.fromkeys(present, lambda_)
     else:
@@ -142,7 +148,10 @@ def _nothing_found(findings: Findings) -> TractError:
 
 
 def named_calls(
-    by_name: Mapping[str, float], findings: Findings, eligible: list[InputLayer]
+    by_name: Mapping[str, float],
+    findings: Findings,
+    eligible: list[InputLayer],
+    nodes: Container[str] | None = None,
 ) -> dict[str, float]:
     """Find the calls that are meant by names."""
     chosen: dict[str, float] = {}
@@ -151,7 +160,8 @@ def named_calls(
         calls = [r for r in eligible if name in (r.name, *r.weight)]
         # Of a layer that is called on the input and again on features, the first is meant.
         calls = [r for r in calls if r.node in on_input] or calls
-        calls = calls or [r for r in eligible if r.node == name]
+        if not calls and (nodes is None or name in nodes):
+            calls = [r for r in eligible if r.node == name]
         if not calls:
             raise _unknown(name, findings, eligible)
         chosen.update((r.node, value) for r in calls)

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.grad import conv2d_weight
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["EXACT", "REFUSED", "WithMask"]
+__all__ = ["EXACT", "REFUSED", "InAFunction", "LooksFirst", "Recomputes", "WithMask"]
 
 
 class SamePadded(nn.Conv2d):
@@ -118,8 +120,58 @@ class WithAdapter(nn.Linear):
         )
 
 
+class OfAVector(nn.Linear):
+    """One output, without its dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight[0])
+
+
+class LooksFirst(nn.Conv2d):
+    """Scales its output by what it was without a gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            size = functional.conv2d(x, self.weight).std()
+        return functional.conv2d(x, self.weight, self.bias) / size
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution with a backward pass that its user has written."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return functional.conv2d(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[None, Tensor]:
+        x, weight = ctx.saved_tensors
+        return None, conv2d_weight(x, weight.shape, dz)
+
+
+class InAFunction(nn.Conv2d):
+    """Multiplies inside an autograd Function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = _Convolution.apply(x, self.weight)  # type: ignore[no-untyped-call]
+        return result
+
+
+class Recomputes(nn.Conv2d):
+    """Multiplies again in the backward pass."""
+
+    reentrant = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        arguments, kind = (x, self.weight, self.bias), self.reentrant
+        result: Tensor = checkpoint(self._conv_forward, *arguments, use_reentrant=kind)
+        return result
+
+
 REFUSED: dict[str, tuple[type[nn.Module], tuple[Any, ...], str]] = {
     "twice": (Twice, (3, 4, 3), r"trained weights 2 times"),
     "matmul": (ByMatmul, (8, 4), r"by another function"),
     "adapter": (WithAdapter, (8, 4), r"trained weights 3 times"),
+    "vector": (OfAVector, (8, 4), r"weight of shape \(8,\).*is a vector"),
 }

@@ -338,6 +338,25 @@ def test_expanded_weights_are_refused() -> None:
         call_for_per_sample_grads(model)(torch.randn(5, 6))
 
 
+class OfAList(torch.Tensor):
+    """Knows one function, as classes do that are written for some domain."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *rest: Any) -> Any:
+        known: Any = super().__torch_function__
+        return known(function, *rest) if function is nn.functional.linear else NotImplemented
+
+
+def test_classes_of_tensors_that_know_a_list_of_functions_are_refused() -> None:
+    x = torch.randn(5, 6).as_subclass(OfAList)
+    model = nn.Linear(6, 4)
+    assert type(model(x)) is OfAList
+    with pytest.raises(
+        tract_fx.UnsupportedLayerError, match=r"an input of class OfAList.*as_subclass"
+    ):
+        tract_module(model, layers="")(x)
+
+
 @pytest.mark.parametrize("way", ["graph", "program", "module"])
 def test_exports_for_inference_name_both_ways(way: str, tmp_path: Path) -> None:
     """Refused, or a graph would be exported that is never trained with TrAct."""

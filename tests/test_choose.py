@@ -89,6 +89,22 @@ def test_choice_by_node(route: str) -> None:
     assert_tract(model, graph, tract_pass(graph, layers=nodes), (images(),), (1,))
 
 
+def test_a_part_of_the_model_is_no_node() -> None:
+    """Exporting names the call of `first` linear, and so has the user named a part."""
+    model = built(
+        lambda: Net(
+            lambda net, x: net.head(net.linear(net.first(x)).tanh()),
+            first=nn.Linear(8, 5),
+            linear=nn.Sequential(nn.Tanh(), nn.Linear(5, 4)),
+            head=nn.Linear(4, 2),
+        )
+    )
+    graph = exported(model, (images(),))
+    assert "linear" in {record.node for record in find_input_layers(graph).layers}
+    with pytest.raises(UnknownLayerError, match=r"Did you mean 'linear\.1'"):
+        tract_pass(graph, layers=["linear"])
+
+
 @each_tracer
 @pytest.mark.parametrize("lambda_", [1e-3, 0.05, 1, 20.0, np.float64(0.3), np.float32(0.5)])
 def test_lambda(route: str, lambda_: float) -> None:

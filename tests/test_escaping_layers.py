@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from oracle import relative_error, tract_gradient
-from tract_fx import UnsupportedLayerError, tract_module
+from oracle import precondition, relative_error, tract_gradient
+from tract_fx import UnsupportedLayerError, tract_module, tract_pass
 
 
 class Net(nn.Module):
@@ -166,6 +166,24 @@ def raw(forward: Callable[[Any, Tensor], Tensor]) -> Any:
     return Raw().double()
 
 
+def in_a_part(hold: Callable[[nn.Module, str, Tensor], None]) -> Any:
+    """A model whose first layer's weight is trained and no parameter."""
+    layer = nn.Conv2d(3, 4, 3, bias=False)
+    weight = layer.weight.detach().double().requires_grad_()
+    del layer.weight
+    hold(layer, "weight", weight)
+
+    class InAPart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.head = nn.Sequential(layer, nn.ReLU()), nn.Conv2d(4, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.part(x))  # type: ignore[no-any-return]
+
+    return InAPart().double()
+
+
 @pytest.mark.parametrize(
     ("model", "says"),
     [
@@ -178,8 +196,10 @@ def raw(forward: Callable[[Any, Tensor], Tensor]) -> Any:
             lambda: raw(lambda net, x: nn.functional.conv2d(x * OUTSIDE, net.w.detach())),
             r"mul \(node 'mul'\).*a trained parameter",
         ),
+        (lambda: in_a_part(setattr), r"conv2d.* by part\.0\.weight: "),
+        (lambda: in_a_part(nn.Module.register_buffer), r"conv2d.* by part\.0\.weight: "),
     ],
-    ids=["list", "tuple", "dict", "tensor", "computed", "global"],
+    ids=["list", "tuple", "dict", "tensor", "computed", "global", "part's", "buffer"],
 )
 def test_what_is_trained_and_not_registered_is_refused_by_name(
     model: Callable[[], Any], says: str
@@ -187,3 +207,12 @@ def test_what_is_trained_and_not_registered_is_refused_by_name(
     """torch.export makes a constant of it, and the layer behind would be taken without a word."""
     with pytest.raises(UnsupportedLayerError, match=says):
         tract_module(model(), (example(),))
+
+
+@pytest.mark.parametrize("hold", [setattr, nn.Module.register_buffer])
+def test_a_graph_takes_a_weight_that_is_trained_and_no_parameter(hold: Any) -> None:
+    model, x = in_a_part(hold), example()
+    layer, gradients = model.part[0], []
+    for net in (model, tract_pass(fx.symbolic_trace(model))):
+        gradients += torch.autograd.grad(net(x).square().sum(), layer.weight)
+    assert relative_error(gradients[1], precondition(layer, gradients[0], x)) < 1e-10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,20 @@ import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from foreign_models import FLOAT32, conv_net, initializers
 from onnx_models import by_hand
 from oracle import Spec, precondition, relative_error
 from photographs import photograph_range_255
-from tract_fx import ExportError, TractWarning, export_training, load_trainer, tract_pass
+from tract_fx import (
+    ExportError,
+    TractWarning,
+    export_training,
+    load_trainer,
+    tract_module,
+    tract_pass,
+)
 from tract_fx.export import api, verify_onnx
 from tract_fx.export.made_up import are_pixels, made_up_numbers
 from tract_fx.export.reference_model import NoReferenceError
@@ -43,6 +52,34 @@ def from_torch() -> Any:
         nn.Conv2d(3, 6, 3, 2), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
     )
     return tract_pass(torch.fx.symbolic_trace(net))
+
+
+class Checkpointed(nn.Module):
+    """Its first layer's output and its features are computed again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.body = nn.Conv2d(3, 4, 3), nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = checkpoint(self.first, x, use_reentrant=False).tanh().mean((2, 3))
+        return checkpoint(self.body, features, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def test_activation_checkpoints_are_no_part_of_a_graph(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(6, 3, 8, 8), Checkpointed()
+    export_training(tract_module(model, x), x, tmp_path / "run", target="onnxruntime")
+    found = load_trainer(tmp_path / "run").compute_gradients(x, torch.arange(6) % 4)
+    wide, x = copy.deepcopy(model).double(), x.double()
+    nn.functional.cross_entropy(wide(x), torch.arange(6) % 4).backward()
+    wanted = {name: parameter.grad for name, parameter in wide.named_parameters()}
+    assert wanted["first.weight"] is not None
+    wanted["first.weight"] = torch.from_numpy(precondition(wide.first, wanted["first.weight"], x))
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert gradient is not None
+        assert relative_error(torch.as_tensor(found[name]), gradient) < 2e-6
 
 
 @dataclasses.dataclass(frozen=True)

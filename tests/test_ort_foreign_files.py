@@ -30,6 +30,7 @@ from tract_fx import (
     InvalidBatchError,
     UnsupportedTrainingError,
     export_training,
+    inspect_graph,
     load_trainer,
 )
 from tract_fx.artifacts.manifest import Manifest
@@ -117,6 +118,44 @@ def test_weights_in_a_file_beside_the_model(opset: int, tmp_path: Path) -> None:
     (tmp_path / "weights.bin").unlink()
     with pytest.raises(UnsupportedModelError, match=r"weights\.bin"):
         export_training(file, None, tmp_path / "b")
+
+
+def cut_off(file: Path) -> Any:
+    with (file.parent / "weights.bin").open("r+b") as weights:
+        weights.truncate(100)
+    return file
+
+
+def linked(file: Path) -> Any:
+    """As Hugging Face's hub keeps what it has downloaded."""
+    (file.parent / "blobs").mkdir()
+    folder = file.parent / "snapshot"
+    folder.mkdir()
+    for i, part in enumerate(("model.onnx", "weights.bin")):
+        (file.parent / part).rename(file.parent / "blobs" / str(i))
+        (folder / part).symlink_to(file.parent / "blobs" / str(i))
+    return folder / "model.onnx"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (cut_off, r"weights\.bin' up to byte \d+, and that has 100 bytes.*again"),
+        (linked, r"blobs/1', and a model may read its own folder alone.*local_dir="),
+        (lambda file: onnx.load(file, load_external_data=False), r"not there.*path of the \.onnx"),
+    ],
+    ids=["cut off", "linked", "not loaded"],
+)
+def test_weights_in_a_file_that_does_not_hold_them(given: Any, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    onnx.save(mlp(), file, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    model = given(file)
+    for call in (
+        lambda: export_training(model, None, tmp_path / "a"),
+        lambda: inspect_graph(model),
+    ):
+        with pytest.raises(UnsupportedModelError, match=says):
+            call()
 
 
 def batches(manifest: Manifest) -> set[object]:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from oracle import Spec, precondition, relative_error
-from own_forwards import EXACT, REFUSED, WithMask
+from own_forwards import EXACT, REFUSED, InAFunction, LooksFirst, Recomputes, WithMask
 from reference import Net, assert_plain, assert_tract, built, images
 from tract_fx import (
     TractError,
@@ -122,6 +122,39 @@ def test_what_can_not_be_exact_is_refused(name: str) -> None:
         assert torch.equal(tract_module(model, layers="stem")(images()), model(images()))
 
 
+@pytest.mark.parametrize("cls", [InAFunction, Recomputes])
+def test_what_computes_its_gradient_itself_is_refused_in_the_forward_pass(cls: Any) -> None:
+    """The call is made where no gradient is recorded, and looks like any other in an export."""
+    model, x = built(lambda: Net(lambda net, x: net.stem(x), stem=cls(3, 4, 3))), images()
+    for tract in (tract_module(model, x), tract_module(model, layers="stem")):
+        with pytest.raises(UnsupportedLayerError, match=r"inside an autograd Function.*=False"):
+            tract(x)
+        with torch.no_grad():
+            assert torch.equal(tract(x), model(x))
+        model.requires_grad_(False)
+        assert torch.equal(tract(x), model(x))
+        model.requires_grad_(True)
+    if cls is Recomputes:
+        model.stem.reentrant = False
+        with pytest.raises(UnsupportedLayerError, match=r"a checkpoint in the forward.*layer, x"):
+            tract_module(model, layers="stem")(x)
+
+
+@pytest.mark.parametrize("way", ["around", "around, not reentrant", "looks first"])
+def test_recomputed_and_looked_at_without_a_gradient(way: str) -> None:
+    cls: Any = LooksFirst if way == "looks first" else nn.Conv2d
+    model = built(lambda: Net(lambda net, x: net.stem(x).tanh(), stem=cls(3, 4, 3)))
+    tract: Any = tract_module(model, layers="stem")
+    if cls is nn.Conv2d:
+        own, kind = tract.stem.forward, way == "around"
+        tract.stem.forward = lambda x: checkpoint(own, x, use_reentrant=kind)
+    x = images().requires_grad_()
+    (plain_gradient,) = torch.autograd.grad(model(x).square().sum(), model.stem.weight)
+    tract(x).square().sum().backward()
+    wanted = precondition(Spec("conv", (3, 3), (1, 1), 0, "zeros", (1, 1)), plain_gradient, x)
+    assert relative_error(tract.stem.weight.grad, wanted) < FLOAT64
+
+
 def plain() -> Any:
     return built(lambda: Net(lambda net, x: net.stem(x).tanh(), stem=nn.Conv2d(3, 4, 3)))
 
@@ -147,6 +180,15 @@ def test_replaced_for_the_whole_process(
     assert_tract(model, model, tract, (x,), (0,))
     traced = tract_pass(fx.symbolic_trace(model))
     assert_tract(model, model, traced, (x,), (0,))
+
+
+def test_a_function_wrapped_for_the_whole_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As mixed precision once did, and profilers do, with what the layers' forward methods call."""
+    model, x = plain(), images()
+    tract = tract_module(model, x)
+    own = functional.conv2d
+    monkeypatch.setattr(functional, "conv2d", lambda x, weight, *rest: own(x, weight * 2, *rest))
+    assert_tract(model, model, tract, (x,), (0,))
 
 
 def around_twice(layer: Any) -> None:

@@ -300,11 +300,18 @@ def normed() -> nn.Module:
     return WAYS["module"](net)
 
 
+def both_tied() -> nn.Module:
+    net = nn.ModuleDict({"first": nn.Linear(4, 3), "second": nn.Linear(4, 3)})
+    net["second"].weight = net["first"].weight
+    return tract_module(net, layers=["first", "second"])
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "plain": (CONV.net, NoInputLayerError, "no trained layer has TrAct"),
     "exported": (exported, UnsupportedLayerError, "first: it is a function call in a graph"),
     "tied": (lambda: tied(CONV.net()), UnsupportedLayerError, "first: its weight is used without"),
     "again": (again, UnsupportedLayerError, "first: its weight is used without TrAct too"),
+    "both tied": (both_tied, UnsupportedLayerError, "first: its weight is another layer's too"),
     "own forward": (standardised, UnsupportedLayerError, "first: what it multiplies with may be"),
     "weight norm": (normed, UnsupportedLayerError, "first: what it multiplies with may be"),
 }
@@ -330,6 +337,20 @@ def test_a_step_within_a_step_and_a_gradient_from_before_are_refused() -> None:
     model.zero_grad(set_to_none=False)
     with tract_step(model):
         run(model, micro_batches(CONV))
+
+
+@pytest.mark.parametrize("clears", [False, True])
+def test_an_optimizer_that_steps_inside_goes_by_plain_gradients_and_is_an_error(
+    clears: bool,
+) -> None:
+    model = WAYS["module"](CONV.net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TrainerStateError, match=r"weight of first, changed inside.*step\(\)"):
+        with tract_step(model):
+            run(model, micro_batches(CONV))
+            optimizer.step()
+            if clears:
+                optimizer.zero_grad()
 
 
 # tract_steps alone.
@@ -500,6 +521,28 @@ def test_a_gradient_that_was_changed_or_is_taken_away_is_an_error() -> None:
         run(model, batches)
     handle.remove()
     run(model, batches)
+
+
+UNSEEN: dict[str, Callable[[Tensor], Any]] = {
+    ".data": lambda gradient: gradient.data.zero_(),
+    "other data": lambda gradient: setattr(gradient, "data", torch.zeros_like(gradient)),
+    "NumPy": lambda gradient: gradient.numpy().fill(0),
+}
+
+
+@pytest.mark.parametrize("way", UNSEEN)
+def test_a_gradient_that_is_cleared_unseen_begins_a_step(way: str) -> None:
+    """PyTorch counts no version of what is written through these."""
+    net, batches = CONV.net(), micro_batches(CONV)
+    model = WAYS["module"](copy.deepcopy(net))
+    tract_steps(model)
+    run(model, batches[:1])
+    UNSEEN[way](gradient(model))
+    run(model, batches[1:])
+    assert relative_error(gradient(model), wanted(net, batches[1:])) < FLOAT64
+    gradient(model).data.clamp_(max=0)
+    with pytest.raises(TrainerStateError, match="of 'first', changed since"):
+        run(model, batches)
 
 
 def test_the_operator_by_itself_is_in_no_step() -> None:

@@ -91,9 +91,26 @@ def test_alone_they_are_the_input() -> None:
 
 def test_bytes_and_numbers_compete() -> None:
     model = beside(lambda n, t: n.sizes(t.double()), sizes=nn.Linear(3, 4))
-    for other in (IDS.to(torch.uint8), images(4, 3, seed=1)):
+    for other in (IDS.to(torch.uint8), IDS.to(torch.int16), images(4, 3, seed=1)):
         with pytest.raises(AmbiguousInputLayerError, match=r"layers=\['stem'\]"):
             tract_pass(exported(model, ((images(), other),)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_volumes_of_classes_compete_and_masks_on_features_do_not(dtype: torch.dtype) -> None:
+    """Of four dimensions either may be: told by whether a layer reads it by itself."""
+    volume = (images() > 0).to(dtype)
+    model = beside(lambda n, t: n.other(t.double()).mean((2, 3)), other=nn.Conv2d(3, 4, 1))
+    with pytest.raises(AmbiguousInputLayerError, match=r"layers=\['stem'\]"):
+        tract_pass(exported(model, ((images(), volume),)))
+    masked = built(
+        lambda: Net(
+            lambda net, x: net.head((net.stem(x[0]) * x[1][:, :1, 1:-1, 1:-1]).mean((2, 3))),
+            stem=nn.Conv2d(3, 4, 3),
+            head=nn.Linear(4, 2),
+        )
+    )
+    assert is_tract(tract_pass(exported(masked, ((images(), volume),)))) == {"stem": 0.1}
 
 
 def test_the_trained_convolution_is_suggested() -> None:

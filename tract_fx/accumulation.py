@@ -59,7 +59,7 @@ def tract_step(model: nn.Module) -> Iterator[None]:
             function call, of a computed or shared weight, or of one that is split otherwise than by
             its rows.
         TrainerStateError: A gradient is there already, or the step of the layer is open already, or
-            no backward pass was counted.
+            no backward pass was counted, or the optimizer has changed the weight inside.
     """
     layers = _layers(model, "tract_step")
     for name, layer in layers.items():
@@ -72,11 +72,13 @@ def tract_step(model: nn.Module) -> Iterator[None]:
             gram = StepGram(scope, PatchGeometry.of_module(layer), _columns(layer))
             opened.append((layer, gram))
             _open(layer, scope, gram)
+        versions = {layer: torch_private.version(layer.weight) for layer, _ in opened}
         yield
     finally:
         for layer, _ in opened:
             _close(layer)
     for layer, gram in opened:
+        _require_unchanged(gram.scope.layer, layer, versions[layer])
         lambda_ = tract_lambda(layer)
         assert lambda_ is not None
         gram.apply_(layer.weight, lambda_)
@@ -200,13 +202,14 @@ def _check(name: str, layer: nn.Module, model: nn.Module) -> None:
             "Remove the parametrization, weight norm, pruning or own forward method, or train "
             "without tract_step",
         )
-    others = (m for m in model.modules() if m is not layer and tract_lambda(m) is None)
-    if any(p is weight for m in others for p in m._parameters.values()) or _called_plain(
-        model, layer
-    ):
+    others = (m for m in model.modules() if m is not layer)
+    tied = [m for m in others if any(p is weight for p in m._parameters.values())]
+    plain = _called_plain(model, layer) or any(tract_lambda(m) is None for m in tied)
+    if plain or tied:
+        use = "used without TrAct too" if plain else "another layer's too, which has its own rows"
         raise _unsupported(
             name,
-            "its weight is used without TrAct too, and the gradient is the sum of both uses",
+            f"its weight is {use}, and the gradient is the sum of both uses",
             "Untie the weight, or train without tract_step",
         )
     if not _by_rows(weight, layer):
@@ -223,6 +226,16 @@ def _check(name: str, layer: nn.Module, model: nn.Module) -> None:
             "it would be multiplied by a P of other rows",
             "Call optimizer.zero_grad() before you enter, and run all of a step's backward passes "
             "inside",
+        )
+
+
+def _require_unchanged(name: str, layer: Any, version: int) -> None:
+    if torch_private.version(layer.weight) != version:
+        raise TrainerStateError(
+            f"the weight of {name}, changed inside tract_step",
+            "the optimizer has gone by the plain gradient, which is TrAct's from the end on",
+            "Call optimizer.step() behind the `with`, and take an optimizer out of the backward "
+            "pass",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, Literal, TypeVar
 
 from torch import fx, nn
@@ -186,7 +187,7 @@ def _locate(model: nn.Module, example_inputs: Any, choice: Choice) -> dict[str, 
 def _no_module(model: nn.Module, graph: fx.GraphModule, record: InputLayer) -> TractError:
     """Say why a call has no module that could be treated, and what to do."""
     registered = dict(model.named_parameters(remove_duplicate=False))
-    others = [getattr(graph, name) for name in record.weight if name not in registered]
+    others = [attrgetter(name)(graph) for name in record.weight if name not in registered]
     if not others:
         return UnsupportedLayerError(
             str(record),
@@ -196,8 +197,8 @@ def _no_module(model: nn.Module, graph: fx.GraphModule, record: InputLayer) -> T
     places = [held_at(model, tensor) or "a tensor that it holds elsewhere" for tensor in others]
     return UnsupportedLayerError(
         f"{record.op} (node {record.node!r}) by {' and '.join(places)}",
-        "that is trained, for it requires a gradient, and the model has not registered it, so that "
-        "parameters(), state_dict() and exports pass it over",
+        "that is trained, for it requires a gradient, and the model has not registered it as a "
+        "parameter, so that parameters(), exports and, but for a buffer, state_dict() pass it over",
         "Put the layer into an nn.ModuleList or nn.ModuleDict, or the tensor into an nn.Parameter",
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -129,12 +130,14 @@ class TrainedTensors(FunctionMode):
         named = dict(graph.named_parameters())
         found = set()
         for node in graph.graph.find_nodes(op="get_attr"):
-            value = getattr(graph, str(node.target), None)
-            if isinstance(value, torch.Tensor) and node.target not in named:
+            target = str(node.target)  # "part.name" of what a submodule holds
+            value = attrgetter(target)(graph)
+            if isinstance(value, torch.Tensor) and target not in named:
                 trained = self._seen.get(torch_private.storage_of(value))
                 if trained is not None and trained.shape == value.shape:
-                    setattr(graph, str(node.target), trained)
-                    found.add(str(node.target))
+                    owner, _, name = target.rpartition(".")
+                    setattr(graph.get_submodule(owner), name, trained)
+                    found.add(target)
         return found
 
 
@@ -143,7 +146,7 @@ def held_at(model: nn.Module, tensor: torch.Tensor) -> str | None:
     pending: list[tuple[str, Any]] = [
         (f"{path}.{name}".lstrip("."), value)
         for path, module in model.named_modules()
-        for name, value in vars(module).items()
+        for name, value in (*vars(module).items(), *module.named_buffers(recurse=False))
         if not name.startswith("_")
     ]
     seen: set[int] = set()

@@ -454,6 +454,33 @@ def kept_translations() -> Iterator[None]:
         setattr(ONNXRegistry, name, stock)
 
 
+def innermost_checkpoint() -> Any:
+    """Tell the activation checkpoint, not of the reentrant kind, that a forward pass is in.
+
+    Returns:
+        What differs from checkpoint to checkpoint; None where saved tensors go elsewhere.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    is_checkpoint = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    return hooks[0] if is_checkpoint else None
+
+
+@contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Let activation checkpointing (not of the reentrant kind) keep what it would compute again.
+
+    It would so in the backward pass, where a recorded model's parameters are its own once more.
+    """
+    name = "_checkpoint_without_reentrant_generator"
+    names = vars(importlib.import_module("torch.utils.checkpoint"))
+    before = names[name]
+    names[name] = lambda *_, **__: iter([None])
+    try:
+        yield
+    finally:
+        names[name] = before
+
+
 @contextmanager
 def no_printed_graphs() -> Iterator[None]:
     """Let PyTorch raise alone in the places where it also prints the graph at which it fails."""

@@ -18,8 +18,9 @@ from tract_fx.passes.choose import (
     warn_of_frozen,
     warn_of_passed,
 )
-from tract_fx.passes.fx_graph.find import locate
+from tract_fx.passes.fx_graph.find import Located, locate
 from tract_fx.passes.fx_graph.models import as_graph_module, refuse_wrapped
+from tract_fx.passes.fx_graph.owners import module_paths
 from tract_fx.passes.fx_graph.regions import graphs
 from tract_fx.passes.fx_graph.rewrite import remove_from_graph, rewrite_graph
 from tract_fx.passes.records import Findings
@@ -94,9 +95,10 @@ def tract_pass(
     gm = as_graph_module(gm)
     located = locate(gm)
     records = [record for record, _ in located.eligible]
-    chosen, renewed = choose(located.findings, records, choice), {r.node for r in records}
+    nodes = _naming_nodes(gm, located)
+    chosen, renewed = choose(located.findings, records, choice, nodes), {r.node for r in records}
     if choice.by_name is not None:
-        renewed = {*named_calls(choice.by_name, located.findings, records)}
+        renewed = {*named_calls(choice.by_name, located.findings, records, nodes)}
     groups = {r.node: (group if r.node in renewed else r.group, r.name) for r in records}
     scopes = {n: str(GramScope(g, layer)) for n, (g, layer) in groups.items() if g is not None}
     result = rewrite_graph(gm, chosen, scopes)
@@ -105,6 +107,22 @@ def tract_pass(
     if choice.by_name is None and not any(r.lambda_ is not None for r in taken):
         warn_of_passed(located.passed, taken)
     return result
+
+
+def _naming_nodes(gm: fx.GraphModule, located: Located) -> set[str]:
+    """Give the nodes whose names mean them, and no part of the model that they do not lie in.
+
+    Exporting calls nodes by their functions (`linear`), and so do people the parts of a model.
+    """
+    parts = {name for _, graph in graphs(gm) for name, _ in graph.named_modules()}
+    parts |= {
+        path for _, graph in graphs(gm) for n in graph.graph.nodes for path in module_paths(n)
+    }
+    return {
+        record.node
+        for record, call in located.eligible
+        if record.node not in parts or record.node in module_paths(call.node)
+    }
 
 
 def is_tract(model: nn.Module | ExportedProgram) -> dict[str, float]:

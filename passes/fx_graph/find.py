@@ -26,7 +26,11 @@ from tract_fx.passes.fx_graph.calls import (
 )
 from tract_fx.passes.fx_graph.entering import entering_values
 from tract_fx.passes.fx_graph.memory import effects
-from tract_fx.passes.fx_graph.owners import layer_module, weight_parameters
+from tract_fx.passes.fx_graph.owners import (
+    has_trained_tensor,
+    layer_module,
+    weight_parameters,
+)
 from tract_fx.passes.fx_graph.regions import Region, region_of
 from tract_fx.passes.fx_graph.values import (
     Value,
@@ -169,6 +173,8 @@ class _Locator:
         module = lookup(self.gm, node) if node.op == "call_module" else None
         if isinstance(module, nn.Module):
             value = value.with_parameters(self.prefix + str(node.target), module)
+            if has_trained_tensor(module):
+                value = dataclasses.replace(value, trainable=True)
         if not self.trains:
             value = dataclasses.replace(value, trainable=False)
         call = match_module(node, module) if module is not None else match_function(node)
@@ -207,7 +213,8 @@ class _Locator:
         """Tell a layer from a filter: one whose weight is a buffer is part of the input's path."""
         if module is not None:
             is_buffer = "weight" in dict(module.named_buffers(recurse=False))
-            return not is_buffer and next(module.parameters(), None) is not None
+            has_parameters = not is_buffer and next(module.parameters(), None) is not None
+            return has_parameters or has_trained_tensor(module)
         assert call.weight is not None
         weight = self.values[call.weight]
         return bool(weight.parameters) or weight.from_layers or bool(weight.path)

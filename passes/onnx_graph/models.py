@@ -63,14 +63,53 @@ def _read(path: Path) -> ir.Model:
     model = _deserialized(proto)
     ir.external_data.set_base_dir(model.graph, path.parent)
     for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and not Path(tensor.path).is_file():
-            raise UnsupportedModelError(
-                f"the initializer {name!r} of {str(path)!r}",
-                f"its values lie in {str(tensor.path)!r}, which is not there",
-                "Put that file beside the model, where the exporter wrote it",
-            )
+        if isinstance(value.const_value, ir.ExternalTensor):
+            _require_file(name, value.const_value, str(path))
     return model
+
+
+def load_values(model: ir.Model) -> None:
+    """Read what lies in other files into the model.
+
+    Raises:
+        UnsupportedModelError: A file is not there, not whole, or not in the model's folder.
+    """
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor) or tensor.raw is not None:
+            continue
+        _require_file(name, tensor)
+        file, found = Path(tensor.path), f"the initializer {name!r}"
+        if not file.resolve().is_relative_to(Path(tensor.base_dir).resolve()):
+            raise UnsupportedModelError(
+                found,
+                f"its values lie in {str(file.resolve())!r}, and a model may read its own folder "
+                "alone",
+                "Copy the file itself, and no link, beside the model (from Hugging Face's hub: "
+                "download with local_dir=…)",
+            )
+        ends, size = (tensor.offset or 0) + (tensor.length or tensor.nbytes), file.stat().st_size
+        if size < ends:
+            raise UnsupportedModelError(
+                found,
+                f"its values lie in {str(file)!r} up to byte {ends}, and that has {size} bytes",
+                "Copy or download that file again",
+            )
+    ir.external_data.load_to_model(model)
+
+
+def _require_file(name: str, tensor: ir.ExternalTensor, path: str = "") -> None:
+    """Make sure that the file which an initializer's values lie in is there."""
+    if Path(tensor.path).is_file():
+        return
+    remedy = "Put that file beside the model, where the exporter wrote it"
+    if not tensor.base_dir:
+        remedy = "Give the path of the .onnx file, or onnx.load(path) with all its values"
+    raise UnsupportedModelError(
+        f"the initializer {name!r}" + (f" of {path!r}" if path else ""),
+        f"its values lie in {str(tensor.path)!r}, which is not there",
+        remedy,
+    )
 
 
 def _deserialized(proto: onnx.ModelProto) -> ir.Model:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tract_fx import torch_private
 from tract_fx.errors import ExportError
 from tract_fx.export.no_dropout import no_dropout
 from tract_fx.function_mode import FunctionMode
@@ -36,7 +37,7 @@ def call_on_copies(
 ) -> Any:
     """Call a model on other tensors than its own, and leave the inputs and random state alone."""
     given, keywords = pytree.tree_map(_copied, (args, dict(kwargs)))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch_private.without_checkpoints():
         return torch.func.functional_call(module, dict(tensors), given, keywords)
 
 

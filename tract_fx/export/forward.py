@@ -27,6 +27,7 @@ from tract_fx.importer.ml_operators import read_with_scores
 from tract_fx.importer.modes import evaluation_mode
 from tract_fx.modules import copy_tree
 from tract_fx.passes.choose import LayerChoice, read_choice
+from tract_fx.passes.onnx_graph.models import load_values
 from tract_fx.preconditioner import DEFAULT_LAMBDA
 from tract_fx.program import arguments
 
@@ -65,7 +66,7 @@ def onnx_source(
 ) -> OnnxSource:
     """Read an ONNX forward model."""
     given = read_with_scores(model)
-    ir.external_data.load_to_model(given)
+    load_values(given)
     whole = read_model(given)
     inputs = list(whole.graph.inputs)
     name_batch(whole, inputs)

@@ -16,7 +16,7 @@ from tract_fx.errors import StateMismatchError
 from tract_fx.importer.build import Imported, import_graph
 from tract_fx.importer.detached import detached_names
 from tract_fx.importer.forward_model import read_forward, read_model
-from tract_fx.passes.onnx_graph.models import as_ir_model
+from tract_fx.passes.onnx_graph.models import as_ir_model, load_values
 
 Model = onnx.ModelProto | ir.Model | str | Path
 
@@ -79,7 +79,7 @@ def with_weights(model: Model, state: Mapping[str, Any]) -> onnx.ModelProto:
         StateMismatchError: A tensor that the model's initializers have no place for.
     """
     result = as_ir_model(model)
-    ir.external_data.load_to_model(result)
+    load_values(result)
     keys = {key: name for name, key in _keys(model).items()}
     for key, value in state.items():
         name = keys.get(key, key)

@@ -19,6 +19,7 @@ from tract_fx.importer.versions import supported_versions
 from tract_fx.passes.choose import Choice, choose
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.find import locate
+from tract_fx.passes.onnx_graph.models import load_values
 from tract_fx.passes.onnx_graph.node_names import named_nodes
 from tract_fx.passes.onnx_graph.parameters import RESET, forward_parameters, is_training_graph
 
@@ -35,7 +36,7 @@ def read_model(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
         )
     RemoveInitializersFromInputsPass()(graph)
     _refuse_shared_names(graph)
-    ir.external_data.load_to_model(graph)  # a converter of opsets forgets where the files lie
+    load_values(graph)  # a converter of opsets forgets where the files lie
     supported_versions(graph)
     named_nodes(graph)
     standardised_preprocessing(graph)

@@ -175,7 +175,7 @@ def _by_running(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
             **dict(zip(own, buffers, strict=True)),
         }
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        with SourceLines(model):
+        with SourceLines(model), torch_private.without_checkpoints():
             result = functional_call(model, state, args, kwargs)
         outputs = [t for _, t in tensors_in(result, "") if t.requires_grad]
         with fx.traceback.annotate({_BACKWARD: True}):

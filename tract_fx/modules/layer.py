@@ -22,6 +22,7 @@ from tract_fx.modules.op_on_weight import OpOnWeight, refuse_frozen_value
 from tract_fx.preconditioner import GEOMETRY, LAYER_KINDS, group_of, multiply, refuse_script
 
 _FUNCTIONS = {kind.module: kind.function for kind in LAYER_KINDS}
+_NAMES = {kind.module: kind.op for kind in LAYER_KINDS}
 
 
 class TractLayer(nn.Module):
@@ -189,14 +190,19 @@ def _run_standard(layer: Any, lambda_: float, input: Tensor) -> Tensor:  # noqa:
 
 def _run_with_op(layer: nn.Module, lambda_: float, forward: Any, args: Any, kwargs: Any) -> Any:
     op = OpOnWeight(layer, lambda_, tract_scope(layer))
+    if "forward" in vars(layer):
+        vars(_inside).setdefault("ops", {})[id(layer)] = op
     with op:
         result = forward(*args, **kwargs)
-    op.check()
+    op.check(result)
     return result
 
 
 _inside = threading.local()
-"""The layers, by identity, whose instance's own forward method this thread is running."""
+"""The layers, by identity, whose instance's own forward method this thread is running.
+
+And their ops.
+"""
 
 
 def _run_own(layer: nn.Module, forward: Any, *args: Any, tract: bool = True, **kwargs: Any) -> Any:
@@ -211,10 +217,16 @@ def _run_own(layer: nn.Module, forward: Any, *args: Any, tract: bool = True, **k
         return forward(*args, **kwargs)
     finally:
         _inside.layers.remove(id(layer))
+        vars(_inside).get("ops", {}).pop(id(layer), None)
 
 
 def _runs_own(layer: nn.Module) -> bool:
-    return "forward" in vars(layer) and id(layer) in vars(_inside).get("layers", ())
+    if not ("forward" in vars(layer) and id(layer) in vars(_inside).get("layers", ())):
+        return False
+    op = vars(_inside).get("ops", {}).get(id(layer))
+    if op is not None:
+        op.enter_class()
+    return True
 
 
 # A TrAct class keeps the user's class alive, not the other way round: parametrized layers have a
@@ -337,7 +349,8 @@ def _is_standard(module: nn.Module, cls: Any, kind: Any) -> bool:
     forward, beneath = _STANDARD[kind]
     own = "forward" in vars(module) or "_conv_forward" in vars(module)
     same = cls.forward is forward and getattr(cls, "_conv_forward", None) is beneath
-    return same and not own
+    # Mixed precision and profilers wrap what these methods call.
+    return same and not own and getattr(functional, _NAMES[kind]) is _FUNCTIONS[kind]
 
 
 # As they are before anybody replaces one for the whole process.

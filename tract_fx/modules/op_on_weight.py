@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from tract_fx import torch_private
 from tract_fx.errors import UnsupportedLayerError, UnsupportedTransformError
 from tract_fx.function_mode import FunctionMode
 from tract_fx.preconditioner import LAYER_KINDS, multiply
+from tract_fx.torch_private import requires_grad_at_any_level
 
 _ARGUMENTS = {kind.function: kind.arguments for kind in LAYER_KINDS}
 
@@ -31,6 +33,7 @@ class OpOnWeight(FunctionMode):
 
     Attributes:
         calls: How often the layer's weight has been multiplied with so far.
+        unrecorded: Whether it was where no gradient is recorded.
     """
 
     def __init__(self, layer: nn.Module, lambda_: float, scope: str | None = None) -> None:
@@ -39,6 +42,22 @@ class OpOnWeight(FunctionMode):
         self.lambda_ = lambda_
         self.scope = scope
         self.calls = 0
+        self.unrecorded = False
+        self._around = self._checkpoint()
+        self._recomputed = False
+
+    def enter_class(self) -> None:
+        """Note that the layer's class's method runs, in that of the instance.
+
+        What has called it, a checkpoint say, calls it again in the backward pass.
+        """
+        self._around = self._checkpoint()
+        self._recomputed = not torch.is_grad_enabled()
+
+    @staticmethod
+    def _checkpoint() -> Any:
+        is_compiling = torch.compiler.is_compiling()
+        return None if is_compiling else torch_private.innermost_checkpoint()
 
     def _call(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -50,6 +69,22 @@ class OpOnWeight(FunctionMode):
         x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
         if not self._is_trained(weight):
             return function(*args, **kwargs)
+        if not (torch.is_grad_enabled() or torch.compiler.is_exporting()):
+            self.unrecorded = True
+            return function(*args, **kwargs)
+        if isinstance(weight, Tensor) and weight.dim() < 2:
+            raise UnsupportedLayerError(
+                f"a weight of shape {tuple(weight.shape)} in the forward method of a "
+                f"{type(self.layer).__name__}",
+                "it is a vector, not a matrix",
+                "Write it as torch.nn.functional.linear(x, weight[None]).squeeze(-1)",
+            )
+        if self._checkpoint() is not self._around:
+            raise UnsupportedLayerError(
+                f"a checkpoint in the forward method of a {type(self.layer).__name__}",
+                "what it computes again in the backward pass would be without TrAct",
+                "Checkpoint the layer's call: checkpoint(layer, x, use_reentrant=False)",
+            )
         self.calls += 1
         refuse_frozen_value(self.layer, weight, x)
         return multiply(function, x, weight, bias, lambda_=self.lambda_, scope=self.scope, **given)
@@ -59,24 +94,38 @@ class OpOnWeight(FunctionMode):
         known = isinstance(weight, (nn.Parameter, fx.Proxy))
         if known or torch_private.is_expanded_weight(weight):
             return True
-        if torch_private.requires_grad_at_any_level(weight):
+        if requires_grad_at_any_level(weight):
             return True
         # What is frozen may be trained again after an export, by then without this method.
         frozen = not any(p.requires_grad for p in self.layer.parameters())
         is_constant = any(weight is b for b in self.layer.buffers())
         return torch.compiler.is_exporting() and frozen and not is_constant
 
-    def check(self) -> None:
+    def check(self, result: Any) -> None:
         """Make sure, after the method has run, that TrAct's gradient is exact.
+
+        Args:
+            result: What it has returned.
 
         Raises:
             UnsupportedLayerError: The weight was multiplied with several times, or by no function
-                that is known.
+                that is known, or where somebody else computes the gradient.
         """
         wants_gradient = any(p.requires_grad for p in self.layer.parameters())
         if self.calls == 1 or not torch.is_grad_enabled() or not (self.calls or wants_gradient):
             return
         found = f"the forward method of a {type(self.layer).__name__}"
+        if self.unrecorded and not self.calls:
+            tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+            if self._recomputed or not any(map(requires_grad_at_any_level, tensors)):
+                return
+            raise UnsupportedLayerError(
+                found,
+                "it multiplies with its weight inside an autograd Function (its own, or a "
+                "checkpoint's of the reentrant kind), which computes the gradient itself",
+                "Checkpoint the layer's call: checkpoint(layer, x, use_reentrant=False); or use "
+                "tract_pass on torch.export.export(model, inputs), where the call is a node",
+            )
         several = (
             f"it multiplies with trained weights {self.calls} times, each with rows of its own"
         )

@@ -91,9 +91,7 @@ def precondition_grad(
             "Use torch.func: vmap(grad(…)) over functional_call, which TrAct goes through",
         )
     if not compiling and has_torch_function((weight, input)):
-        return handle_torch_function(
-            precondition_grad,
-            (weight, input),
+        return _handed_over(
             weight,
             input,
             lambda_=lambda_,
@@ -153,6 +151,24 @@ def precondition_grad(
     return PRECONDITION_GRAD_OPERATOR(  # type: ignore[no-any-return]
         weight, input, *settings.operator_arguments()
     )
+
+
+def _handed_over(weight: Any, x: Any, **arguments: Any) -> Tensor:
+    """Let the tensors' own classes, or a mode, say what the op does to them."""
+    try:
+        result: Tensor = handle_torch_function(
+            precondition_grad, (weight, x), weight, x, **arguments
+        )
+    except TypeError as error:
+        if not str(error).startswith("no implementation found for"):
+            raise
+        raise UnsupportedLayerError(
+            f"a weight of class {type(weight).__name__} and an input of class {type(x).__name__}",
+            "such a class has functions of its own list, and precondition_grad is none of them",
+            "Give the layer x.as_subclass(torch.Tensor), or let the class's __torch_function__ "
+            "handle tract_fx.precondition_grad",
+        ) from error
+    return result
 
 
 def multiply(

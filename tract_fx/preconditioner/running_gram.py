@@ -122,12 +122,11 @@ class RunningGram:
 
     def _is_left(self, gradient: Tensor, left: Tensor, version: int, values: Tensor) -> bool:
         moved = gradient is not left
-        if not moved and torch_private.version(gradient) == version:
-            return True
-        # DDP moves its buckets once, and all of a bucket's gradients have one version.
-        if (moved or torch_private.is_view(gradient)) and torch.allclose(
-            gradient, values, rtol=0, atol=0, equal_nan=True
-        ):
+        # DDP moves its buckets once, and all of a bucket's gradients have one version. What is
+        # written through `.data` or NumPy has no version.
+        alike = moved or torch_private.is_view(gradient)
+        alike = alike or torch_private.version(gradient) == version
+        if alike and torch.allclose(gradient, values, rtol=0, atol=0, equal_nan=True):
             return True
         if not moved and bool(gradient.any()):
             raise TrainerStateError(

@@ -339,6 +339,7 @@ def _record(
             sdpa_kernel(SDPBackend.MATH),
             _one_kernel(),
             torch_private.autograd_kernels(COMPOSITIONS),
+            torch_private.without_checkpoints(),
         ):
             traced = make_fx(step, dict(table), "symbolic")(*arguments)
     except (ExportError, UnsupportedTrainingError):

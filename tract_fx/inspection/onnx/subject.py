@@ -23,7 +23,7 @@ from tract_fx.artifacts.manifest import Manifest, TensorSpec
 from tract_fx.artifacts.tensor_files import read_tensors
 from tract_fx.errors import DamagedArtifactsError
 from tract_fx.passes.onnx_graph.cutting import cut
-from tract_fx.passes.onnx_graph.models import as_ir_model
+from tract_fx.passes.onnx_graph.models import as_ir_model, load_values
 from tract_fx.passes.onnx_graph.parameters import (
     forward_parameters,
     is_training_graph,
@@ -87,6 +87,7 @@ def read_subject(model: onnx.ModelProto | ir.Model | str | os.PathLike[str]) -> 
     else:
         graph = as_ir_model(model)
         name = graph.graph.name or "ONNX model"
+    load_values(graph)
     if has_update(graph):
         graph = _without_update(graph)
     if not is_training_graph(graph):
