@@ -446,8 +446,8 @@ def test_live_tensors(tmp_path: Path) -> None:
     state = trainer.state_dict()
     live = trainer.live_tensors()
     del trainer
+    gc.collect()
     for tensor in live.values():  # what would come to lie where they had been
-        gc.collect()
         torch.full((20, *tensor.shape), torch.nan)
     assert all(torch.equal(tensor, state[name]) for name, tensor in live.items())
 
