@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from tract_fx import torch_private
 from tract_fx.errors import MissingRuntimeError
@@ -18,6 +19,12 @@ from tract_fx.preconditioner import direct
 # The tests' layers are small, and would all be called the short way. So they are where there are
 # fewer rows than columns; the others are to try the way of large layers.
 FEW, direct._FEW = direct._FEW, 0.0
+
+
+# `torch.manual_seed` would write down the call stack, for each kind of device that is not there.
+for kind in (torch.cuda, torch.xpu, torch.mtia):
+    if not kind.is_available():
+        setattr(kind, "manual_seed_all", lambda seed: None)  # noqa: B010 (mypy refuses the other)
 
 
 @pytest.fixture(scope="module")
