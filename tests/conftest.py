@@ -44,6 +44,7 @@ def kept_translations() -> Iterator[None]:
         yield
 
 
+gc.disable()  # until all tests are collected
 MISSING = ""
 try:
     runtime()
@@ -97,3 +98,4 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 10, 20)
+    gc.enable()

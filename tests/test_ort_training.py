@@ -328,7 +328,12 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_first_layers(name: str, tmp_path: Path) -> None:
-    exported = export(treated(seeded(lambda: Net(LAYERS[name]()))), images(4), tmp_path / "a")
+    def build() -> nn.Module:
+        net = nn.Sequential(LAYERS[name](), nn.Tanh(), nn.Flatten(), nn.LazyLinear(CLASSES))
+        net(images(2))
+        return net
+
+    exported = export(treated(seeded(build)), images(4), tmp_path / "a")
     assert len(exported.trainer().manifest.layers) == 1
     for batch in batches(2, sizes=(6, 1)):
         found = exported.trainer().compute_gradients(*batch)
