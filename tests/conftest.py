@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from tract_fx import torch_private
 from tract_fx.errors import MissingRuntimeError
@@ -18,6 +19,12 @@ from tract_fx.preconditioner import direct
 # The tests' layers are small, and would all be called the short way. So they are where there are
 # fewer rows than columns; the others are to try the way of large layers.
 FEW, direct._FEW = direct._FEW, 0.0
+
+
+# `torch.manual_seed` would write down the call stack, for each kind of device that is not there.
+for kind in (torch.cuda, torch.xpu, torch.mtia):
+    if not kind.is_available():
+        setattr(kind, "manual_seed_all", lambda seed: None)  # noqa: B010 (mypy refuses the other)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +44,7 @@ def kept_translations() -> Iterator[None]:
         yield
 
 
+gc.disable()  # until all tests are collected
 MISSING = ""
 try:
     runtime()
@@ -82,10 +90,12 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
 
 
 def pytest_collection_finish() -> None:
-    """Keep what was imported out of the garbage collector's sight.
+    """Keep what was imported out of the garbage collector's sight, and let it look more rarely.
 
     It is a million objects that stay, and each full collection would go through them all: a fifth
-    of an export's time. What tests make themselves is collected as ever.
+    of an export's time. What tests make themselves is collected, but not at every 700 objects.
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 10, 20)
+    gc.enable()

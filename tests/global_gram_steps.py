@@ -1,9 +1,10 @@
 """One Gram over micro-batches and processes; runs these cases and those of global_gram.py.
 
-    torchrun --nproc-per-node N global_gram_steps.py FOLDER [PART OF A CASE'S NAME …]
+    python global_gram_steps.py FOLDER [PART OF A CASE'S NAME …]
 
-Writes to FOLDER/RANK.json, by name of the case, how far the gradient is from the oracle: of one
-process with the batches of all, each in one Gram. Started by test_global_gram.py.
+Writes to FOLDER/COUNT-RANK.json, for two processes and for four, by name of the case, how far the
+gradient is from the oracle: of one process with the batches of all, each in one Gram. Started by
+test_global_gram.py.
 """
 
 # No `from __future__ import annotations`: fx can't pickle a graph whose types are strings.
@@ -32,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import oracle
+from forked_group import run_together
 from global_gram import (
     CASES,
     CONV,
@@ -60,7 +62,10 @@ from global_gram import (
     whole,
 )
 from tract_fx import TractError, tract_module, tract_step, tract_steps
-from trainer_loops import TRAINERS, by_hand, examples, moved
+from trainer_loops import TRAINERS, by_hand, examples, load_trainers, moved
+
+COUNTS = (2, 4)
+"""Of processes."""
 
 
 def accumulated(
@@ -282,9 +287,7 @@ def clipped() -> None:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)  # of torch, for itself
-    dist.init_process_group("gloo")
     results: dict[str, float | str] = {}
     chosen = CASES if size() == 2 else SMALL
     for name, run in chosen.items():
@@ -301,10 +304,10 @@ def main(folder: Path) -> None:
         except TractError as found:
             results[name] = str(found)
         dist.barrier()
-    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+    (folder / f"{size()}-{dist.get_rank()}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    load_trainers()
+    for process_count in COUNTS:
+        run_together(process_count, functools.partial(main, Path(sys.argv[1])))

@@ -270,7 +270,8 @@ def run(main: Callable[[], int | None], *arguments: str, monkeypatch: pytest.Mon
 def test_record_of_the_gram(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(bench_gram.main, "--out", str(tmp_path), monkeypatch=monkeypatch)
+    monkeypatch.setattr(growth, "_REPEATS", 1)
+    run(bench_gram.main, "--repeats", "1", "--out", str(tmp_path), monkeypatch=monkeypatch)
     record = json.loads((tmp_path / "gram.json").read_text())
     assert [row["layer"] for row in record["layers"]] == [s.name for s in SMALL_STEMS]
     conv, _, few = record["layers"]
@@ -339,7 +340,7 @@ def test_ways_to_compute_a_gram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.usefixtures("small_benchmarks")
 def test_accelerators_script_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model: model)  # takes half a minute
-    arguments = ("--device", "cpu", "--compile", "--out", str(tmp_path))
+    arguments = ("--device", "cpu", "--compile", "--repeats", "1", "--out", str(tmp_path))
     status = run(bench_cuda.main, *arguments, monkeypatch=monkeypatch)
     record = json.loads((tmp_path / "cuda.json").read_text())
     assert status == 0 and record["wrong"] == []
@@ -357,8 +358,8 @@ def test_wrong_result_makes_the_accelerators_script_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(device_checks, "LAMBDA", 2 * LAMBDA)
-    arguments = ("--device", "cpu", "--precision", "float32", "--out", str(tmp_path))
-    assert run(bench_cuda.main, *arguments, monkeypatch=monkeypatch) == 1
+    arguments = "--device cpu --precision float32 --repeats 1 --out".split()
+    assert run(bench_cuda.main, *arguments, str(tmp_path), monkeypatch=monkeypatch) == 1
     printed = capsys.readouterr().out
     assert printed.count("WRONG") == len(SMALL_STEMS)
 

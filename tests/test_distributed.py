@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed
 from filelock import FileLock  # a requirement of torch's
 
+from forked import run_group
 from rewritten import CONV_CASES, FLOAT64, Case, each
 from two_processes import PROCESSES, WRAPPERS, possible
 
@@ -31,34 +30,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     They may well share this module's tests, and it takes long.
     """
     folder = tmp_path_factory.getbasetemp()
-    shared = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "processes.json"
-    with FileLock(f"{shared}.lock"):
-        if not shared.exists():
-            shared.write_text(json.dumps(run_processes(tmp_path_factory.mktemp("processes"))))
-    results: Results = json.loads(shared.read_text())
-    return results
-
-
-def run_processes(folder: Path) -> Results:
-    script = Path(__file__).with_name("two_processes.py")
-    loopback = "lo0" if sys.platform == "darwin" else "lo"  # gloo would look for a network
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(PROCESSES)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * PROCESSES, "\n".join(outputs)
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "processes"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            run_group(Path(__file__).with_name("two_processes.py"), folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
 
 

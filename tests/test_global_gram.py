@@ -1,12 +1,10 @@
-"""One Gram over several processes: training started by torchrun, against one large batch."""
+"""One Gram over several processes: training as torchrun starts it, against one large batch."""
 
 from __future__ import annotations
 
 import copy
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,9 @@ import torch
 from filelock import FileLock  # a requirement of torch's
 from torch import Tensor, fx, nn
 
-import global_gram_steps  # noqa: F401 (it adds its cases to the others)
+from forked import run_group
 from global_gram import CASES, CONV, ERRORS, FORMS, SMALL, WAYS, Net, loss, wanted, weight_of
+from global_gram_steps import COUNTS  # whose import adds its cases to the others
 from oracle import relative_error
 from rewritten import FLOAT64
 from tract_fx import (
@@ -39,32 +38,24 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What each process has found, by case; once for all of pytest's workers."""
-    count: int = request.param
+@pytest.fixture(scope="session")
+def every_result(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
+    """What processes have found, by case, and by their number; once for all of pytest's workers."""
     folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / f"global{count}"
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "global"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            launch(count, folder)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+            folder.mkdir()
+            run_group(Path(__file__).with_name("global_gram_steps.py"), folder)
+    return {
+        count: [json.loads((folder / f"{count}-{rank}.json").read_text()) for rank in range(count)]
+        for count in COUNTS
+    }
 
 
-def launch(count: int, folder: Path) -> None:
-    script = Path(__file__).with_name("global_gram_steps.py")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    loopback = "lo0" if sys.platform == "darwin" else "lo"  # gloo would look for a network
-    folder.mkdir()
-    run = subprocess.run(
-        [*torchrun, f"--nproc-per-node={count}", str(script), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,  # seconds on an idle machine are minutes on a busy one
-    )
-    assert run.returncode == 0, run.stdout
+@pytest.fixture
+def results(every_result: dict[int, Results], request: pytest.FixtureRequest) -> Results:
+    return every_result[request.param]
 
 
 @needs_gloo

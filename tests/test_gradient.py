@@ -181,7 +181,7 @@ def test_right_where_torch_tract_is_silently_wrong(layer: nn.Conv2d) -> None:
     assert peer(x).shape != layer(x).shape or not torch.allclose(peer(x), layer(x))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(call=calls())
 def test_three_ways_in_and_the_way_out_agree(call: Call) -> None:
     dz = output_gradient(call.layer, call.x)

@@ -48,11 +48,6 @@ def targets_like(batch: int, seed: int = 7) -> Tensor:
     return torch.randn(batch, CLASSES, generator=generator).sign() * 3
 
 
-def multilabels(batch: int) -> Tensor:
-    """Zeros and ones, (batch, 5)."""
-    return (targets_like(batch) > 0).float()
-
-
 def small() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh(), nn.Linear(7, CLASSES))
 
@@ -105,7 +100,7 @@ def focal(scores: Tensor, y: Tensor) -> Tensor:
     return (-((1 - logs.exp()) ** 2) * logs).mean()
 
 
-# The loss as it is given, in PyTorch, and targets for a batch size.
+# The loss as it is given, in PyTorch, and targets for a batch size; test_onnx_losses.py has more.
 Case = tuple[Any, Callable[..., Tensor], Callable[[int], Tensor]]
 CASES: dict[str, Case] = {
     "cross_entropy": ("cross_entropy", functional.cross_entropy, labels),
@@ -117,19 +112,6 @@ CASES: dict[str, Case] = {
         labels,
     ),
     "mse": ("mse", functional.mse_loss, targets_like),
-    "l1": ("l1", functional.l1_loss, targets_like),
-    "bce_with_logits": (
-        "bce_with_logits",
-        functional.binary_cross_entropy_with_logits,
-        multilabels,
-    ),
-    "positive-weight": (
-        nn.BCEWithLogitsLoss(pos_weight=WEIGHTS),
-        lambda scores, y: functional.binary_cross_entropy_with_logits(
-            scores, y, pos_weight=WEIGHTS.to(scores.dtype)
-        ),
-        multilabels,
-    ),
     "callable": (focal, focal, labels),
 }
 

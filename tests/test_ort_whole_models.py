@@ -46,7 +46,8 @@ from photographs import photographs
 from tract_fx import remove_tract, tract_module
 from tract_fx.artifacts.optimizers import SGD
 
-STEPS = 20
+STEPS, LARGER = 20, 15
+"""Of training, and those before them on the larger batch."""
 MOMENTUM = 0.9
 
 
@@ -71,7 +72,7 @@ class Subject:
         build: Makes the model.
         images: A batch of a size and a seed.
         batches: Two sizes.
-        lr: A learning rate at which 20 steps of SGD with momentum at least halve the loss.
+        lr: A learning rate at which 15 steps of SGD with momentum at least halve the loss.
         zero: Parameters whose gradient vanishes: the bias before a BatchNorm.
     """
 
@@ -103,7 +104,9 @@ SUBJECTS = (
     Subject("conv3d", small_conv3d, volumes, (5, 3), 0.03),
 )
 # TrAct is all that a plain training graph has not.
-PLAIN = ("resnet-cifar", "mlp")
+PLAIN = ("mlp",)
+# Hugging Face's ResNet is verified below, and a plain graph is part of one with TrAct.
+VERIFIED = ("vit-mha", "convnext", "mlp", "conv1d", "conv3d")
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         tmp_path_factory.mktemp(subject.name) / "artifacts",
         optimizer=SGD(lr=subject.lr, momentum=MOMENTUM),
         plain=plain,
-        verify=True,
+        verify=subject.name in VERIFIED and not plain,
     )
     layers = exported.trainer().manifest.layers
     assert len(layers) == (0 if plain else 1)
@@ -168,18 +171,21 @@ def test_gradients_of_the_first_step(trained: Trained, noise: bool) -> None:
         assert_gradients(found, expected, tolerances, zero=set(trained.subject.zero))
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["larger", "smaller"])
-def test_twenty_steps(trained: Trained, which: int) -> None:
-    """Losses, then outputs in evaluation mode and BatchNorm's running statistics."""
+def test_twenty_steps(trained: Trained) -> None:
+    """Losses, then outputs in evaluation mode and BatchNorm's running statistics.
+
+    The last steps are on the smaller batch, which may be of fewer rows than columns.
+    """
     subject = trained.subject
-    x, y = trained.batch(subject.batches[which])
+    larger, smaller = (trained.batch(size) for size in subject.batches)
     trainer = trained.exported.trainer()
     run = trained.exported.run(partial(torch.optim.SGD, lr=subject.lr, momentum=MOMENTUM))
     losses = []
-    for _ in range(STEPS):
+    for number in range(STEPS):
+        x, y = larger if number < LARGER else smaller
         run.step(x, y)
         losses.append(trainer.train_step(x, y))
-    assert run.losses[-1] <= 0.5 * run.losses[0]
+    assert run.losses[LARGER - 1] <= 0.5 * run.losses[0]
     np.testing.assert_allclose(losses, run.losses, rtol=0, atol=1e-4)
     # Relative to the tensor's norm.
     output = trainer.predict(x)
@@ -234,7 +240,8 @@ def test_hugging_face(family: Family, tmp_path: Path) -> None:
     """Keyword inputs; the loss reads the logits."""
     model = hugging_face(family)
     config = SGD(lr=0.01, momentum=MOMENTUM)
-    exported = export(model, family.example(), tmp_path / "a", optimizer=config, verify=True)
+    verify = family.name == "resnet"  # attention is verified above
+    exported = export(model, family.example(), tmp_path / "a", optimizer=config, verify=verify)
     trainer = exported.trainer()
     first = f"{family.stem}.weight"
     assert [layer.weight for layer in trainer.manifest.layers] == [(first,)]

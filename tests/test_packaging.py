@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from forked import run_script
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -118,10 +120,12 @@ def test_sdist_holds_what_a_wheel_is_built_from(distributions: Path) -> None:
 
 
 # Each package in a process of its own, so that none is there because another has imported it. All
-# are forks of one process: what they would wait for is torch, which is none of theirs.
+# are forks of one process that has other projects' packages.
 IMPORT_EACH = """
-import importlib, os, sys, torch
-for package in sys.argv[1:]:
+import importlib, os, sys
+site, *packages = sys.argv[1:]
+sys.path.insert(0, site)
+for package in packages:
     if os.fork() == 0:
         assert not any(name.split(".")[0] == "tract_fx" for name in sys.modules)
         print(package, importlib.import_module(package).__file__, flush=True)
@@ -132,11 +136,11 @@ for package in sys.argv[1:]:
 
 
 def test_installed_packages_import(site: Path, tmp_path: Path) -> None:
-    # From another folder, and with the installed copy first on the path: an editable installation
-    # would otherwise answer for what the wheel lacks.
-    imported = run(
-        *(sys.executable, "-c", IMPORT_EACH, *PACKAGES), cwd=tmp_path, PYTHONPATH=str(site)
-    )
+    # The installed copy first on the path: an editable installation would otherwise answer for
+    # what the wheel lacks.
+    script = tmp_path / "import_each.py"
+    script.write_text(IMPORT_EACH)
+    imported = run_script(script, str(site), *PACKAGES, cwd=tmp_path)
     assert imported.returncode == 0, imported.stderr
     files = dict(line.split(" ", 1) for line in imported.stdout.splitlines())
     assert files == {p: str(site.joinpath(*p.split("."), "__init__.py")) for p in PACKAGES}

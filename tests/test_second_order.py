@@ -173,7 +173,7 @@ def test_unrolled_step(case: Case) -> None:
     assert relative_error(found, -(arriving * step).sum()) < FLOAT64
 
 
-@pytest.mark.parametrize("shape", [(9, 4), (3, 7)], ids=["rows-above", "rows-below"])
+@pytest.mark.parametrize("shape", [(4, 2), (2, 3)], ids=["rows-above", "rows-below"])
 def test_gradcheck_of_the_preconditioner(shape: tuple[int, int]) -> None:
     """By finite differences: reverse and forward, first and second order."""
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner, Result
 
+from forked import run_script
 from onnx_models import by_hand, training_graph
 from oracle import Spec, relative_error, tract_gradient
 from tract_fx import (
@@ -514,13 +515,14 @@ def test_train_refuses(exported: Path) -> None:
 
 def test_as_processes(folder: Path) -> None:
     """The entry points themselves: output and errors on their streams, the exit codes."""
-    command = [sys.executable, "-m", "tract_fx"]
-    settings: dict[str, Any] = {"capture_output": True, "text": True, "cwd": folder}
-    made = subprocess.run([*command, "export", "mlp.onnx", "a"], **settings)
+    script = folder / "command.py"
+    script.write_text("from tract_fx.shell.app import app; app()")
+    made = run_script(script, "export", "mlp.onnx", "a", cwd=folder)
     assert made.returncode == 0, made.stderr
     assert "TrAct" in made.stdout
     assert made.stderr == ""
-    failed = subprocess.run([*command, "rewrite", "mlp.onnx", "--in-place"], **settings)
+    command = [sys.executable, "-m", "tract_fx", "rewrite", "mlp.onnx", "--in-place"]
+    failed = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert failed.returncode == 1
     assert failed.stdout == ""
     assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1

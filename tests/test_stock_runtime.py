@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,17 @@ from nets import NETS, SIZE
 from onnx_models import by_hand
 from oracle import Spec as Layer
 from oracle import relative_error, tract_gradient
-from ort_reference import assert_gradients, assert_same_state, export, seeded, without_dropout
+from ort_reference import (
+    Exported,
+    assert_gradients,
+    assert_same_state,
+    export,
+    seeded,
+    without_dropout,
+)
 from tract_fx import (
     SGD,
     AdamW,
-    export_training,
     import_onnx,
     inspect_graph,
     load_trainer,
@@ -75,6 +82,19 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
 
 def model(dropout: float = 0.0) -> nn.Module:
     return tract_module(seeded(lambda: Net(dropout)), batch(2)[0])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The model with an update by SGD; its folder is nobody's to change."""
+    folder = tmp_path_factory.mktemp("step") / "a"
+    return write(model(), batch(4)[0], folder, optimizer=SGD(lr=0.1))
+
+
+@pytest.fixture
+def folder(exported: Exported, tmp_path: Path) -> Path:
+    """A copy of that folder."""
+    return Path(shutil.copytree(exported.directory, tmp_path / "a"))
 
 
 Optimizer = Callable[..., torch.optim.Optimizer]
@@ -187,10 +207,9 @@ def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
                 yield from _nodes(attribute.as_graph())
 
 
-def test_lambda_is_an_input(tmp_path: Path) -> None:
+def test_lambda_is_an_input(exported: Exported) -> None:
     """With a value of its own, which a feed replaces for one step."""
-    exported = write(model(), batch(4)[0], tmp_path / "a", optimizer=SGD(lr=1.0))
-    session = onnxruntime.InferenceSession(tmp_path / "a" / "training_model.onnx")
+    session = onnxruntime.InferenceSession(exported.directory / "training_model.onnx")
     state = {n: t.detach().numpy() for n, t in exported.model.state_dict().items()}
     x, y = batch(6)
     given = {
@@ -213,20 +232,19 @@ def test_lambda_is_an_input(tmp_path: Path) -> None:
         assert relative_error(state["first.weight"] - new, wanted) < 1e-4
 
 
-def test_providers_by_name(tmp_path: Path) -> None:
+def test_providers_by_name(exported: Exported) -> None:
     """The one that every build has, by its name and with options; any other starts or is named."""
-    write(model(), batch(4)[0], tmp_path / "a", optimizer=SGD(lr=0.1))
     losses = []
     names: list[Any] = ["cpu", "CPUExecutionProvider", ("CPUExecutionProvider", {})]
     for device in names:
-        trainer = load_trainer(tmp_path / "a", device=device)
+        trainer = load_trainer(exported.directory, device=device)
         assert trainer.device == "cpu"
         losses.append([trainer.train_step(x, y) for x, y in batches(3)])
     assert losses[0] == losses[1] == losses[2]
     others: list[Any] = ["NoSuchExecutionProvider", ("CUDAExecutionProvider", {"device_id": 7})]
     for device in others:
         with pytest.raises(MissingRuntimeError, match=r"Execution"):
-            load_trainer(tmp_path / "a", device=device)
+            load_trainer(exported.directory, device=device)
 
 
 def test_accumulation_is_the_mean_gradient(tmp_path: Path) -> None:
@@ -285,8 +303,7 @@ def test_resumed_in_another_process_bit_for_bit(tmp_path: Path) -> None:
     assert other.train_step(*batches(1)[0]) != losses[0]
 
 
-def test_the_saved_model_is_pytorch_s(tmp_path: Path) -> None:
-    exported = write(model(), batch(4)[0], tmp_path / "a", optimizer=SGD(lr=0.1))
+def test_the_saved_model_is_pytorch_s(exported: Exported, tmp_path: Path) -> None:
     trainer = exported.trainer()
     for x, y in batches(3):
         trainer.train_step(x, y)
@@ -384,12 +401,11 @@ def test_verification_sees_a_lost_lambda(tmp_path: Path, monkeypatch: pytest.Mon
     assert not list(tmp_path.iterdir())
 
 
-def test_tensors_of_another_model_are_refused(tmp_path: Path) -> None:
-    write(model(), batch(4)[0], tmp_path / "a")
-    weights = tmp_path / "a" / "model.safetensors"
+def test_tensors_of_another_model_are_refused(folder: Path) -> None:
+    weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(DamagedArtifactsError):
-        load_trainer(tmp_path / "a")
+        load_trainer(folder)
 
 
 @pytest.mark.parametrize(
@@ -397,9 +413,7 @@ def test_tensors_of_another_model_are_refused(tmp_path: Path) -> None:
 )
 def test_a_step_is_inspected_without_its_update(options: dict[str, Any], tmp_path: Path) -> None:
     config = AdamW(accumulate=2, max_grad_norm=1.0)
-    export_training(
-        model(), batch(4)[0], tmp_path / "a", target="onnxruntime", optimizer=config, **options
-    )
+    write(model(), batch(4)[0], tmp_path / "a", optimizer=config, **options)
     for subject in (tmp_path / "a", tmp_path / "a" / "training_model.onnx"):
         inspection = inspect_graph(subject, batch(6), backward="expanded")
         assert [layer.record.name for layer in inspection.layers] == ["first"]
@@ -417,9 +431,8 @@ def test_a_step_is_inspected_without_its_update(options: dict[str, Any], tmp_pat
         assert rounded == ("precision" in options and subject.is_dir())
 
 
-def test_an_altered_lambda_is_seen(tmp_path: Path) -> None:
-    write(model(), batch(4)[0], tmp_path / "a")
-    file = tmp_path / "a" / "training_model.onnx"
+def test_an_altered_lambda_is_seen(folder: Path) -> None:
+    file = folder / "training_model.onnx"
     graph = ir.load(file)
     value = graph.graph.initializers["tract/first/lambda"]
     value.const_value = ir.tensor(np.array(0.2, np.float32), name=value.name)
@@ -428,12 +441,12 @@ def test_an_altered_lambda_is_seen(tmp_path: Path) -> None:
     assert inspection.layers[0].record.lambda_ == pytest.approx(0.2)
 
 
-def test_a_step_leaves_no_gradients(tmp_path: Path) -> None:
+def test_a_step_leaves_no_gradients(exported: Exported) -> None:
     """Nor is it taken for a forward graph, in which TrAct would be on no layer."""
-    trainer = write(model(), batch(4)[0], tmp_path / "a").trainer()
+    trainer = exported.trainer()
     for look in (find_onnx_input_layers, import_onnx):
         with pytest.raises(UnsupportedModelError, match="step for any ONNX Runtime"):
-            look(tmp_path / "a" / "training_model.onnx")
+            look(exported.directory / "training_model.onnx")
     trainer.train_step(*batch(4))
     with pytest.raises(TrainerStateError, match="compute_gradients"):
         trainer.gradients()

@@ -576,6 +576,7 @@ def test_steps_within_steps_are_refused() -> None:
 def test_nothing_is_kept_of_a_model_that_is_gone() -> None:
     from tract_fx.preconditioner import step_gram
 
+    gc.collect()  # what other tests have left behind
     before = {**step_gram._open}
     model = WAYS["module"](CONV.net())
     tract_steps(model)

@@ -4,7 +4,9 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +151,11 @@ TRAINERS: dict[str, Run] = {
     "transformers": with_trainer,
     "lightning": with_lightning,
 }
+
+
+def load_trainers() -> None:
+    """Import what there is of them, before processes are forked that need it."""
+    for name in filter(find_spec, TRAINERS):
+        import_module(name)
+    with suppress(ImportError):
+        import_module("transformers.trainer")

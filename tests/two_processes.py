@@ -1,12 +1,13 @@
-"""One of two processes that train a rewritten model in parallel; run by test_distributed.py.
+"""Two processes that train a rewritten model in parallel; run by test_distributed.py.
 
-    python two_processes.py RANK FOLDER
+    python two_processes.py FOLDER
 
 Writes to FOLDER/RANK.json how far each way of training in parallel is from the oracle: the average
 over both processes of each one's own TrAct gradient, with each one's own Gram.
 """
 
 import copy
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from forked_group import run_together
 from oracle import relative_error
 from rewritten import (
     CONV_CASES,
@@ -162,10 +164,8 @@ def global_gram_is_another(net: Net, case: Case) -> float:
     return relative_error(together, numpy.mean([expected(net, x) for x in batches], axis=0))
 
 
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=PROCESSES)
+def main(folder: Path) -> None:
+    rank = dist.get_rank()
     results: dict[str, float | str] = {}
     for case in CONV_CASES:
         for name, wrapper in WRAPPERS.items():
@@ -181,9 +181,7 @@ def main(rank: int, folder: Path) -> None:
         RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
     )
     (folder / f"{rank}.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    run_together(PROCESSES, functools.partial(main, Path(sys.argv[1])))
