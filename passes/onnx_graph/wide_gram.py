@@ -17,15 +17,7 @@ from tract_fx.passes.onnx_graph.writer import NodeWriter
 
 
 def in_float64(write: NodeWriter, value: ir.Value) -> ir.Value:
-    """Widen a float32 value.
-
-    Args:
-        write: Where the node goes.
-        value: The value.
-
-    Returns:
-        The same numbers in float64.
-    """
+    """Widen a float32 value."""
     return _wide(write.op("Cast", [value], "wide", {"to": int(ir.DataType.DOUBLE)}))
 
 
@@ -36,15 +28,7 @@ def _wide(value: ir.Value) -> ir.Value:
 
 
 def write_wide_gram(write: NodeWriter, sizes: CallSizes) -> ir.Value:
-    """Write XᵀX.
-
-    Args:
-        write: Where the nodes go.
-        sizes: The call.
-
-    Returns:
-        (n, n), or (groups, n, n) for a grouped convolution, in float64.
-    """
+    """Write XᵀX in float64: (n, n), or (groups, n, n) for a grouped convolution."""
     if not sizes.kernel:
         rows = in_float64(write, row_matrix(write, sizes))
         by = write.noting(gram="Einsum")
