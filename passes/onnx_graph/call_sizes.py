@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from tract_fx.passes.onnx_graph.calls import Layout, OnnxCall
-from tract_fx.passes.onnx_graph.geometry import conv_geometry
+from tract_fx.passes.onnx_graph.geometry import conv_geometry, spatial_sizes
 from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.preconditioner import PatchGeometry
 
@@ -59,10 +59,7 @@ class CallSizes:
     @property
     def image_size(self) -> tuple[int | None, ...]:
         """The input's spatial sizes, None for each that is open until the graph runs."""
-        shape = self.call.input.shape
-        if shape is None:
-            return (None,) * len(self.kernel)
-        return tuple(size if isinstance(size, int) else None for size in shape[2:])
+        return spatial_sizes(self.call.input, len(self.kernel))
 
     @property
     def positions(self) -> tuple[int | None, ...]:
