@@ -322,13 +322,8 @@ class OrtTrainer:
             for name, graph in self._graphs.items():
                 (new.path / name).write_bytes(graph)
             with _failures("save"):
-                self._run.save(new.path, self._others())
+                self._run.save(new.path, self.state_dict())
             new.manifest = self._manifest
-
-    def _others(self) -> dict[str, Array]:
-        """What of the state_dict the run does not hold."""
-        own = {spec.name for spec in self._manifest.parameters}
-        return {n: t.numpy() for n, t in self.state_dict().items() if n not in own}
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Go back, or forward, to a saved state of the same model.

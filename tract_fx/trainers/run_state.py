@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
+import torch
 
 from tract_fx.artifacts.batches import Array, BatchValue, on_host
 from tract_fx.artifacts.directory import (
@@ -147,8 +148,8 @@ class RunState:
         """Replace a parameter's value by a copy of one of its shape and dtype."""
         self._checkpoint.parameters[name].data = np.array(on_host(value), order="C")
 
-    def save(self, folder: Path, others: Mapping[str, Array]) -> None:
-        """Write a checkpoint with the optimizer's state."""
+    def save(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+        """Write a checkpoint with the optimizer's state; for a whole state_dict it has no place."""
         training_api().CheckpointState.save_checkpoint(
             self._checkpoint, os.fspath(folder / CHECKPOINT), include_optimizer_state=True
         )

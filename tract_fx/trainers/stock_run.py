@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
 
 from tract_fx import ort_training
 from tract_fx.artifacts.batches import Array, BatchValue
@@ -180,10 +181,9 @@ class StockRun:
         """Replace a tensor's value by a copy of one of its shape and dtype."""
         self._values[name] = own_value(value, self._device)
 
-    def save(self, folder: Path, others: Mapping[str, Array]) -> None:
-        """Write the tensors."""
-        parameters = [spec.name for spec in self._manifest.parameters]
-        write_tensors({**others, **{n: self.value(n) for n in parameters}}, folder / MODEL_TENSORS)
+    def save(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+        """Write the state_dict's tensors, and the optimizer's."""
+        write_tensors({n: tensor.numpy() for n, tensor in state.items()}, folder / MODEL_TENSORS)
         write_tensors({n: self.value(n) for n in self.states}, folder / OPTIMIZER_TENSORS)
 
 
