@@ -27,6 +27,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.call_sizes import CallSizes
+from tract_fx.passes.onnx_graph.calls import MICROSOFT
 from tract_fx.passes.onnx_graph.gram_forms import Unfolding, block_columns
 from tract_fx.passes.onnx_graph.row_matrix import unfold
 from tract_fx.passes.onnx_graph.writer import NodeWriter
@@ -229,7 +230,8 @@ class _Products:
         return self.write.op("Reshape", [value, self.write.integers(shape, f"{name}_shape")], name)
 
     def _multiply(self, left: ir.Value, right: ir.Value, name: str = "image_gram") -> ir.Value:
-        return self.write.microsoft("FusedMatMul", [left, right], name, {"transB": 1})
+        turned = {"transB": 1}
+        return self.write.op("FusedMatMul", [left, right], name, turned, domain=MICROSOFT)
 
     def _sum_over_images(self, grams: ir.Value, name: str, *, keep: bool = False) -> ir.Value:
         axis = self.write.integers([0], "batch_axis")

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tract_fx.errors import InvalidLambdaError, UnsupportedLayerError, UnsupportedModelError
-from tract_fx.passes.onnx_graph.calls import OnnxCall, opset_of
+from tract_fx.passes.onnx_graph.calls import MICROSOFT, OnnxCall, opset_of
 from tract_fx.passes.onnx_graph.provenance import PREFIX, Provenance, made_nodes
 from tract_fx.passes.onnx_graph.subgraph import write_tract
 from tract_fx.passes.onnx_graph.values import static_shape
@@ -37,7 +37,7 @@ def insert_tract(
         if gradient is not None:
             insert(model.graph, name, gradient, values[name])
     if any(gradient is not None for gradient in found.values()):
-        model.opset_imports.setdefault("com.microsoft", 1)
+        model.opset_imports.setdefault(MICROSOFT, 1)
         model.graph.sort()
     return tuple(name for name, gradient in found.items() if gradient is None)
 

@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.call_sizes import CallSizes
-from tract_fx.passes.onnx_graph.calls import Layout
+from tract_fx.passes.onnx_graph.calls import MICROSOFT, Layout
 from tract_fx.passes.onnx_graph.gram_blocks import write_tiled_gram, write_unfolded_gram
 from tract_fx.passes.onnx_graph.gram_forms import GramForm, Tiles, choose_gram_form
 from tract_fx.passes.onnx_graph.row_matrix import cast, row_matrix
@@ -203,7 +203,7 @@ def _by_rows(write: NodeWriter, operands: _Operands, wide: bool) -> ir.Value:
         kernel = by.op("Einsum", [x, x], "row_gram", {"equation": "...ri,...si->...rs"})
     else:
         by = of_gram.noting(gram="FusedMatMul")
-        kernel = by.microsoft("FusedMatMul", [x, x], "row_gram", {"transB": 1})
+        kernel = by.op("FusedMatMul", [x, x], "row_gram", {"transB": 1}, domain=MICROSOFT)
     diagonal = _row_diagonal(of_gram, kernel)
     inverse = _regularised_inverse(write, operands, kernel, diagonal, wide)
     solved = _product(write, dz, inverse, "solved", wide)
@@ -253,7 +253,7 @@ def _regularised_inverse(
     zero = write.constant(np.asarray(0, np.float64 if wide else np.float32), "zero")
     ridge = of_gram.op("Where", [diagonal, lambda_, zero], "ridge")
     matrix = of_gram.op("Add", [mean, ridge], "regularised")
-    inverse = write.microsoft("Inverse", [matrix], "unguarded_inverse")
+    inverse = write.op("Inverse", [matrix], "unguarded_inverse", domain=MICROSOFT)
     # The factorisation takes 1/∞ for 0, and gives a finite inverse of some matrices with ∞.
     axes = write.integers([-2, -1], "matrix_axes")
     total = write.op("ReduceSum", [matrix, axes], "sum_of_entries", {"keepdims": 1})

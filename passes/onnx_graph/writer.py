@@ -63,16 +63,6 @@ class NodeWriter:
         value.name = full
         return value
 
-    def microsoft(
-        self,
-        op_type: str,
-        inputs: Sequence[ir.Value],
-        name: str,
-        attributes: Mapping[str, int | float | str | Sequence[int] | ir.Attr] | None = None,
-    ) -> ir.Value:
-        """Write a node of ONNX Runtime's own domain."""
-        return self.op(op_type, inputs, name, attributes, domain="com.microsoft")
-
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
         """Register a constant as an initializer of the graph."""
         full = self._fresh(name)
