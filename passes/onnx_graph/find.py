@@ -131,9 +131,9 @@ class _Walk:
         self.names = node_names(graph)
         self.operands = {node: tuple(operands(node)) for node in nodes}
         read = {value for values in self.operands.values() for value in values}
-        self.given = [
-            v for v in graph.inputs if v in read and not self._is_parameter(v) and not _is_fixed(v)
-        ]
+        # Up to IR 3 initializers were inputs too.
+        given = [v for v in graph.inputs if v in read and not v.is_initializer()]
+        self.given = [v for v in given if not self._is_parameter(v)]
 
     def run(self, labels: frozenset[ir.Value]) -> None:
         self.contents: dict[ir.Value, Content] = {
@@ -269,8 +269,3 @@ class _Walk:
     def _refuse(self, node: ir.Node, path: tuple[str, ...], why: Why | None = None) -> None:
         name = self.names[node]
         self.refusals.append(reasons.refuse_operation(node, name, (*path, name), why))
-
-
-def _is_fixed(value: ir.Value) -> bool:
-    """Tell an input that has a value of its own already, as initializers were up to IR 3."""
-    return value.is_initializer()

@@ -45,15 +45,9 @@ def write_wide_gram(write: NodeWriter, sizes: CallSizes) -> ir.Value:
 
 def _one_more_image(write: NodeWriter, sizes: CallSizes, shape: list[int]) -> ir.Graph:
     """A graph from the Gram so far, and an image, to the Gram with that image's patches."""
-    so_far = ir.Value(
-        name=f"{write.prefix}gram_so_far",
-        shape=ir.Shape(shape),
-        type=ir.TensorType(ir.DataType.DOUBLE),
-    )
+    so_far = ir.val(f"{write.prefix}gram_so_far", ir.DataType.DOUBLE, shape)
     size = [sizes.channels, *sizes.image_size]
-    image = ir.Value(
-        name=f"{write.prefix}image", shape=ir.Shape(size), type=ir.TensorType(ir.DataType.FLOAT)
-    )
+    image = ir.val(f"{write.prefix}image", ir.DataType.FLOAT, size)
     batch = write.op("Unsqueeze", [image, write.integers([0], "batch_axis")], "batch_of_one")
     patches = unfold(write, sizes, sizes.kernel, image=batch)
     columns = write.integers([*shape[:-1], -1], "columns_shape")
