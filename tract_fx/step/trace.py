@@ -95,7 +95,6 @@ def trace_step(
     targets: Sequence[Tensor],
     *,
     gradients: bool = True,
-    dynamic_batch: bool = True,
     open_axes: Sequence[Sequence[int]] | None = None,
     names: Sequence[str] = (),
     update: Callable[[dict[str, Tensor]], Update] | None = None,
@@ -107,7 +106,7 @@ def trace_step(
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     batch = [*(leaves[i] for i in places), *targets]
-    opened = exporter.open_sizes(batch, dynamic_batch) if open_axes is None else [*open_axes]
+    opened = exporter.open_sizes(batch, True) if open_axes is None else [*open_axes]
     opened += exporter.open_sizes([*batch], any(map(len, opened)))[len(opened) :]
     arguments = exporter.fake_arguments(state.tensors, batch, opened)
     names = tuple(names) or batch_names(model, args, kwargs, len(targets), {*state.tensors})
