@@ -15,17 +15,10 @@ from tract_fx.step.schemas import MARKER, MARKER_DOMAIN, WEIGHT_MARKER
 
 
 def expand_markers(model: ir.Model, float64: bool) -> None:
-    """Replace the markers, in place.
+    """Replace the markers in a step's graph, whose nodes and values have names, in place.
 
     Names are those of ONNX Runtime's builder: the gradient of a value `v` is `v_grad`. A call's
     node has the call's name.
-
-    Args:
-        model: A step's graph, its nodes and values named.
-        float64: Whether TrAct goes over to float64 for input that float32 is too coarse for.
-
-    Raises:
-        ExportError: A call's output gradient is not known.
     """
     own = [node for node in model.graph if node.domain == MARKER_DOMAIN]
     markers = [node for node in own if node.op_type == MARKER]

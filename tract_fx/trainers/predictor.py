@@ -20,19 +20,8 @@ from tract_fx.trainers.run_state import Run
 class Predictor:
     """The evaluation graph, cut back to the predictions.
 
-    Parameters are read where the run has them, so that a prediction follows every update.
-
-    Args:
-        model: `eval_model.onnx`, serialised.
-        manifest: The manifest.
-        device: Where it runs.
-
-    Raises:
-        UnsupportedTrainingError: If the model gives a loss alone, or its predictions depend on
-            targets.
-
-    Attributes:
-        inputs: Names of the model inputs that the predictions depend on, in order.
+    Parameters are read where the run has them, so that a prediction follows every update. `inputs`
+    names the model's inputs that the predictions depend on, in order.
     """
 
     def __init__(self, model: bytes, manifest: Manifest, device: Device) -> None:
