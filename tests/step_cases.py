@@ -203,6 +203,7 @@ COMPUTED = (
     lambda z: z.atan() + z.sinh() + z.cosh() + (z * 0.1).asin() + (z * 0.1).acos(),
     lambda z: z.tan() * 0.01 + z.asinh() + (z * 0.1).atanh() + z.erfc() + z.expm1() + z.exp2(),
     lambda z: positive(z).log2() + positive(z).log10() + torch.logaddexp(z, z.flip(1)),
+    lambda z: z * torch.logaddexp(*[z.detach().relu().sign().log()] * 2).exp(),
     lambda z: z.cumsum(1) + torch.lerp(z, z.flip(1), 0.3),
     lambda z: torch.addcdiv(z, z, z.abs() + 1) + torch.addcmul(z, z, z),
     lambda z: torch.baddbmm(z[:, 0], z[:, 1], z[:, 2]),

@@ -80,7 +80,7 @@ class Convolution:
             attributes["pads"] = [p[end] for end in (0, 1) for p in self.pads]
         call = match_call(ir.node("Conv", [x, value("w", weight)], attributes))
         assert call is not None
-        return CallSizes.of(call, weight)
+        return CallSizes.of(call)
 
     def input(self) -> Array:
         """Normal about 1/2."""
@@ -105,7 +105,7 @@ def linear(rows_: int, columns: int, *, transposed: bool = False) -> CallSizes:
     node = ir.node("Gemm", [x, value("w", (columns, 3))], {"transA": int(transposed)})
     call = match_call(node)
     assert call is not None
-    return CallSizes.of(call, (columns, 3))
+    return CallSizes.of(call)
 
 
 def gram_model(sizes: CallSizes, form: GramForm) -> onnx.ModelProto:

@@ -584,8 +584,8 @@ def test_several_inputs(layers: Any, tmp_path: Path) -> None:
 def _lose_lambda(patch: pytest.MonkeyPatch) -> None:
     real: Any = expand.insert  # type: ignore[attr-defined]
 
-    def insert(graph: Any, name: str, gradient: Any, shape: Any, lambda_: Any, *more: Any) -> None:
-        real(graph, name, gradient, shape, np.zeros_like(lambda_), *more)
+    def insert(graph: Any, name: str, gradient: Any, lambda_: Any, *more: Any) -> None:
+        real(graph, name, gradient, np.zeros_like(lambda_), *more)
 
     patch.setattr(expand, "insert", insert)
 
@@ -593,8 +593,8 @@ def _lose_lambda(patch: pytest.MonkeyPatch) -> None:
 def _lose_transform(patch: pytest.MonkeyPatch) -> None:
     real: Any = expand.insert  # type: ignore[attr-defined]
 
-    def insert(graph: Any, name: str, gradient: Any, shape: Any, lambda_: Any, *more: Any) -> None:
-        real(graph, name, gradient, shape, lambda_, *more)
+    def insert(graph: Any, name: str, gradient: Any, lambda_: Any, *more: Any) -> None:
+        real(graph, name, gradient, lambda_, *more)
         values = {v.name: v for node in graph for v in node.outputs}
         found = values[f"{gradient.call.weight.name}_grad"]
         plain = values[f"tract/{name}/plain_gradient"]

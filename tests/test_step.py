@@ -141,8 +141,7 @@ def test_dropout_s_masks_are_those_of_its_gradients() -> None:
     )
     step = Step(Case(lambda: net), "0")
     drawn = [n for n in step.graph.graph if n.op_type == "Dropout"]
-    seeds = [n.attributes["seed"].as_int() for n in drawn]
-    assert len(set(seeds)) == len(drawn) == 3
+    assert len(drawn) == 3
     masks = tuple(str(node.outputs[1].name) for node in drawn)
     step.graph.graph.outputs.extend(node.outputs[1] for node in drawn)
     found = step.run(names=(*step.trace.outputs, *masks))
@@ -315,7 +314,7 @@ def test_what_can_t_be_exact_is_refused(name: str) -> None:
 
 
 def test_a_fixed_batch_may_be_asked_for() -> None:
-    step = Step(does(branches), "first", dynamic_batch=False)
+    step = Step(does(branches), "first", open_axes=[()])
     model, _, loss = step.wide(step.model, BATCH)
     found = step.run()
     assert_close(found[step.trace.loss], loss, 1.0, "loss")

@@ -392,8 +392,8 @@ def test_a_model_of_another_framework(tmp_path: Path) -> None:
 def test_verification_sees_a_lost_lambda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real: Any = expand.insert  # type: ignore[attr-defined]
 
-    def insert(graph: Any, name: str, gradient: Any, shape: Any, lambda_: Any, *more: Any) -> None:
-        real(graph, name, gradient, shape, lambda_ * np.float32(1.02), *more)
+    def insert(graph: Any, name: str, gradient: Any, lambda_: Any, *more: Any) -> None:
+        real(graph, name, gradient, lambda_ * np.float32(1.02), *more)
 
     monkeypatch.setattr(expand, "insert", insert)
     with pytest.raises(ExportError, match="TrAct's weight gradient"):

@@ -26,7 +26,7 @@ from tract_fx.artifacts.batches import check_batch
 from tract_fx.artifacts.manifest import TensorSpec
 from tract_fx.errors import InvalidBatchError, MissingRuntimeError, StateMismatchError
 from tract_fx.ort_training import CPU, Device
-from tract_fx.trainers import OrtTrainer, dlpack, sessions, stock_run
+from tract_fx.trainers import OrtTrainer, dlpack, predictor, stock_run
 from tract_fx.trainers.dlpack import ort_value_of, own_value, shared_tensors
 
 CLASSES = 5
@@ -139,7 +139,7 @@ def test_nothing_is_copied(
         seen.append(made.data_ptr())
         return made
 
-    for module in (stock_run, sessions):
+    for module in (stock_run, predictor):
         monkeypatch.setattr(module, "ort_value_of", spy)
     trainer = load_trainer(folder / "adamw", device=device)
     given = [tensor.to(device) for tensor in batch(6)[: 3 if call == "predict" else 4]]

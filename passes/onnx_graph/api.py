@@ -59,10 +59,9 @@ def tract_onnx_pass(
     eligible = [record for record, _ in located.eligible]
     chosen = choose(located.findings, eligible, choice)
     calls = {record.node: call for record, call in located.eligible}
-    calls.update(located.calls)
     remove_from_graph(graph)
     idle = insert_tract(graph, calls, chosen)
-    names = {record.node: record.name for record in (*located.findings.layers, *eligible)}
+    names = {record.node: record.name for record in eligible}
     warn_of_frozen(names[node] for node in idle)
     return ir.to_proto(graph)
 

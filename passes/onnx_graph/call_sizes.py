@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from tract_fx.passes.onnx_graph.calls import Layout, OnnxCall
-from tract_fx.passes.onnx_graph.geometry import conv_geometry
+from tract_fx.passes.onnx_graph.geometry import conv_geometry, spatial_sizes
+from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.preconditioner import PatchGeometry
 
 
@@ -34,8 +35,10 @@ class CallSizes:
     geometry: PatchGeometry | None
 
     @classmethod
-    def of(cls, call: OnnxCall, shape: tuple[int, ...]) -> CallSizes:
-        """Read the sizes off a call."""
+    def of(cls, call: OnnxCall) -> CallSizes:
+        """Read the sizes off a call whose weight's shape is known."""
+        shape = static_shape(call.weight)
+        assert shape is not None
         if call.layout is Layout.IN_OUT:
             return cls(call, shape, 1, shape[1], shape[0], (), None)
         groups = call.node.attributes.get_int("group", 1)
@@ -56,10 +59,7 @@ class CallSizes:
     @property
     def image_size(self) -> tuple[int | None, ...]:
         """The input's spatial sizes, None for each that is open until the graph runs."""
-        shape = self.call.input.shape
-        if shape is None:
-            return (None,) * len(self.kernel)
-        return tuple(size if isinstance(size, int) else None for size in shape[2:])
+        return spatial_sizes(self.call.input, len(self.kernel))
 
     @property
     def positions(self) -> tuple[int | None, ...]:

@@ -96,21 +96,11 @@ def locate(
     frozen: Collection[str],
     present: Mapping[str, float] | None = None,
 ) -> LocatedOnnx:
-    """Find the calls that consume the model's input.
+    """Find the calls that consume the input of a forward or training graph.
 
-    Args:
-        model: A forward or training graph. Not changed.
-        trainable: Names of the parameters that are trained: initializers, or a training graph's
-            inputs.
-        frozen: Names of the parameters that are not. Other initializers are constants, and a layer
-            whose weight is one is a filter on the input's way.
-        present: λ of the calls that are TrAct's already, by the node's name.
-
-    Returns:
-        Candidates, refusals and all other calls that a user could name.
-
-    Raises:
-        UnsupportedModelError: The nodes are not in the order in which they can run.
+    Parameters, trained or frozen, are initializers or a training graph's inputs. Other initializers
+    are constants, and a layer whose weight is one is a filter on the input's way. `present` has λ
+    of the calls that are TrAct's already, by the node's name.
     """
     graph = model.graph
     nodes = list(graph)
@@ -141,9 +131,9 @@ class _Walk:
         self.names = node_names(graph)
         self.operands = {node: tuple(operands(node)) for node in nodes}
         read = {value for values in self.operands.values() for value in values}
-        self.given = [
-            v for v in graph.inputs if v in read and not self._is_parameter(v) and not _is_fixed(v)
-        ]
+        # Up to IR 3 initializers were inputs too.
+        given = [v for v in graph.inputs if v in read and not v.is_initializer()]
+        self.given = [v for v in given if not self._is_parameter(v)]
 
     def run(self, labels: frozenset[ir.Value]) -> None:
         self.contents: dict[ir.Value, Content] = {
@@ -166,9 +156,6 @@ class _Walk:
 
         Such a one meets trained parameters only once it has met features, and no layer is behind
         it. An in-graph loss may add parameters (a penalty) to what came of the label.
-
-        Returns:
-            Those of the graph's inputs.
         """
         return frozenset(value for value in self.given if self._is_label(value))
 
@@ -282,8 +269,3 @@ class _Walk:
     def _refuse(self, node: ir.Node, path: tuple[str, ...], why: Why | None = None) -> None:
         name = self.names[node]
         self.refusals.append(reasons.refuse_operation(node, name, (*path, name), why))
-
-
-def _is_fixed(value: ir.Value) -> bool:
-    """Tell an input that has a value of its own already, as initializers were up to IR 3."""
-    return value.is_initializer()

@@ -11,26 +11,20 @@ from tract_fx.preconditioner import PatchGeometry
 def conv_geometry(node: ir.Node, x: ir.Value, weight: ir.Value) -> PatchGeometry | None:
     """Read off a Conv node how it reads its input.
 
-    Args:
-        node: The Conv node.
-        x: Its input, (N, C, *spatial).
-        weight: Its weight, (out, C/groups, *kernel).
-
-    Returns:
-        The geometry, None where it is not known before running: `auto_pad` of a strided
-        convolution depends on the size of its input.
+    None where that is not known before running: `auto_pad` of a strided convolution depends on the
+    size of its input.
     """
-    kernel = _kernel(node, weight)
-    if kernel is None:
+    kernel = tuple(node.attributes.get_ints("kernel_shape") or (static_shape(weight) or ())[2:])
+    if not kernel:
         return None
     dims, ones = len(kernel), (1,) * len(kernel)
     stride = tuple(node.attributes.get_ints("strides") or ones)
     dilation = tuple(node.attributes.get_ints("dilations") or ones)
     groups = node.attributes.get_int("group", 1)
     auto_pad = node.attributes.get_string("auto_pad", "NOTSET")
-    padding: list[tuple[int, int]] | None
+    padding: list[tuple[int, int]]
     if auto_pad in {"SAME_UPPER", "SAME_LOWER"}:
-        sizes = _spatial_sizes(x, dims)
+        sizes = spatial_sizes(x, dims)
         padding = []
         for size, k, s, d in zip(sizes, kernel, stride, dilation, strict=True):
             sides = same_padding(auto_pad, size, d * (k - 1) + 1, s)
@@ -45,16 +39,8 @@ def conv_geometry(node: ir.Node, x: ir.Value, weight: ir.Value) -> PatchGeometry
     return PatchGeometry(kernel, stride, tuple(padding), dilation, groups)
 
 
-def _kernel(node: ir.Node, weight: ir.Value) -> tuple[int, ...] | None:
-    """The kernel's size: stated, or else the weight's."""
-    stated = node.attributes.get_ints("kernel_shape")
-    if stated:
-        return tuple(stated)
-    shape = static_shape(weight)
-    return None if shape is None else shape[2:]
-
-
-def _spatial_sizes(x: ir.Value, dims: int) -> tuple[int | None, ...]:
+def spatial_sizes(x: ir.Value, dims: int) -> tuple[int | None, ...]:
+    """Give an image's sizes behind the channels, None for each that is open until it runs."""
     if x.shape is None or len(x.shape) != dims + 2:
         return (None,) * dims
     return tuple(size if isinstance(size, int) else None for size in x.shape[2:])

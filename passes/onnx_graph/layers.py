@@ -16,18 +16,7 @@ from tract_fx.preconditioner import PatchGeometry, op_name
 def layer_record(
     call: OnnxCall, name: str, weight: Content, path: tuple[str, ...], lambda_: float | None
 ) -> InputLayer:
-    """Describe a call that can be treated.
-
-    Args:
-        call: The call.
-        name: Its node's name.
-        weight: What its weight is made of.
-        path: Names from a graph input to the node.
-        lambda_: λ where it is a TrAct call already.
-
-    Returns:
-        The record, with the weight's shape as torch has it: (out, in, …).
-    """
+    """Describe a call that can be treated, its weight's shape as torch has it: (out, in, …)."""
     shape = static_shape(call.weight)
     parameters = weight.trainable or weight.parameters
     geometry: PatchGeometry | None = PatchGeometry()

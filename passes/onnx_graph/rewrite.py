@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tract_fx.errors import InvalidLambdaError, UnsupportedLayerError, UnsupportedModelError
-from tract_fx.passes.onnx_graph.calls import OnnxCall, opset_of
+from tract_fx.passes.onnx_graph.calls import MICROSOFT, OnnxCall, opset_of
 from tract_fx.passes.onnx_graph.provenance import PREFIX, Provenance, made_nodes
 from tract_fx.passes.onnx_graph.subgraph import write_tract
 from tract_fx.passes.onnx_graph.values import static_shape
@@ -31,12 +31,13 @@ def insert_tract(
     _check_version(model)
     values = {name: _in_float32(lambda_) for name, lambda_ in lambdas.items()}
     found = {name: find_weight_gradient(model.graph, calls[name]) for name in lambdas}
-    shapes = {name: _weight_shape(calls[name]) for name in lambdas}
+    for name in lambdas:
+        _check_weight(calls[name])
     for name, gradient in found.items():
         if gradient is not None:
-            insert(model.graph, name, gradient, shapes[name], values[name])
+            insert(model.graph, name, gradient, values[name])
     if any(gradient is not None for gradient in found.values()):
-        model.opset_imports.setdefault("com.microsoft", 1)
+        model.opset_imports.setdefault(MICROSOFT, 1)
         model.graph.sort()
     return tuple(name for name, gradient in found.items() if gradient is None)
 
@@ -45,19 +46,12 @@ def insert(
     graph: ir.Graph,
     name: str,
     gradient: WeightGradient,
-    weight_shape: tuple[int, ...],
     lambda_: np.ndarray,
     float64: bool = True,
 ) -> None:
-    """Put TrAct on one call, in place.
+    """Put TrAct on the call of that name, in place; λ is a float32 of no dimension.
 
-    Args:
-        graph: A training graph.
-        name: The call's name.
-        gradient: The call and its gradients.
-        weight_shape: The weight's shape as the call's node reads it.
-        lambda_: λ, a float32 of no dimension.
-        float64: Whether it goes over to float64 for input that float32 is too coarse for.
+    With `float64` it goes over to float64 for input that float32 is too coarse for.
     """
     term = gradient.term
     # The builder leaves some types out; a gradient has that of its value.
@@ -67,7 +61,7 @@ def insert(
     write = NodeWriter(graph, f"{PREFIX}{name}/", record)
     value = write.constant(lambda_, "lambda")
     users, is_output = list(term.uses()), [i for i, v in enumerate(graph.outputs) if v is term]
-    result = write_tract(write, gradient, weight_shape, value, float64)
+    result = write_tract(write, gradient, value, float64)
     for node, index in users:
         node.replace_input_with(index, result)
     for index in is_output:
@@ -102,21 +96,19 @@ def _in_float32(lambda_: float) -> np.ndarray:
     return value
 
 
-def _weight_shape(call: OnnxCall) -> tuple[int, ...]:
+def _check_weight(call: OnnxCall) -> None:
     if call.weight.dtype == ir.DataType.DOUBLE:
         raise UnsupportedLayerError(
             f"node {call.node.name!r} with the weight {call.weight.name!r} in float64",
             "the subgraph computes in float32, and ONNX Runtime can't train float64 parameters",
             "Make the model in float32",
         )
-    shape = static_shape(call.weight)
-    if shape is None:
+    if static_shape(call.weight) is None:
         raise UnsupportedLayerError(
             f"node {call.node.name!r}, weight {call.weight.name!r} of shape {call.weight.shape}",
             "the number of columns has to be known when the subgraph is made",
             "Run onnx.shape_inference on the model, or give the weight a fixed shape",
         )
-    return shape
 
 
 def remove_from_graph(model: ir.Model) -> None:

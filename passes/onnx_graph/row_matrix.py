@@ -13,16 +13,7 @@ from tract_fx.passes.onnx_graph.writer import NodeWriter
 
 
 def row_matrix(write: NodeWriter, sizes: CallSizes, *, grouped: bool = True) -> ir.Value:
-    """Write X.
-
-    Args:
-        write: Where the nodes go.
-        sizes: The call.
-        grouped: Whether a convolution's X has the groups before all; else there is one group.
-
-    Returns:
-        (R, n) for a linear layer; for a convolution (groups, R, n), or (R, n) ungrouped.
-    """
+    """Write X: (R, n) for a linear layer, for a convolution (groups, R, n), or (R, n) ungrouped."""
     x = cast(write, sizes.call.input, ir.DataType.FLOAT)
     if not sizes.kernel:
         if sizes.call.input_transposed:
@@ -63,15 +54,9 @@ def unfold(
 ) -> ir.Value:
     """Write a Conv that gives every input entry under a kernel a channel of its own.
 
-    Args:
-        write: Where the nodes go.
-        sizes: A convolution.
-        kernel: Size of the kernel, in place of the convolution's own.
-        changed: Attributes in place of the convolution's own.
-        image: What is unfolded, in float32; None for the convolution's input.
-
-    Returns:
-        (N, C · kernel elements, *positions), the channels in the weight's order.
+    `kernel` and the `changed` attributes stand in place of the convolution's own, and a float32
+    `image` in place of its input. It gives (N, C · kernel elements, *positions), the channels in
+    the weight's order.
     """
     # A convolution of each channel with the unit kernels, under the layer's own attributes, so that
     # whatever they mean they mean the same here.
@@ -102,16 +87,7 @@ def _times(sizes: Sequence[int]) -> str:
 
 
 def cast(write: NodeWriter, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-    """Bring a value to another dtype; the Gram, the inverse and the product are in float32.
-
-    Args:
-        write: Where the node goes.
-        value: The value.
-        dtype: The dtype, None for the value's own.
-
-    Returns:
-        The value where it has that dtype already, else a Cast of it.
-    """
+    """Bring a value to another dtype, None for its own, by a Cast where it has not got it yet."""
     current = value.dtype or ir.DataType.FLOAT
     if dtype is None or current == dtype:
         return value

@@ -95,7 +95,7 @@ class _Origin:
 def find_parameters(graph: ir.Graph) -> set[str]:
     """Tell the initializers that are parameters."""
     walk = _Walk(graph)
-    walk.run()
+    walk.run(graph)
     if walk.fixed_weights:
         shown = ", ".join(walk.fixed_weights[:5])
         raise UnsupportedTrainingError(
@@ -112,11 +112,9 @@ class _Walk:
     """One walk over the graph, in order."""
 
     def __init__(self, graph: ir.Graph) -> None:
-        self.graph = graph
         self.origins: dict[ir.Value, _Origin] = {}
         self.found: set[ir.Value] = set()
         self.fixed_weights: list[str] = []
-        self.has_weights = False
         produced = {value.name for node in graph for value in node.outputs}
         for value in graph.inputs:
             self.origins[value] = _Origin(raw=True)
@@ -132,10 +130,7 @@ class _Walk:
         # What torch calls a buffer is none, wherever it stands.
         return _Origin(sources=(value,) if kind in (None, "PARAMETER") else ())
 
-    def run(self) -> None:
-        self._run(self.graph)
-
-    def _run(self, nodes: Iterable[ir.Node]) -> None:
+    def run(self, nodes: Iterable[ir.Node]) -> None:
         for node in nodes:
             origin = self._visit(node)
             self.origins.update(dict.fromkeys(node.outputs, origin))
@@ -159,7 +154,7 @@ class _Walk:
         for graph in inner:
             given = _Origin(raw=not features, features=features)
             self.origins.update(dict.fromkeys(graph.inputs, given))
-            self._run(graph)
+            self.run(graph)
             results = [self._origin(value) for value in graph.outputs]
             features = features or any(origin.features for origin in results)
         taken = not inner and self._take(node, features)
@@ -195,7 +190,6 @@ class _Walk:
         if origin.computed and len(sources) > 1:
             sources = self._reparametrised(node, sources)
         self.found.update(sources)
-        self.has_weights = self.has_weights or (is_weight and bool(sources))
         return bool(sources)
 
     def _reparametrised(self, node: ir.Node, sources: list[ir.Value]) -> list[ir.Value]:

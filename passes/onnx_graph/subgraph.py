@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from tract_fx.passes.onnx_graph.call_sizes import CallSizes
-from tract_fx.passes.onnx_graph.calls import Layout
+from tract_fx.passes.onnx_graph.calls import MICROSOFT, Layout
 from tract_fx.passes.onnx_graph.gram_blocks import write_tiled_gram, write_unfolded_gram
 from tract_fx.passes.onnx_graph.gram_forms import GramForm, Tiles, choose_gram_form
 from tract_fx.passes.onnx_graph.row_matrix import cast, row_matrix
@@ -33,44 +34,42 @@ from tract_fx.passes.onnx_graph.writer import NodeWriter
 from tract_fx.preconditioner.solve import MAX_FLOAT32_AMPLIFICATION
 
 Branch = Callable[[NodeWriter], ir.Value]
-Form = Callable[[NodeWriter, CallSizes, WeightGradient, ir.Value, ir.Value, bool], ir.Value]
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """What both forms compute with, in both precisions: λ and R are float32 scalars."""
+
+    gradient: WeightGradient
+    sizes: CallSizes
+    lambda_: ir.Value
+    count: ir.Value
 
 
 def write_tract(
-    write: NodeWriter,
-    gradient: WeightGradient,
-    weight_shape: tuple[int, ...],
-    lambda_: ir.Value,
-    float64: bool,
+    write: NodeWriter, gradient: WeightGradient, lambda_: ir.Value, float64: bool
 ) -> ir.Value:
-    """Write the nodes that make TrAct's gradient of a call's gradient.
+    """Write the nodes that make of a call's gradient TrAct's, of its shape and dtype.
 
-    Args:
-        write: Where the nodes go.
-        gradient: What the call contributes to its weight's gradient.
-        weight_shape: Shape of the weight as the call reads it.
-        lambda_: λ, a float32 scalar.
-        float64: Whether input that float32 is too coarse for is treated in float64; else it gives
-            NaN.
-
-    Returns:
-        The preconditioned term, of the shape and dtype of the plain one.
+    λ is a float32 scalar. Input that float32 is too coarse for is treated in float64, or without it
+    gives NaN.
     """
-    sizes = CallSizes.of(gradient.call, weight_shape)
+    sizes = CallSizes.of(gradient.call)
     rows, of_gram = _known_rows(gradient, sizes), write.noting(stage="Gram")
     if rows is None:
         count, fewer = _count_rows(of_gram, sizes, gradient)
     else:
         count = write.constant(np.asarray(max(rows, 1), np.float32), "rows")
-    amplification = _amplification(of_gram, sizes, lambda_)
+    operands = _Operands(gradient, sizes, lambda_, count)
+    amplification = _amplification(of_gram, operands)
     coarse = _exceeds(of_gram, amplification, np.float32)
 
-    def by(form: Form) -> Branch:
+    def by(form: Callable[[NodeWriter, _Operands, bool], ir.Value]) -> Branch:
         def narrow(inner: NodeWriter) -> ir.Value:
-            return form(inner, sizes, gradient, lambda_, count, False)
+            return form(inner, operands, False)
 
         def wide(inner: NodeWriter) -> ir.Value:
-            result = form(inner, sizes, gradient, lambda_, count, True)
+            result = form(inner, operands, True)
             result = inner.op("Cast", [result], "narrow", {"to": int(ir.DataType.FLOAT)})
             return guarded(inner, _exceeds(inner, amplification, np.float64), result)
 
@@ -133,16 +132,16 @@ def _count_rows(
     return count, write.op("Less", [rows, columns], "fewer_rows_than_columns")
 
 
-def _amplification(write: NodeWriter, sizes: CallSizes, lambda_: ir.Value) -> ir.Value:
+def _amplification(write: NodeWriter, operands: _Operands) -> ir.Value:
     """About trace(XᵀX/R) / λ: what the solve makes of a rounding error in the Gram."""
-    x = cast(write, sizes.call.input, ir.DataType.FLOAT)
+    x = cast(write, operands.sizes.call.input, ir.DataType.FLOAT)
     squares = write.op("ReduceSumSquare", [x], "input_squares", {"keepdims": 0})
     elements = write.op("Size", [x], "input_size")
     count = write.op("Cast", [elements], "input_elements", {"to": int(ir.DataType.FLOAT)})
     mean_square = write.op("Div", [squares, count], "mean_square")
-    columns = write.constant(np.asarray(sizes.columns, np.float32), "column_count")
+    columns = write.constant(np.asarray(operands.sizes.columns, np.float32), "column_count")
     trace = write.op("Mul", [mean_square, columns], "trace")
-    return write.op("Div", [trace, lambda_], "amplification")
+    return write.op("Div", [trace, operands.lambda_], "amplification")
 
 
 def _exceeds(write: NodeWriter, amplification: ir.Value, dtype: type[np.floating[Any]]) -> ir.Value:
@@ -152,15 +151,9 @@ def _exceeds(write: NodeWriter, amplification: ir.Value, dtype: type[np.floating
     return write.op("Greater", [amplification, limit], f"is_beyond_{dtype.__name__}")
 
 
-def _by_columns(
-    write: NodeWriter,
-    sizes: CallSizes,
-    gradient: WeightGradient,
-    lambda_: ir.Value,
-    count: ir.Value,
-    wide: bool,
-) -> ir.Value:
+def _by_columns(write: NodeWriter, operands: _Operands, wide: bool) -> ir.Value:
     """gW (XᵀX/R + λI)⁻¹ by the n × n matrix."""
+    sizes = operands.sizes
     write = write.noting(form="column space")
     of_gram = write.noting(stage="Gram")
     index = np.arange(sizes.columns, dtype=np.int64)
@@ -173,8 +166,8 @@ def _by_columns(
         gram = write_wide_gram(of_gram, sizes)
     else:
         gram = write_gram(of_gram, sizes, choose_gram_form(sizes))
-    inverse = _regularised_inverse(write, gram, count, diagonal, lambda_, wide)
-    term = _in_precision(write, gradient.term, wide)
+    inverse = _regularised_inverse(write, operands, gram, diagonal, wide)
+    term = _in_precision(write, operands.gradient.term, wide)
     if sizes.call.layout is Layout.IN_OUT:
         return _product(write, inverse, term, "gradient", wide)
     if not sizes.kernel:
@@ -188,19 +181,13 @@ def _by_columns(
     return write.op("Reshape", [product, target], "gradient")
 
 
-def _by_rows(
-    write: NodeWriter,
-    sizes: CallSizes,
-    gradient: WeightGradient,
-    lambda_: ir.Value,
-    count: ir.Value,
-    wide: bool,
-) -> ir.Value:
+def _by_rows(write: NodeWriter, operands: _Operands, wide: bool) -> ir.Value:
     """Compute dzᵀ (XXᵀ/R + λI)⁻¹ X by the R × R matrix; (groups, …) before all three."""
+    sizes = operands.sizes
     write = write.noting(form="row space")
     of_gram = write.noting(stage="Gram")
     x = row_matrix(of_gram, sizes)
-    dz = _in_precision(write, gradient.output_gradient, wide)
+    dz = _in_precision(write, operands.gradient.output_gradient, wide)
     if sizes.kernel:
         split = [0, sizes.groups, sizes.outputs // sizes.groups, -1]
         dz = write.op("Reshape", [dz, write.integers(split, "output_split")], "output_gradient")
@@ -216,9 +203,9 @@ def _by_rows(
         kernel = by.op("Einsum", [x, x], "row_gram", {"equation": "...ri,...si->...rs"})
     else:
         by = of_gram.noting(gram="FusedMatMul")
-        kernel = by.microsoft("FusedMatMul", [x, x], "row_gram", {"transB": 1})
+        kernel = by.op("FusedMatMul", [x, x], "row_gram", {"transB": 1}, domain=MICROSOFT)
     diagonal = _row_diagonal(of_gram, kernel)
-    inverse = _regularised_inverse(write, kernel, count, diagonal, lambda_, wide)
+    inverse = _regularised_inverse(write, operands, kernel, diagonal, wide)
     solved = _product(write, dz, inverse, "solved", wide)
     product = _product(write, solved, x, "product", wide)
     alpha = sizes.call.node.attributes.get_float("alpha", 1.0) if not sizes.kernel else 1.0
@@ -256,21 +243,17 @@ def _row_diagonal(write: NodeWriter, square: ir.Value) -> ir.Value:
 
 
 def _regularised_inverse(
-    write: NodeWriter,
-    gram: ir.Value,
-    count: ir.Value,
-    diagonal: ir.Value,
-    lambda_: ir.Value,
-    wide: bool,
+    write: NodeWriter, operands: _Operands, gram: ir.Value, diagonal: ir.Value, wide: bool
 ) -> ir.Value:
     """(gram/R + λI)⁻¹; all NaN for a matrix that holds an infinity."""
     of_gram, write = write.noting(stage="Gram"), write.noting(stage="factorisation")
-    count, lambda_ = (_in_precision(of_gram, value, wide) for value in (count, lambda_))
+    count = _in_precision(of_gram, operands.count, wide)
+    lambda_ = _in_precision(of_gram, operands.lambda_, wide)
     mean = of_gram.op("Div", [gram, count], "mean_gram")
     zero = write.constant(np.asarray(0, np.float64 if wide else np.float32), "zero")
     ridge = of_gram.op("Where", [diagonal, lambda_, zero], "ridge")
     matrix = of_gram.op("Add", [mean, ridge], "regularised")
-    inverse = write.microsoft("Inverse", [matrix], "unguarded_inverse")
+    inverse = write.op("Inverse", [matrix], "unguarded_inverse", domain=MICROSOFT)
     # The factorisation takes 1/∞ for 0, and gives a finite inverse of some matrices with ∞.
     axes = write.integers([-2, -1], "matrix_axes")
     total = write.op("ReduceSum", [matrix, axes], "sum_of_entries", {"keepdims": 1})
@@ -279,16 +262,7 @@ def _regularised_inverse(
 
 
 def write_gram(write: NodeWriter, sizes: CallSizes, form: GramForm) -> ir.Value:
-    """Write XᵀX.
-
-    Args:
-        write: Where the nodes go.
-        sizes: The call.
-        form: One of the call's possible forms.
-
-    Returns:
-        (n, n), or (groups, n, n) for a grouped convolution.
-    """
+    """Write XᵀX in one of its possible forms: (n, n), or with the groups of several before it."""
     if isinstance(form, Tiles):
         rows = row_matrix(write, sizes, grouped=False)
         return write_tiled_gram(write, rows, sizes.columns, form.count)

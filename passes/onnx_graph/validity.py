@@ -13,10 +13,17 @@ _REMEDY = "Repair the file; onnx.checker.check_model says what else is wrong wit
 
 def require_consistent_names(proto: onnx.ModelProto) -> None:
     """Refuse a model in which a name is of two values, or of none when it is read."""
-    _require_names(proto.graph, frozenset())
     imported = {opset.domain or "ai.onnx" for opset in proto.opset_import}
     imported |= {function.domain for function in proto.functions}
-    for node in _all_nodes(proto.graph):
+    _require_names(proto.graph, frozenset(), imported)
+
+
+def _require_names(graph: onnx.GraphProto, outer: frozenset[str], imported: set[str]) -> None:
+    """Go through a graph in its order, with the names that it sees from outside."""
+    known = {v.name for v in (*graph.input, *graph.initializer)}
+    known |= {sparse.values.name for sparse in graph.sparse_initializer}
+    made = {name for node in graph.node for name in node.output}
+    for node in graph.node:
         if (node.domain or "ai.onnx") not in imported:
             raise UnsupportedModelError(
                 f"{_described(node)} of the domain {node.domain or 'ai.onnx'!r}",
@@ -24,14 +31,6 @@ def require_consistent_names(proto: onnx.ModelProto) -> None:
                 "not said",
                 _REMEDY,
             )
-
-
-def _require_names(graph: onnx.GraphProto, outer: frozenset[str]) -> None:
-    """Go through a graph in its order, with the names that it sees from outside."""
-    known = {v.name for v in (*graph.input, *graph.initializer)}
-    known |= {sparse.values.name for sparse in graph.sparse_initializer}
-    made = {name for node in graph.node for name in node.output}
-    for node in graph.node:
         for name in filter(None, node.input):
             if name in known or name in outer:
                 continue
@@ -42,7 +41,7 @@ def _require_names(graph: onnx.GraphProto, outer: frozenset[str]) -> None:
                 _REMEDY,
             )
         for inner in _subgraphs(node):
-            _require_names(inner, outer | known)
+            _require_names(inner, outer | known, imported)
         for name in filter(None, node.output):
             if name in known:
                 raise UnsupportedModelError(
@@ -63,13 +62,6 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         if attribute.HasField("g"):
             yield attribute.g
         yield from attribute.graphs
-
-
-def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for inner in _subgraphs(node):
-            yield from _all_nodes(inner)
 
 
 def _described(node: onnx.NodeProto) -> str:

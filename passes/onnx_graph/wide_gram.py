@@ -17,15 +17,7 @@ from tract_fx.passes.onnx_graph.writer import NodeWriter
 
 
 def in_float64(write: NodeWriter, value: ir.Value) -> ir.Value:
-    """Widen a float32 value.
-
-    Args:
-        write: Where the node goes.
-        value: The value.
-
-    Returns:
-        The same numbers in float64.
-    """
+    """Widen a float32 value."""
     return _wide(write.op("Cast", [value], "wide", {"to": int(ir.DataType.DOUBLE)}))
 
 
@@ -36,15 +28,7 @@ def _wide(value: ir.Value) -> ir.Value:
 
 
 def write_wide_gram(write: NodeWriter, sizes: CallSizes) -> ir.Value:
-    """Write XᵀX.
-
-    Args:
-        write: Where the nodes go.
-        sizes: The call.
-
-    Returns:
-        (n, n), or (groups, n, n) for a grouped convolution, in float64.
-    """
+    """Write XᵀX in float64: (n, n), or (groups, n, n) for a grouped convolution."""
     if not sizes.kernel:
         rows = in_float64(write, row_matrix(write, sizes))
         by = write.noting(gram="Einsum")
@@ -61,15 +45,9 @@ def write_wide_gram(write: NodeWriter, sizes: CallSizes) -> ir.Value:
 
 def _one_more_image(write: NodeWriter, sizes: CallSizes, shape: list[int]) -> ir.Graph:
     """A graph from the Gram so far, and an image, to the Gram with that image's patches."""
-    so_far = ir.Value(
-        name=f"{write.prefix}gram_so_far",
-        shape=ir.Shape(shape),
-        type=ir.TensorType(ir.DataType.DOUBLE),
-    )
+    so_far = ir.val(f"{write.prefix}gram_so_far", ir.DataType.DOUBLE, shape)
     size = [sizes.channels, *sizes.image_size]
-    image = ir.Value(
-        name=f"{write.prefix}image", shape=ir.Shape(size), type=ir.TensorType(ir.DataType.FLOAT)
-    )
+    image = ir.val(f"{write.prefix}image", ir.DataType.FLOAT, size)
     batch = write.op("Unsqueeze", [image, write.integers([0], "batch_axis")], "batch_of_one")
     patches = unfold(write, sizes, sizes.kernel, image=batch)
     columns = write.integers([*shape[:-1], -1], "columns_shape")

@@ -16,23 +16,15 @@ from tract_fx.passes.onnx_graph.provenance import PROVENANCE, Provenance
 class NodeWriter:
     """Collects nodes whose names begin with a prefix and that carry a provenance record.
 
-    Args:
-        graph: The graph that constants are registered in, as initializers.
-        prefix: What the names of nodes, values and constants begin with.
-        provenance: What the nodes say of themselves.
+    Constants are registered in the graph, as initializers.
     """
 
     def __init__(self, graph: ir.Graph, prefix: str, provenance: Provenance) -> None:
+        self.prefix = prefix
         self._graph = graph
-        self._prefix = prefix
         self._provenance = provenance
         self._tape = Tape()
         self._taken: set[str] = set()
-
-    @property
-    def prefix(self) -> str:
-        """What the names begin with."""
-        return self._prefix
 
     @property
     def nodes(self) -> Sequence[ir.Node]:
@@ -41,7 +33,7 @@ class NodeWriter:
 
     def branch(self, name: str) -> NodeWriter:
         """Start writing a subgraph of this one."""
-        return NodeWriter(self._graph, f"{self._prefix}{name}/", self._provenance)
+        return NodeWriter(self._graph, f"{self.prefix}{name}/", self._provenance)
 
     def noting(self, **said: str) -> NodeWriter:
         """Write on in the same place with another record."""
@@ -71,16 +63,6 @@ class NodeWriter:
         value.name = full
         return value
 
-    def microsoft(
-        self,
-        op_type: str,
-        inputs: Sequence[ir.Value],
-        name: str,
-        attributes: Mapping[str, int | float | str | Sequence[int] | ir.Attr] | None = None,
-    ) -> ir.Value:
-        """Write a node of ONNX Runtime's own domain."""
-        return self.op(op_type, inputs, name, attributes, domain="com.microsoft")
-
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
         """Register a constant as an initializer of the graph."""
         full = self._fresh(name)
@@ -93,9 +75,9 @@ class NodeWriter:
         return self.constant(np.asarray(values, np.int64), name)
 
     def _fresh(self, name: str) -> str:
-        full, count = f"{self._prefix}{name}", 1
+        full, count = f"{self.prefix}{name}", 1
         while full in self._taken or full in self._graph.initializers:
             count += 1
-            full = f"{self._prefix}{name}_{count}"
+            full = f"{self.prefix}{name}_{count}"
         self._taken.add(full)
         return full

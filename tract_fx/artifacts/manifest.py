@@ -159,6 +159,16 @@ class Manifest:
     learning_rate: float | None = None
     files: dict[str, FileRecord] = field(default_factory=dict)
 
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next update."""
+        return self.optimizer.lr if self.learning_rate is None else self.learning_rate
+
+    @property
+    def pending(self) -> int:
+        """Micro-batches since the last update."""
+        return self.batches % self.optimizer.accumulate
+
     def to_json(self) -> str:
         """Write the manifest, with a checksum of itself."""
         entries = encode(self)

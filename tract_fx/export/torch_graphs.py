@@ -128,7 +128,7 @@ def training_graph(
         dialect=target.dialect,
     )
     _refuse_names(trace)
-    graph = write_step(trace, None)
+    graph = write_step(trace)
     parameters, buffers = dict(training.named_parameters()), dict(training.named_buffers())
     arrange = to_step_graph if target.is_stock else to_training_graph
     return graph, trace, arrange(graph, trace, parameters, buffers)
@@ -207,7 +207,7 @@ def evaluation_graph(
         open_axes=model.open_axes,
         dialect=target.dialect,
     )
-    graph = write_step(trace, None)
+    graph = write_step(trace)
     to_evaluation_graph(graph, trace, tensors, named_tensors(evaluation))
     return graph, trace
 

@@ -16,14 +16,9 @@ from tract_fx.reference.observed import ObservedCall
 
 
 def observe_call(treated: TreatedCall, values: Mapping[str, np.ndarray]) -> ObservedCall:
-    """Bring what a call read and what came back to the form of every inspection.
+    """Bring what a run has made of the values in `treated.read` to the form of every inspection.
 
-    Args:
-        treated: The call.
-        values: What a run has made of the values in `treated.read`, by name.
-
-    Returns:
-        The call, its weight's gradient as (out, n) or (out, C/groups, *kernel).
+    The weight's gradient is (out, n) or (out, C/groups, *kernel) there.
     """
     call = treated.call
     x = _tensor(values[str(call.input.name)])
@@ -55,15 +50,7 @@ def to_weight_layout(call: OnnxCall, gradient: np.ndarray) -> Tensor:
 
 
 def from_weight_layout(call: OnnxCall, gradient: Tensor) -> np.ndarray:
-    """Bring a gradient in torch's layout to that of the weight operand.
-
-    Args:
-        call: The call.
-        gradient: The gradient, (out, n) or (out, C/groups, *kernel).
-
-    Returns:
-        The gradient as the node reads the weight.
-    """
+    """Bring a gradient in torch's layout to that of the weight operand."""
     wanted = gradient.mT if call.layout is Layout.IN_OUT else gradient
     return np.ascontiguousarray(wanted.numpy())
 
@@ -94,7 +81,7 @@ def _product(call: OnnxCall) -> Callable[[Tensor, Tensor], Tensor]:
 
 def _own_node(node: ir.Node, dtype: ir.DataType) -> Callable[[Tensor, Tensor], Tensor]:
     """Make a model of one node alone, without its bias and its scale, in a session of its own."""
-    x, weight, y = (ir.Value(name=name, type=ir.TensorType(dtype)) for name in ("x", "w", "y"))
+    x, weight, y = (ir.val(name, dtype) for name in ("x", "w", "y"))
     attributes = [a for key, a in node.attributes.items() if key not in {"alpha", "beta"}]
     alone = ir.Node("", node.op_type, [x, weight], attributes, outputs=[y])
     assert node.graph is not None

@@ -8,7 +8,6 @@ import onnx_ir as ir
 from tract_fx.errors import ExportError
 from tract_fx.passes.onnx_graph.calls import MICROSOFT, OnnxCall, match_call
 from tract_fx.passes.onnx_graph.rewrite import insert
-from tract_fx.passes.onnx_graph.values import static_shape
 from tract_fx.passes.onnx_graph.weight_gradient import WeightGradient
 from tract_fx.step.gradient_names import own_output_gradient, read_transposed
 from tract_fx.step.names import free_name
@@ -16,17 +15,10 @@ from tract_fx.step.schemas import MARKER, MARKER_DOMAIN, WEIGHT_MARKER
 
 
 def expand_markers(model: ir.Model, float64: bool) -> None:
-    """Replace the markers, in place.
+    """Replace the markers in a step's graph, whose nodes and values have names, in place.
 
     Names are those of ONNX Runtime's builder: the gradient of a value `v` is `v_grad`. A call's
     node has the call's name.
-
-    Args:
-        model: A step's graph, its nodes and values named.
-        float64: Whether TrAct goes over to float64 for input that float32 is too coarse for.
-
-    Raises:
-        ExportError: A call's output gradient is not known.
     """
     own = [node for node in model.graph if node.domain == MARKER_DOMAIN]
     markers = [node for node in own if node.op_type == MARKER]
@@ -97,8 +89,6 @@ def _readers(weight: ir.Node) -> list[ir.Node]:
 def _expand(graph: ir.Graph, marker: ir.Node, call: OnnxCall, float64: bool) -> None:
     gradient, _, dz = marker.inputs
     assert gradient is not None and dz is not None
-    shape = static_shape(gradient)
-    assert shape is not None
     marker.outputs[0].replace_all_uses_with(gradient, replace_graph_outputs=True)
     wanted, name = marker.outputs[0].name, _call(marker)
     graph.remove(marker, safe=True)
@@ -112,5 +102,4 @@ def _expand(graph: ir.Graph, marker: ir.Node, call: OnnxCall, float64: bool) -> 
         call.output.name = free_name(f"{name}/output", taken)
     lambda_ = np.asarray(marker.attributes["lambda_"].as_float(), np.float32)
     own = own_output_gradient(graph, gradient, dz, f"{call.output.name}_grad")
-    found = WeightGradient(call, gradient, own)
-    insert(graph, name, found, shape, lambda_, float64)
+    insert(graph, name, WeightGradient(call, gradient, own), lambda_, float64)

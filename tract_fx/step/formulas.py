@@ -17,7 +17,14 @@ from tract_fx.step.weight_gradient import weight_gradient
 
 aten = torch.ops.aten
 
-FORMULAS: dict[Any, Callable[..., Any]] = {}
+# At first PyTorch's own, of operators that its exporter would translate as they are.
+FORMULAS: dict[Any, Callable[..., Any]] = {
+    operator: torch._decomp.decomposition_table[operator]
+    for operator in (
+        *(aten.deg2rad.default, aten.dot.default, aten.floor_divide.default, aten.frac.default),
+        *(aten.logaddexp.default, aten.rad2deg.default, aten.sinc.default, aten.vdot.default),
+    )
+}
 """Formulas by operator."""
 
 
@@ -72,6 +79,19 @@ def _convolution_backward(
     return for_x, for_weight, for_bias
 
 
+def _counted(
+    size: int, count: int, kernel: int, stride: int, padding: int, with_padding: bool
+) -> list[int]:
+    """How many entries each of an axis's windows averages, of the padding too or of none of it."""
+    reach = padding if with_padding else 0
+    starts = [o * stride - padding for o in range(count)]
+    return [min(b + kernel, size + reach) - max(b, -reach) for b in starts]
+
+
+def _by_window(x: Tensor, shares: Sequence[float], axis: int) -> Tensor:
+    return x * torch.tensor(shares, dtype=x.dtype).reshape([-1] + [1] * (-1 - axis))
+
+
 @_for(aten.avg_pool2d.default, aten.avg_pool3d.default)
 def _avg_pool(
     x: Tensor,
@@ -94,20 +114,20 @@ def _avg_pool(
     sides: list[int] = []
     shares = []
     for i in range(dims):
-        size, reach = x.shape[i - dims], padding[i] if counts_padding else 0
+        size = x.shape[i - dims]
         left = size + 2 * padding[i] - kernel[i]
         count = (-(-left // stride[i]) if ceil_mode else left // stride[i]) + 1
         count -= int(ceil_mode and (count - 1) * stride[i] >= size + padding[i])
-        starts = [o * stride[i] - padding[i] for o in range(count)]
-        sides = [padding[i], max(padding[i], starts[-1] + kernel[i] - size), *sides]
-        counted = [min(b + kernel[i], size + reach) - max(b, -reach) for b in starts]
+        behind = (count - 1) * stride[i] - padding[i] + kernel[i] - size
+        sides = [padding[i], max(padding[i], behind), *sides]
+        counted = _counted(size, count, kernel[i], stride[i], padding[i], counts_padding)
         shares.append([kernel[i] / (1 if divisor else n) for n in counted])
     pool = aten.avg_pool2d.default if dims == 2 else aten.avg_pool3d.default
     padded = aten.constant_pad_nd(x, sides) if any(sides) else x
     found = pool(padded, kernel, stride, [0] * dims, False, True, None)
     found = found if divisor is None else found / divisor
     for i, share in enumerate(shares):
-        found = found * torch.tensor(share, dtype=x.dtype).reshape([-1] + [1] * (dims - 1 - i))
+        found = _by_window(found, share, i - dims)
     return found  # type: ignore[no-any-return]
 
 
@@ -128,13 +148,8 @@ def _avg_pool_backward(
     sizes, channels = x.shape[-dims:], x.shape[-dims - 1]
     if divisor is None:
         for i in range(dims):
-            starts = [o * stride[i] - padding[i] for o in range(dz.shape[i - dims])]
-            ends = [min(start + kernel[i], sizes[i] + padding[i]) for start in starts]
-            if not counts_padding:
-                starts = [max(start, 0) for start in starts]
-                ends = [min(end, sizes[i]) for end in ends]
-            shares = [1 / (end - start) for start, end in zip(starts, ends, strict=True)]
-            dz = dz * torch.tensor(shares, dtype=dz.dtype).reshape([-1] + [1] * (dims - 1 - i))
+            axis = (sizes[i], dz.shape[i - dims], kernel[i], stride[i], padding[i])
+            dz = _by_window(dz, [1 / n for n in _counted(*axis, counts_padding)], i - dims)
     else:
         dz = dz / divisor
     ones = torch.ones([channels, 1, *kernel], dtype=dz.dtype)
@@ -258,11 +273,6 @@ def _mv(matrix: Tensor, vector: Tensor) -> Tensor:
     return aten.mm(matrix, vector.unsqueeze(1)).squeeze(1)  # type: ignore[no-any-return]
 
 
-@_for(aten.dot.default, aten.vdot.default)
-def _dot(one: Tensor, other: Tensor) -> Tensor:
-    return (one * other).sum()
-
-
 @_for(aten.copy.default)
 def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(x.dtype).expand_as(x).clone()
@@ -290,41 +300,10 @@ def _hypot(one: Tensor, other: Tensor) -> Tensor:
     return (one * one + other * other).sqrt()
 
 
-@_for(aten.frac.default)
-def _frac(x: Tensor) -> Tensor:
-    return x - x.trunc()
-
-
-@_for(aten.sinc.default)
-def _sinc(x: Tensor) -> Tensor:
-    angle = math.pi * x
-    return torch.where(x == 0, 1.0, angle.sin() / angle)
-
-
 @_for(aten.logit.default)
 def _logit(x: Tensor, eps: float | None = None) -> Tensor:
     x = x if eps is None else x.clamp(eps, 1 - eps)
     return torch.log(x / (1 - x))
-
-
-@_for(aten.deg2rad.default)
-def _deg2rad(x: Tensor) -> Tensor:
-    return x * (math.pi / 180)
-
-
-@_for(aten.rad2deg.default)
-def _rad2deg(x: Tensor) -> Tensor:
-    return x * (180 / math.pi)
-
-
-@_for(aten.floor_divide.default)
-def _floor_divide(one: Tensor, other: Any) -> Tensor:
-    return torch.div(one, other, rounding_mode="floor")
-
-
-@_for(aten.logaddexp.default)
-def _logaddexp(one: Tensor, other: Tensor) -> Tensor:
-    return torch.maximum(one, other) + torch.log1p(torch.exp(-(one - other).abs()))
 
 
 def _padded(dz: Tensor, dim: int, before: Any, after: Any) -> Tensor:

@@ -93,11 +93,7 @@ def own_output_gradient(graph: ir.Graph, term: ir.Value, value: ir.Value, name: 
 
 
 def read_transposed(weight: ir.Value) -> None:
-    """Let products with a weight's transpose read the weight itself, in place.
-
-    Args:
-        weight: The weight, (out, n).
-    """
+    """Let products with the transpose of a weight, (out, n), read the weight itself, in place."""
     turned = [node.outputs[0] for node in weight.consumers() if is_standard(node, "Transpose")]
     for transpose in turned:
         for product in list(transpose.consumers()):

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from onnxscript import opset18
 from onnxscript.values import Opset
-from torch import Tensor
 
 from tract_fx.passes.onnx_graph.calls import MICROSOFT
 from tract_fx.step.formulas import FORMULAS, each
@@ -22,24 +21,6 @@ op: Any = opset18
 
 def _microsoft() -> Any:
     return Opset(MICROSOFT, 1)
-
-
-def _transposed_backward(
-    dz: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias_sizes: Sequence[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    *others: Any,
-) -> Any:
-    """Leave all but transposed convolutions to ConvGrad."""
-    if not transposed:
-        return NotImplemented
-    formula = FORMULAS[aten.convolution_backward.default]
-    return formula(dz, x, weight, bias_sizes, stride, padding, dilation, transposed, *others)
 
 
 def _convolution_backward(
@@ -75,14 +56,6 @@ def _relu_backward(dz: Any, result: Any, threshold: float) -> Any:
     return _microsoft().ReluGrad(dz, result)
 
 
-def _batch_norm(x: Tensor, weight: Tensor | None, *others: Any) -> Any:
-    """Leave what trains a scale and a bias to BatchNormInternal."""
-    bias, mean, _, training, *_ = others
-    if training and weight is not None and bias is not None and mean is not None:
-        return NotImplemented
-    return FORMULAS[aten._native_batch_norm_legit_functional.default](x, weight, *others)
-
-
 def _batch_norm_kernel(
     x: Any, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, *settings: float
 ) -> Any:
@@ -112,15 +85,6 @@ def _batch_norm_kernel(
     )
 
 
-def _batch_norm_backward(dz: Tensor, x: Tensor, weight: Tensor | None, *others: Any) -> Any:
-    mean, _, _, _, training, *_ = others
-    if training and weight is not None and mean is not None:
-        return NotImplemented
-    return torch._decomp.core_aten_decompositions()[aten.native_batch_norm_backward.default](
-        dz, x, weight, *others
-    )
-
-
 def _batch_norm_backward_kernel(
     dz: Any,
     x: Any,
@@ -138,33 +102,8 @@ def _batch_norm_backward_kernel(
     )
 
 
-def _layer_norm(
-    x: Tensor,
-    shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Any:
-    if weight is not None and bias is not None:
-        return NotImplemented
-    return torch._decomp.core_aten_decompositions()[aten.native_layer_norm.default](
-        x, shape, weight, bias, eps
-    )
-
-
 def _layer_norm_kernel(x: Any, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Any:
     return op.LayerNormalization(x, weight, bias, axis=-len(shape), epsilon=eps)
-
-
-def _layer_norm_backward(
-    dz: Tensor, x: Tensor, shape: Sequence[int], mean: Tensor, inverse: Tensor, *others: Any
-) -> Any:
-    weight, bias, _ = others
-    if weight is not None and bias is not None:
-        return NotImplemented
-    return torch._decomp.core_aten_decompositions()[aten.native_layer_norm_backward.default](
-        dz, x, shape, mean, inverse, *others
-    )
 
 
 def _layer_norm_backward_kernel(
@@ -182,22 +121,57 @@ def _softmax_backward(name: str) -> Callable[..., Any]:
     return translate
 
 
+def _transposed_backward(*arguments: Any) -> Any:
+    """Leave all but transposed convolutions to ConvGrad."""
+    operator = aten.convolution_backward.default
+    given = _by_name(operator, arguments)
+    return FORMULAS[operator](*arguments) if given["transposed"] else NotImplemented
+
+
+def _without_kernel(operator: Any, needed: Sequence[str]) -> Callable[..., Any]:
+    """Leave to its kernel what has all arguments that the kernel needs."""
+
+    def write(*arguments: Any) -> Any:
+        given = _by_name(operator, arguments)
+        if all(given[name] is not None and given[name] is not False for name in needed):
+            return NotImplemented
+        formula = FORMULAS.get(operator) or torch._decomp.core_aten_decompositions()[operator]
+        return formula(*arguments)
+
+    return write
+
+
+def _by_name(operator: Any, arguments: Sequence[Any]) -> dict[str, Any]:
+    names = [argument.name for argument in operator._schema.arguments]
+    return dict(zip(names, arguments, strict=False))
+
+
+_BATCH_NORM = aten._native_batch_norm_legit_functional.default
+_BATCH_NORM_BACKWARD = aten.native_batch_norm_backward.default
+_LAYER_NORM = aten.native_layer_norm.default
+_LAYER_NORM_BACKWARD = aten.native_layer_norm_backward.default
+
 KERNEL_FORMULAS: dict[Any, Callable[..., Any]] = {
     aten.convolution_backward.default: _transposed_backward,
-    aten._native_batch_norm_legit_functional.default: _batch_norm,
-    aten.native_batch_norm_backward.default: _batch_norm_backward,
-    aten.native_layer_norm.default: _layer_norm,
-    aten.native_layer_norm_backward.default: _layer_norm_backward,
+    **{
+        operator: _without_kernel(operator, needed)
+        for operator, needed in (
+            (_BATCH_NORM, ("weight", "bias", "running_mean", "training")),
+            (_BATCH_NORM_BACKWARD, ("weight", "running_mean", "train")),
+            (_LAYER_NORM, ("weight", "bias")),
+            (_LAYER_NORM_BACKWARD, ("weight", "bias")),
+        )
+    },
 }
 """Formulas that leave what has a kernel."""
 
 KERNELS: dict[Any, Callable[..., Any]] = {
     aten.convolution_backward.default: _convolution_backward,
     aten.threshold_backward.default: _relu_backward,
-    aten._native_batch_norm_legit_functional.default: _batch_norm_kernel,
-    aten.native_batch_norm_backward.default: _batch_norm_backward_kernel,
-    aten.native_layer_norm.default: _layer_norm_kernel,
-    aten.native_layer_norm_backward.default: _layer_norm_backward_kernel,
+    _BATCH_NORM: _batch_norm_kernel,
+    _BATCH_NORM_BACKWARD: _batch_norm_backward_kernel,
+    _LAYER_NORM: _layer_norm_kernel,
+    _LAYER_NORM_BACKWARD: _layer_norm_backward_kernel,
     aten._softmax_backward_data.default: _softmax_backward("SoftmaxGrad_13"),
     aten._log_softmax_backward_data.default: _softmax_backward("LogSoftmaxGrad_13"),
 }

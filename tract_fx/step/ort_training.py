@@ -66,12 +66,12 @@ def collect_results(
 ) -> None:
     """Let a graph add gradients to buffers, and write over running statistics, in place."""
     graph, given = model.graph, {str(value.name): value for value in inputs}
-    reset = _value(RESET, ir.DataType.BOOL, [1])
+    reset = ir.val(RESET, ir.DataType.BOOL, [1])
     accumulators = []
     for name, gradient in gradients.items():
         shape = static_shape(given[name])
         assert shape is not None
-        buffer = _value(f"{name}{BUFFER}", ir.DataType.FLOAT, shape)
+        buffer = ir.val(f"{name}{BUFFER}", ir.DataType.FLOAT, shape)
         accumulators.append(buffer)
         _accumulate(graph, buffer, gradient, reset, f"{name}_grad")
     always = ir.Value(name="overwrite", const_value=ir.tensor(np.array([True]), name="overwrite"))
@@ -109,7 +109,7 @@ def hold_tensors(
     statistics = [name for name in trace.buffers if name not in integers]
     for name in statistics:
         if name not in given:  # overwritten without being read: a momentum of one
-            given[name] = _value(name, ir.DataType.FLOAT, buffers[name].shape)
+            given[name] = ir.val(name, ir.DataType.FLOAT, buffers[name].shape)
     frozen = [name for name in parameters if name in given and name not in trace.gradients]
     kept = (*frozen, *statistics)
     _hold_constants(graph, {name: value for name, value in buffers.items() if name not in kept})
@@ -129,7 +129,7 @@ def to_evaluation_graph(
     held = (*tensors.trained, *tensors.kept)
     for name in held:
         if name not in given:
-            given[name] = _value(name, ir.DataType.FLOAT, state[name].shape)
+            given[name] = ir.val(name, ir.DataType.FLOAT, state[name].shape)
     _hold_constants(graph, {name: value for name, value in state.items() if name not in held})
     graph.inputs[:] = [given[name] for name in (*trace.batch, *held)]
 
@@ -141,10 +141,6 @@ def _hold_constants(graph: ir.Graph, tensors: Mapping[str, Tensor]) -> None:
         if name in tensors and value.uses():
             value.const_value = ir.tensor(tensors[name].detach().cpu().numpy().copy(), name=name)
             graph.register_initializer(value)
-
-
-def _value(name: str, dtype: ir.DataType, shape: list[int] | tuple[int, ...]) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape([int(n) for n in shape]))
 
 
 def _accumulate(

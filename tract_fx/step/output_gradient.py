@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,11 +67,11 @@ def attach_output_gradients(
     graph: fx.GraphModule, gradients: Mapping[str, fx.Node], parameters: Mapping[str, fx.Node]
 ) -> tuple[dict[str, float], tuple[str, ...]]:
     """Put `PRECONDITION_STEP` and `TREATED_WEIGHT` in the place of TrAct's operators, in place."""
-    forward = list(_calls(graph, PRECONDITION_GRAD_OPERATOR))
+    forward = _calls(graph, PRECONDITION_GRAD_OPERATOR)
     taken: set[str | None] = set()
     lambdas: dict[str, float] = {}
     # The last call's gradient comes first.
-    for node in list(_calls(graph, torch.ops.tract_fx.precondition.default)):
+    for node in _calls(graph, torch.ops.tract_fx.precondition.default):
         arguments: Any = node.args
         gradient, x, *settings, input_dtype = arguments
         if input_dtype is not None:
@@ -103,16 +103,20 @@ def attach_output_gradients(
 
 def ancestors(node: Any) -> set[fx.Node]:
     """Give a node and all that it is computed from."""
+    return _reached(node, lambda n: n.all_input_nodes)
+
+
+def _reached(node: fx.Node, next_to: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     reached, pending = {node}, [node]
     while pending:
-        new = [n for n in pending.pop().all_input_nodes if n not in reached]
+        new = [n for n in next_to(pending.pop()) if n not in reached]
         reached.update(new)
         pending += new
     return reached
 
 
-def _calls(graph: fx.GraphModule, target: Any) -> Iterator[fx.Node]:
-    return iter(graph.graph.find_nodes(op="call_function", target=target))
+def _calls(graph: fx.GraphModule, target: Any) -> list[fx.Node]:
+    return list(graph.graph.find_nodes(op="call_function", target=target))
 
 
 def _replace(graph: fx.GraphModule, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
@@ -125,11 +129,7 @@ def _replace(graph: fx.GraphModule, node: fx.Node, target: Any, args: tuple[Any,
 
 def _part_of(node: fx.Node, gradients: Mapping[str, fx.Node]) -> list[str]:
     """Names of the parameters whose gradients a node is part of."""
-    reached, pending = {node}, [node]
-    while pending:
-        new = [user for user in pending.pop().users if user not in reached]
-        reached.update(new)
-        pending += new
+    reached = _reached(node, lambda n: n.users)
     return [name for name, gradient in gradients.items() if gradient in reached]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# As aten numbers them.
 _BILINEAR, _NEAREST, _BICUBIC = range(3)
 _ZEROS, _BORDER, _REFLECTION = range(3)
 _CUBIC = -0.75  # PyTorch's coefficient
@@ -17,15 +18,8 @@ _CUBIC = -0.75  # PyTorch's coefficient
 def grid_sample(x: Tensor, grid: Tensor, mode: int, padding: int, aligned: bool) -> Tensor:
     """Sample, differentiably by both, with PyTorch's derivatives at borders too.
 
-    Args:
-        x: (N, C, *sizes), two sizes or three.
-        grid: Positions from -1 to 1, (N, *places, dims), the last axis's first.
-        mode: 0 linear, 1 nearest, 2 cubic, as aten numbers them.
-        padding: 0 zeros, 1 border, 2 reflection.
-        aligned: Whether -1 and 1 are corner entries' middles.
-
-    Returns:
-        (N, C, *places).
+    Of (N, C, *sizes), two sizes or three, at positions from -1 to 1, (N, *places, dims), the last
+    axis's first, it gives (N, C, *places). Aligned, -1 and 1 are the corner entries' middles.
     """
     sizes = [int(size) for size in x.shape[2:]]
     dims = len(sizes)
@@ -96,13 +90,8 @@ def _inside(place: Tensor, size: int, padding: int, aligned: bool) -> Tensor:
 def affine_grid(theta: Tensor, size: Sequence[int], aligned: bool) -> Tensor:
     """Compute positions as `torch.nn.functional.affine_grid` does.
 
-    Args:
-        theta: Maps, (N, dims, dims + 1).
-        size: The sizes of what is sampled: N, C and the places.
-        aligned: Whether -1 and 1 are corner entries' middles.
-
-    Returns:
-        (N, *places, dims).
+    Of maps, (N, dims, dims + 1), and the sizes of what is sampled, (N, C, *places), it gives
+    (N, *places, dims).
     """
     places = [int(n) for n in size[2:]]
     axes = []

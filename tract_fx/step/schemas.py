@@ -12,67 +12,50 @@ from tract_fx.passes.onnx_graph.calls import MICROSOFT
 
 MARKER_DOMAIN, MARKER, WEIGHT_MARKER = "tract_fx.step", "Precondition", "TreatedWeight"
 
-_Operator = tuple[str, str, str, dict[str, str]]
-_KERNELS: tuple[_Operator, ...] = (
-    (
-        "ConvGrad",
-        "dY X W",
-        "dX? dW? dB?",
-        {
-            **dict.fromkeys(("strides", "pads", "dilations", "kernel_shape"), "INTS"),
-            "group": "INT",
-            "auto_pad": "STRING",
-        },
+# Names, inputs and outputs, optional ones with a question mark, and attributes.
+_NORM_GRADIENTS = "X_grad scale_grad bias_grad"
+_OPERATORS = {
+    MICROSOFT: (
+        ("ConvGrad", "dY X W", "dX? dW? dB?", "strides pads dilations kernel_shape group auto_pad"),
+        ("ReluGrad", "dY X", "dX", ""),
+        (
+            "BatchNormInternal",
+            "X scale B input_mean input_var",
+            "Y running_mean? running_var? saved_mean? saved_inv_std?",
+            "epsilon momentum training_mode",
+        ),
+        ("BatchNormalizationGrad", "dY X scale mean variance", _NORM_GRADIENTS, "epsilon"),
+        ("LayerNormalizationGrad", "Y_grad X scale mean inv_std_dev", _NORM_GRADIENTS, "axis"),
+        ("SoftmaxGrad_13", "dY Y", "dX", "axis"),
+        ("LogSoftmaxGrad_13", "dY Y", "dX", "axis"),
     ),
-    ("ReluGrad", "dY X", "dX", {}),
-    (
-        "BatchNormInternal",
-        "X scale B input_mean input_var",
-        "Y running_mean? running_var? saved_mean? saved_inv_std?",
-        {"epsilon": "FLOAT", "momentum": "FLOAT", "training_mode": "INT"},
+    MARKER_DOMAIN: (
+        (WEIGHT_MARKER, "weight", "output", "call"),
+        (
+            MARKER,
+            "gradient input output_gradient?",
+            "output",
+            "lambda_ group call strides pads dilations",
+        ),
     ),
-    (
-        "BatchNormalizationGrad",
-        "dY X scale mean variance",
-        "X_grad scale_grad bias_grad",
-        {"epsilon": "FLOAT"},
-    ),
-    (
-        "LayerNormalizationGrad",
-        "Y_grad X scale mean inv_std_dev",
-        "X_grad scale_grad bias_grad",
-        {"axis": "INT"},
-    ),
-    ("SoftmaxGrad_13", "dY Y", "dX", {"axis": "INT"}),
-    ("LogSoftmaxGrad_13", "dY Y", "dX", {"axis": "INT"}),
-)
-"""Name, inputs, outputs and attributes; optional ones with a question mark."""
-
-_MARKERS: tuple[_Operator, ...] = (
-    (WEIGHT_MARKER, "weight", "output", {"call": "STRING"}),
-    (
-        MARKER,
-        "gradient input output_gradient?",
-        "output",
-        {
-            "lambda_": "FLOAT",
-            "group": "INT",
-            "call": "STRING",
-            **dict.fromkeys(("strides", "pads", "dilations"), "INTS"),
-        },
-    ),
-)
+}
+_ATTRIBUTES = {
+    **dict.fromkeys(("strides", "pads", "dilations", "kernel_shape"), "INTS"),
+    **dict.fromkeys(("group", "axis", "training_mode"), "INT"),
+    **dict.fromkeys(("epsilon", "momentum", "lambda_"), "FLOAT"),
+    **dict.fromkeys(("call", "auto_pad"), "STRING"),
+}
 
 
 @contextmanager
 def known_operators() -> Iterator[None]:
     """Make the operators known to onnx; others that read its list do not get to see them."""
     added = []
-    for domain, operators in ((MICROSOFT, _KERNELS), (MARKER_DOMAIN, _MARKERS)):
-        for operator in operators:
-            if not onnx.defs.has(operator[0], domain):
-                onnx.defs.register_schema(_schema(domain, operator))
-                added.append((operator[0], domain))
+    for domain, operators in _OPERATORS.items():
+        for name, *formals in operators:
+            if not onnx.defs.has(name, domain):
+                onnx.defs.register_schema(_schema(domain, name, *formals))
+                added.append((name, domain))
     try:
         yield
     finally:
@@ -80,8 +63,9 @@ def known_operators() -> Iterator[None]:
             onnx.defs.deregister_schema(name, 1, domain)
 
 
-def _schema(domain: str, operator: _Operator) -> onnx.defs.OpSchema:
-    name, inputs, outputs, attributes = operator
+def _schema(
+    domain: str, name: str, inputs: str, outputs: str, attributes: str
+) -> onnx.defs.OpSchema:
     schema = onnx.defs.OpSchema
     option = schema.FormalParameterOption
 
@@ -99,7 +83,7 @@ def _schema(domain: str, operator: _Operator) -> onnx.defs.OpSchema:
             ("T", ["tensor(float)", "tensor(double)", "tensor(float16)"], "Any float.")
         ],
         attributes=[
-            schema.Attribute(key, getattr(schema.AttrType, kind), "", required=False)
-            for key, kind in attributes.items()
+            schema.Attribute(key, getattr(schema.AttrType, _ATTRIBUTES[key]), "", required=False)
+            for key in attributes.split()
         ],
     )

@@ -95,7 +95,6 @@ def trace_step(
     targets: Sequence[Tensor],
     *,
     gradients: bool = True,
-    dynamic_batch: bool = True,
     open_axes: Sequence[Sequence[int]] | None = None,
     names: Sequence[str] = (),
     update: Callable[[dict[str, Tensor]], Update] | None = None,
@@ -107,7 +106,7 @@ def trace_step(
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     batch = [*(leaves[i] for i in places), *targets]
-    opened = exporter.open_sizes(batch, dynamic_batch) if open_axes is None else [*open_axes]
+    opened = exporter.open_sizes(batch, True) if open_axes is None else [*open_axes]
     opened += exporter.open_sizes([*batch], any(map(len, opened)))[len(opened) :]
     arguments = exporter.fake_arguments(state.tensors, batch, opened)
     names = tuple(names) or batch_names(model, args, kwargs, len(targets), {*state.tensors})
@@ -139,32 +138,34 @@ def trace_step(
     _write_conditions(graph)
     smallest = _smallest_batch(graph)
     placeholders = dict(zip(state.tensors, graph.graph.find_nodes(op="placeholder"), strict=False))
-    lambdas, idle = attach_output_gradients(graph, found[-1].gradients_in(graph), placeholders)
+    lambdas, idle = attach_output_gradients(graph, found[0].gradients_in(graph), placeholders)
     table = exporter.decompositions()
     table = {key: formula for key, formula in table.items() if key not in dialect.translations}
     table |= dialect.formulas
     functional = functionalize(graph, remove="mutations")
-    made = _Updated.of(update, state, found[-1])
-    extra = [mode.from_tensor(tensor, static_shapes=True) for tensor in made.tensors]
-    graph = _record(made.behind(functional), (*arguments, extra), table)
+    trained = {name: state.tensors[name] for name in found[0].gradients}
+    made = Update({}, lambda *_: {}) if update is None else update(trained)
+    extra = [mode.from_tensor(tensor, static_shapes=True) for tensor in made.inputs.values()]
+    whole, updates = _updating(functional, made, state, found[0])
+    graph = _record(whole, (*arguments, extra), table)
     _refuse_held(graph, model)
     if any(map(len, opened)):
         exporter.refuse_bounded_batch(arguments[1])
     inputs = (*state.tensors, *names, *made.inputs)
-    results, left_out = _kept(graph, inputs, found[0], made.names, dialect)
+    results, left_out = _kept(graph, inputs, found[0], updates, dialect)
     refuse_untested(graph, dialect.translations)
     return StepTrace(
         graph,
         inputs,
         (
             *(results.loss, *results.outputs, *results.gradients.values()),
-            *(*results.buffers.values(), *made.names.values()),
+            *(*results.buffers.values(), *updates.values()),
         ),
         results.loss,
         results.gradients,
         results.buffers,
         tuple(made.inputs),
-        made.names,
+        updates,
         _growth(graph, inputs, results),
         names,
         lambdas,
@@ -242,44 +243,24 @@ class _Results:
         return dict(zip(self.gradients, results[1:], strict=False))
 
 
-class _Updated:
-    """An update behind a differentiated step, and the names of what it makes new."""
+def _updating(
+    step: Callable[..., Any], update: Update, state: _State, results: _Results
+) -> tuple[Callable[..., list[Tensor]], dict[str, str]]:
+    """The step, then the update; and names of what that makes new, once it was run."""
+    names: dict[str, str] = {}
 
-    def __init__(self, update: Update, state: _State, results: _Results) -> None:
-        self.update, self.state, self.results = update, state, results
-        self.inputs = tuple(update.inputs)
-        self.tensors = list(update.inputs.values())
-        self.names: dict[str, str] = {}
+    def whole(
+        tensors: Sequence[Tensor], given: Sequence[Tensor], extra: Sequence[Tensor]
+    ) -> list[Tensor]:
+        named = dict(zip(update.inputs, extra, strict=True))
+        found = step(tensors, given, [named[LOSS_SCALE]] if LOSS_SCALE in named else [])
+        gradients = dict(zip(results.gradients, found[1 + len(results.outputs) :], strict=False))
+        own = dict(zip(state.tensors, tensors, strict=True))
+        new = update.compute({name: own[name] for name in gradients}, gradients, named)
+        names.update({name: f"{name}{NEW}" for name in new})
+        return [*found, *new.values()]
 
-    @classmethod
-    def of(
-        cls,
-        make: Callable[[dict[str, Tensor]], Update] | None,
-        state: _State,
-        results: _Results,
-    ) -> _Updated:
-        trained = {name: state.tensors[name] for name in results.gradients}
-        update = Update({}, lambda *_: {}) if make is None else make(trained)
-        return cls(update, state, results)
-
-    def behind(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """The step, then the update."""
-
-        def whole(
-            tensors: Sequence[Tensor], given: Sequence[Tensor], extra: Sequence[Tensor]
-        ) -> list[Tensor]:
-            named = dict(zip(self.inputs, extra, strict=True))
-            scale = [named[LOSS_SCALE]] if LOSS_SCALE in named else []
-            found = list(step(tensors, given, scale))
-            own = dict(zip(self.state.tensors, tensors, strict=True))
-            first = 1 + len(self.results.outputs)
-            gradients = dict(zip(self.results.gradients, found[first:], strict=False))
-            parameters = {name: own[name] for name in gradients}
-            new = self.update.compute(parameters, gradients, named)
-            self.names = {name: f"{name}{NEW}" for name in new}
-            return found + list(new.values())
-
-        return whole
+    return whole, names
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def _treated_weight(weight: Any, call: str) -> Any:
 
 
 def _keep_mask(like: Any, probability: float) -> Any:
-    """Dropout's mask; its seed is put in afterwards.
+    """Dropout's mask.
 
     ONNX Runtime 1.32 takes a Dropout of known numbers for none where its mask is not read.
     """
@@ -102,7 +102,7 @@ def _keep_mask(like: Any, probability: float) -> Any:
         return op.CastLike(op.Expand(every, op.Shape(like)), like)
     ones = op.ConstantOfShape(op.Shape(like), value=_ONE)
     ratio, training = op.Constant(value_float=1 - probability), op.Constant(value=_TRUE)
-    _, mask = op.Dropout(ones, ratio, training, seed=0)
+    _, mask = op.Dropout(ones, ratio, training)
     return op.CastLike(mask, like)
 
 

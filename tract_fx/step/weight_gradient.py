@@ -60,17 +60,7 @@ def weight_gradient(
 ) -> Tensor:
     """Compute it: in products where the kernel's entries are few or tile the input, else convolved.
 
-    Args:
-        x: The input, (N, C, *).
-        dz: The output's gradient, (N, O, *).
-        shape: The weight's shape.
-        stride: The convolution's stride.
-        padding: Its padding.
-        dilation: Its dilation.
-        groups: Its groups.
-
-    Returns:
-        The weight's gradient.
+    Of the input, (N, C, *), and the output's gradient, (N, O, *).
     """
     places = list(dz.shape[2:])
     known = all(isinstance(size, int) for size in places)
@@ -128,20 +118,7 @@ def write_weight_gradient(
     dilation: Sequence[int],
     places: Sequence[int],
 ) -> Any:
-    """Write products of dz with what each of the kernel's entries reads; of few channels, one.
-
-    Args:
-        x: The input, (N, C, *).
-        dz: The output's gradient, (N, O, *).
-        shape: The weight's shape.
-        stride: The convolution's stride.
-        padding: Its padding.
-        dilation: Its dilation.
-        places: The output's sizes behind the channels.
-
-    Returns:
-        The weight's gradient.
-    """
+    """Write products of dz with what each of the kernel's entries reads; of few channels, one."""
     outputs, channels, *kernel = shape
     dims = len(kernel)
     turn, axes = [1, 0, *range(2, 2 + dims)], _ints(range(2, 2 + dims))

@@ -17,7 +17,7 @@ from tract_fx.step.schemas import known_operators
 from tract_fx.step.trace import StepTrace
 
 
-def write_step(trace: StepTrace, seed: int | None = 0) -> ir.Model:
+def write_step(trace: StepTrace) -> ir.Model:
     """Translate a step."""
     with known_operators():
         model, results = exporter.translate_graph(trace.graph, trace.dialect.translations)
@@ -41,10 +41,6 @@ def write_step(trace: StepTrace, seed: int | None = 0) -> ir.Model:
     expand_markers(model, trace.dialect.float64)
     name_gradients(graph, trace.gradients)
     graph.sort()
-    for index, node in enumerate(n for n in graph if n.op_type == "Dropout"):
-        node.attributes.pop("seed", None)
-        if seed is not None:
-            node.attributes["seed"] = ir.AttrInt64("seed", seed + index)
     if any(node.domain == MICROSOFT for node in graph):
         model.opset_imports.setdefault(MICROSOFT, 1)
     graph.inputs[:] = [v for v in graph.inputs if v.uses() or v.name in trace.batch]

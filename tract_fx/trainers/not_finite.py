@@ -7,17 +7,8 @@ from tract_fx.errors import NonFiniteLossWarning
 
 
 def not_finite(loss: float, manifest: Manifest) -> NonFiniteLossWarning:
-    """Say where a run has gone astray, and what the usual reasons are.
-
-    Args:
-        loss: The loss.
-        manifest: The manifest with the counts of now.
-
-    Returns:
-        The warning.
-    """
-    rate = manifest.optimizer.lr if manifest.learning_rate is None else manifest.learning_rate
-    reasons = [f"a learning rate ({rate:g}) too high", "NaN in the batch"]
+    """Say where a run has gone astray, by the counts of now, and what the usual reasons are."""
+    reasons = [f"a learning rate ({manifest.rate:g}) too high", "NaN in the batch"]
     if any(spec.ignore_index is not None for spec in manifest.targets):
         reasons.append("a batch whose labels are all ignored")
     if manifest.precision != "float32":

@@ -32,12 +32,10 @@ from tract_fx.ort_training import Device, message_of
 from tract_fx.passes.onnx_graph.step_names import LOSS_SCALE
 from tract_fx.trainers.dlpack import shared_tensors, wait_for_torch
 from tract_fx.trainers.not_finite import not_finite
-from tract_fx.trainers.progress import Progress
+from tract_fx.trainers.predictor import Predictor
 from tract_fx.trainers.randomness import SHARED_GENERATOR, operators, seed_of, seeded
-from tract_fx.trainers.run_state import FILES, RunState, open_run, read_checked
-from tract_fx.trainers.sessions import GradientSession, Predictor
+from tract_fx.trainers.run_state import FILES, Run, open_run, read_checked
 from tract_fx.trainers.state_dict import read_kept, read_state, without_kept, write_state
-from tract_fx.trainers.stock_run import StockRun
 
 
 class OrtTrainer:
@@ -57,7 +55,7 @@ class OrtTrainer:
 
     def __init__(
         self,
-        run: RunState | StockRun,
+        run: Run,
         manifest: Manifest,
         graphs: Mapping[str, bytes],
         device: Device,
@@ -68,30 +66,23 @@ class OrtTrainer:
         self._ranges = class_ranges(graphs[EVAL_MODEL])
         self._draws = bool(operators(graphs[TRAINING_MODEL]) & SHARED_GENERATOR)
         self._predictor: Predictor | None = None
-        self._gradient_session: GradientSession | None = None
         self._start(run, manifest)
 
-    def _start(self, run: RunState | StockRun, manifest: Manifest) -> None:
+    def _start(self, run: Run, manifest: Manifest) -> None:
         """Take up a run where its manifest says that it is."""
         self._run = run
-        self._manifest = manifest
-        self._counters = dict(manifest.counters)
-        self._rate = manifest.learning_rate
-        self._updates = manifest.updates
-        self._batches = manifest.batches
+        self._manifest = dataclasses.replace(manifest, learning_rate=manifest.rate)
         self._has_gradients = False
         self._warned = False
+
+    def _note(self, **present: Any) -> None:
+        """Keep counts, learning rate and counters as they are now."""
+        self._manifest = dataclasses.replace(self._manifest, **present)
 
     @property
     def manifest(self) -> Manifest:
         """What the artifacts hold, with the present counts, learning rate and counters."""
-        return dataclasses.replace(
-            self._manifest,
-            counters=dict(self._counters),
-            updates=self._updates,
-            batches=self._batches,
-            learning_rate=self.learning_rate,
-        )
+        return self._manifest
 
     @property
     def device(self) -> str:
@@ -101,17 +92,17 @@ class OrtTrainer:
     @property
     def updates(self) -> int:
         """Optimizer updates done, those before the directory was saved included."""
-        return self._updates
+        return self._manifest.updates
 
     @property
     def batches(self) -> int:
         """Training batches that these updates and the unfinished one are made of."""
-        return self._batches
+        return self._manifest.batches
 
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next update; ONNX Runtime rounds it to float32."""
-        return self._manifest.optimizer.lr if self._rate is None else self._rate
+        return self._manifest.rate
 
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
@@ -122,8 +113,7 @@ class OrtTrainer:
                 "a learning rate is a finite number, zero or above, within float32",
                 "Pass such a number",
             )
-        self._run.set_learning_rate(rate)
-        self._rate = rate
+        self._note(learning_rate=rate)
 
     @property
     def loss_scale(self) -> float | None:
@@ -152,30 +142,28 @@ class OrtTrainer:
                 dropped then.
         """
         values = self._checked(self._training_specs, batch, named, "train_step")
-        require_variance(values, self._manifest.min_batch, "train_step")
-        pending = self._pending
-        last = pending + 1 == self._manifest.optimizer.accumulate
-        progress = Progress(not pending, last, self._updates, self.learning_rate)
+        now = self._manifest
+        require_variance(values, now.min_batch, "train_step")
         try:
             with seeded(self._seed):
-                loss = self._run.train(values, progress)
+                loss = self._run.train(values, now)
         except Exception as error:  # ONNX Runtime's exceptions have no common root of their own
-            self._batches -= pending
+            self._note(batches=now.batches - now.pending)
             self._has_gradients = False
             self._run.forget_gradients()
             raise FailedRunError(
-                f"train_step after {self._updates} updates: {message_of(error)}",
+                f"train_step after {now.updates} updates: {message_of(error)}",
                 "ONNX Runtime failed within the step: parameters are as before, gradients since "
                 "the last update are dropped, running statistics may hold this batch",
                 "Go on with another batch, or go back to a saved state with load",
             ) from error
         self._has_gradients = True
-        self._batches += 1
-        steps = self._manifest.counter_steps
-        self._counters = {key: n + steps.get(key, 1) for key, n in self._counters.items()}
-        if not self._pending:
+        steps = now.counter_steps
+        counters = {key: n + steps.get(key, 1) for key, n in now.counters.items()}
+        self._note(batches=now.batches + 1, counters=counters)
+        if not self._manifest.pending:
             with _failures("the optimizer's update", "Go back to a saved state with load"):
-                self._updates += self._run.update()
+                self._note(updates=now.updates + self._run.update(now.rate))
         if not (math.isfinite(loss) or self._warned):
             self._warned = True
             warnings.warn(not_finite(loss, self.manifest), stacklevel=2)
@@ -246,15 +234,8 @@ class OrtTrainer:
         """
         values = self._checked(self._training_specs, batch, named, "compute_gradients")
         require_variance(values, self._manifest.min_batch, "compute_gradients")
-        if isinstance(self._run, StockRun):
-            with _failures("compute_gradients"):
-                return self._run.compute_gradients(values, self._seed)
-        if self._gradient_session is None:
-            self._gradient_session = GradientSession(
-                self._graphs[TRAINING_MODEL], self._manifest, self._device
-            )
         with _failures("compute_gradients"):
-            return self._gradient_session.run(self._run, values, self._seed)
+            return self._run.compute_gradients(values, self._seed)
 
     def gradients(self) -> dict[str, Array]:
         """Copy the gradients that the last `train_step` has left.
@@ -284,7 +265,7 @@ class OrtTrainer:
         Returns:
             CPU tensors by state_dict key, running statistics and `num_batches_tracked` included.
         """
-        return read_state(self._run, self._manifest, self._counters) | self._kept
+        return read_state(self._run, self._manifest) | self._kept
 
     def live_tensors(self) -> dict[str, torch.Tensor]:
         """Look at the trained tensors where they lie, without a copy: for an average, or a norm.
@@ -318,7 +299,7 @@ class OrtTrainer:
         self._require_finished("load_state_dict")
         wait_for_torch(self._device)
         trained = without_kept(self._kept, state)
-        self._counters = write_state(self._run, self._manifest, trained)
+        self._note(counters=write_state(self._run, self._manifest, trained))
 
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write a directory to go on from, bit for bit, in this process or another.
@@ -341,13 +322,8 @@ class OrtTrainer:
             for name, graph in self._graphs.items():
                 (new.path / name).write_bytes(graph)
             with _failures("save"):
-                self._run.save(new.path, self._others())
-            new.manifest = self.manifest
-
-    def _others(self) -> dict[str, Array]:
-        """What of the state_dict the run does not hold."""
-        own = {spec.name for spec in self._manifest.parameters}
-        return {n: t.numpy() for n, t in self.state_dict().items() if n not in own}
+                self._run.save(new.path, self.state_dict())
+            new.manifest = self._manifest
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Go back, or forward, to a saved state of the same model.
@@ -384,14 +360,9 @@ class OrtTrainer:
         return [with_range(spec, self._ranges) for spec in specs]
 
     @property
-    def _pending(self) -> int:
-        """Micro-batches since the last update."""
-        return self._batches % self._manifest.optimizer.accumulate
-
-    @property
     def _seed(self) -> int | None:
         """What the next batch's random numbers are set to, None where there are none."""
-        return seed_of(self._manifest.seed, self._batches) if self._draws else None
+        return seed_of(self._manifest.seed, self.batches) if self._draws else None
 
     def _checked(
         self,
@@ -406,12 +377,12 @@ class OrtTrainer:
         return {spec.name: value for spec, value in zip(specs, values, strict=True)}
 
     def _require_finished(self, call: str) -> None:
-        if self._pending:
-            every = self._manifest.optimizer.accumulate
+        pending, every = self._manifest.pending, self._manifest.optimizer.accumulate
+        if pending:
             raise TrainerStateError(
-                f"{call} after {self._pending} of an update's {every} micro-batches",
+                f"{call} after {pending} of an update's {every} micro-batches",
                 "gathered gradients can be neither saved nor carried over to other parameters",
-                f"Call train_step {every - self._pending} times more before it",
+                f"Call train_step {every - pending} times more before it",
             )
 
 

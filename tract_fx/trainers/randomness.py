@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 
 import onnx
+import onnx_ir as ir
 
 from tract_fx.ort_training import any_runtime
 from tract_fx.passes.onnx_graph.calls import RANDOM
@@ -50,13 +51,6 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 def operators(model: bytes) -> set[str]:
     """List the operators of a model, those in branches, loops and local functions included."""
-    proto = onnx.ModelProto.FromString(model)
-    found: set[str] = set()
-    pending = [list(proto.graph.node), *(list(function.node) for function in proto.functions)]
-    while pending:
-        for node in pending.pop():
-            found.add(node.op_type)
-            for attribute in node.attribute:
-                graphs = [attribute.g] if attribute.HasField("g") else []
-                pending.extend(list(graph.node) for graph in (*graphs, *attribute.graphs))
-    return found
+    whole = ir.from_proto(onnx.ModelProto.FromString(model))
+    parts = (whole.graph, *whole.functions.values())
+    return {node.op_type for part in parts for node in part.all_nodes()}

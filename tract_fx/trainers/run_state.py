@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
+import torch
 
 from tract_fx.artifacts.batches import Array, BatchValue, on_host
 from tract_fx.artifacts.directory import (
@@ -27,12 +27,17 @@ from tract_fx.errors import DamagedArtifactsError, MissingRuntimeError
 from tract_fx.ort_training import (
     TRAINING_PROVIDERS,
     Device,
+    inference_session,
     message_of,
+    ort_value,
     parameter_value,
+    run_session,
     session_options,
     training_api,
 )
-from tract_fx.trainers.progress import Progress
+from tract_fx.passes.onnx_graph.parameters import BUFFER, RESET
+from tract_fx.trainers.dlpack import ort_value_of
+from tract_fx.trainers.randomness import seeded
 from tract_fx.trainers.stock_run import StockRun
 
 FILES = {
@@ -42,69 +47,115 @@ FILES = {
 """The graphs and the tensors of each target's directory."""
 
 
-@dataclass(frozen=True)
 class RunState:
-    """The native objects of one run.
+    """The native objects of one run: an ONNX Runtime checkpoint, and module and optimizer on it."""
 
-    Attributes:
-        checkpoint: An `onnxruntime.training.api.CheckpointState`.
-        module: The `Module` over it.
-        optimizer: The `Optimizer` over both.
-    """
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        manifest: Manifest,
+        graphs: Mapping[str, bytes],
+        device: Device,
+    ) -> None:
+        if device.provider not in TRAINING_PROVIDERS:
+            raise MissingRuntimeError(
+                f"device {str(device)!r}, for ONNX Runtime Training",
+                "it trains on the CPU and, through its CUDA provider, on NVIDIA GPUs",
+                "Pass 'cpu' or 'cuda', or export with target='onnxruntime', for any provider",
+            )
+        self._manifest, self._device = manifest, device
+        self._training = graphs[TRAINING_MODEL]
+        self._gradients: Any = None
+        api, folder = training_api(), Path(directory)
+        try:
+            self._checkpoint = api.CheckpointState.load_checkpoint(os.fspath(folder / CHECKPOINT))
+            _check_parameters(folder, manifest.parameters, self._checkpoint)
+            self._module = api.Module(
+                os.fspath(folder / TRAINING_MODEL),
+                self._checkpoint,
+                os.fspath(folder / EVAL_MODEL),
+                device=str(device),
+                session_options=session_options(),
+            )
+            self._optimizer = api.Optimizer(os.fspath(folder / OPTIMIZER_MODEL), self._module)
+        except DamagedArtifactsError:
+            raise
+        except Exception as error:  # ONNX Runtime's exceptions have no common root of their own
+            raise DamagedArtifactsError(
+                f"{folder}: ONNX Runtime does not load it ({message_of(error)})",
+                "graphs, checkpoint and ONNX Runtime do not go together",
+                "Export the model again with the installed versions",
+            ) from error
+        _check_graph_inputs(folder, manifest, self._module)
+        _check_device(self._checkpoint, device)
 
-    checkpoint: Any
-    module: Any
-    optimizer: Any
-
-    def train(self, batch: Mapping[str, BatchValue], progress: Progress) -> float:
-        """Add a batch's gradients to those of the update."""
-        module = self.module.train()
-        if progress.first:
+    def train(self, batch: Mapping[str, BatchValue], now: Manifest) -> float:
+        """Add a batch's gradients to those of the update that the manifest says it is part of."""
+        module = self._module.train()
+        if not now.pending:
             module.lazy_reset_grad()
         return _first(module(*map(on_host, batch.values())))
 
-    def set_learning_rate(self, rate: float) -> None:
-        """Set what the next updates go by."""
-        self.optimizer.set_learning_rate(rate)
-
-    def update(self) -> bool:
+    def update(self, learning_rate: float) -> bool:
         """Make the optimizer's update."""
-        self.optimizer.step()
+        self._optimizer.set_learning_rate(learning_rate)
+        self._optimizer.step()
         return True
 
     def forget_gradients(self) -> None:
         """Do nothing: the next update's first micro-batch starts anew."""
 
+    def compute_gradients(
+        self, batch: Mapping[str, BatchValue], seed: int | None
+    ) -> dict[str, Array]:
+        """Compute gradients in a session of its own, on copies of whatever the graph writes to."""
+        if self._gradients is None:
+            self._gradients = inference_session(self._training, self._device)
+        taken = {value.name for value in self._gradients.get_inputs()}
+        feeds = {name: ort_value_of(value, self._device) for name, value in batch.items()}
+        buffers = {}
+        for spec in self._manifest.parameters:
+            if spec.name not in taken:
+                continue
+            if spec.trainable:
+                feeds[spec.name] = self.live_value(spec.name)
+                zeros = ort_value(np.zeros(spec.shape, spec.dtype), self._device)
+                buffers[spec.name] = feeds[spec.name + BUFFER] = zeros
+            else:  # the graph updates running statistics in place
+                feeds[spec.name] = ort_value(self.value(spec.name), self._device)
+        feeds[RESET] = ort_value(np.array([True]), self._device)
+        with seeded(seed):
+            run_session(self._gradients, feeds)
+        return {name: np.array(buffer.numpy()) for name, buffer in buffers.items()}
+
     def evaluate(self, batch: Mapping[str, BatchValue]) -> float:
         """Compute the loss in evaluation mode."""
-        return _first(self.module.eval()(*map(on_host, batch.values())))
+        return _first(self._module.eval()(*map(on_host, batch.values())))
 
     def value(self, name: str) -> Array:
         """Copy a parameter to the host."""
-        return np.array(self.checkpoint.parameters[name].data, order="C")
+        return np.array(self._checkpoint.parameters[name].data, order="C")
 
     def live_value(self, name: str) -> Any:
         """Take a parameter where it lies, for a session to read from."""
-        return parameter_value(self.checkpoint.parameters[name])
+        return parameter_value(self._checkpoint.parameters[name])
 
     def gradient(self, name: str) -> Array:
         """Copy a trainable parameter's gradient buffer to the host."""
-        return np.array(self.checkpoint.parameters[name].grad, order="C")
+        return np.array(self._checkpoint.parameters[name].grad, order="C")
 
     def set_value(self, name: str, value: BatchValue) -> None:
-        """Replace a parameter's value.
+        """Replace a parameter's value by a copy of one of its shape and dtype."""
+        self._checkpoint.parameters[name].data = np.array(on_host(value), order="C")
 
-        Args:
-            name: Its name in the checkpoint.
-            value: The value, of its shape and dtype; it is copied.
-        """
-        self.checkpoint.parameters[name].data = np.array(on_host(value), order="C")
-
-    def save(self, folder: Path, others: Mapping[str, Array]) -> None:
-        """Write a checkpoint with the optimizer's state."""
+    def save(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+        """Write a checkpoint with the optimizer's state; for a whole state_dict it has no place."""
         training_api().CheckpointState.save_checkpoint(
-            self.checkpoint, os.fspath(folder / CHECKPOINT), include_optimizer_state=True
+            self._checkpoint, os.fspath(folder / CHECKPOINT), include_optimizer_state=True
         )
+
+
+Run: TypeAlias = RunState | StockRun
 
 
 def _first(outputs: Any) -> float:
@@ -146,42 +197,10 @@ def open_run(
     manifest: Manifest,
     graphs: Mapping[str, bytes],
     device: Device,
-) -> RunState | StockRun:
-    """Start a run from a directory."""
-    if manifest.target == STOCK:
-        return StockRun(directory, manifest, graphs, device)
-    if device.provider not in TRAINING_PROVIDERS:
-        raise MissingRuntimeError(
-            f"device {str(device)!r}, for ONNX Runtime Training",
-            "it trains on the CPU and, through its CUDA provider, on NVIDIA GPUs",
-            "Pass 'cpu' or 'cuda', or export with target='onnxruntime', for any provider",
-        )
-    api, folder = training_api(), Path(directory)
-    options = session_options()
-    try:
-        checkpoint = api.CheckpointState.load_checkpoint(os.fspath(folder / CHECKPOINT))
-        _check_parameters(folder, manifest.parameters, checkpoint)
-        module = api.Module(
-            os.fspath(folder / TRAINING_MODEL),
-            checkpoint,
-            os.fspath(folder / EVAL_MODEL),
-            device=str(device),
-            session_options=options,
-        )
-        optimizer = api.Optimizer(os.fspath(folder / OPTIMIZER_MODEL), module)
-    except DamagedArtifactsError:
-        raise
-    except Exception as error:  # ONNX Runtime's exceptions have no common root of their own
-        raise DamagedArtifactsError(
-            f"{folder}: ONNX Runtime does not load it ({message_of(error)})",
-            "graphs, checkpoint and ONNX Runtime do not go together",
-            "Export the model again with the installed versions",
-        ) from error
-    _check_graph_inputs(folder, manifest, module)
-    _check_device(checkpoint, device)
-    rate = manifest.optimizer.lr if manifest.learning_rate is None else manifest.learning_rate
-    optimizer.set_learning_rate(rate)  # a checkpoint does not bring it back
-    return RunState(checkpoint, module, optimizer)
+) -> Run:
+    """Start a run from a directory that was checked."""
+    kind = StockRun if manifest.target == STOCK else RunState
+    return kind(directory, manifest, graphs, device)
 
 
 def _check_parameters(folder: Path, specs: Sequence[ParameterSpec], checkpoint: Any) -> None:

@@ -12,8 +12,7 @@ import torch
 from tract_fx.artifacts.batches import Array, BatchValue, dense, on_host
 from tract_fx.artifacts.manifest import Manifest
 from tract_fx.errors import StateMismatchError
-from tract_fx.trainers.run_state import RunState
-from tract_fx.trainers.stock_run import StockRun
+from tract_fx.trainers.run_state import Run
 
 
 def read_kept(stored: bytes | None) -> dict[str, torch.Tensor]:
@@ -35,18 +34,14 @@ def without_kept(kept: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> 
     return {key: value for key, value in state.items() if key not in kept}
 
 
-def read_state(
-    run: RunState | StockRun, manifest: Manifest, counters: Mapping[str, int]
-) -> dict[str, torch.Tensor]:
+def read_state(run: Run, manifest: Manifest) -> dict[str, torch.Tensor]:
     """Copy a run's tensors."""
     state = {spec.name: torch.from_numpy(run.value(spec.name)) for spec in manifest.parameters}
     state |= {key: state[name] for key, name in manifest.aliases.items()}
-    return state | {key: torch.tensor(value) for key, value in counters.items()}
+    return state | {key: torch.tensor(value) for key, value in manifest.counters.items()}
 
 
-def write_state(
-    run: RunState | StockRun, manifest: Manifest, state: Mapping[str, Any]
-) -> dict[str, int]:
+def write_state(run: Run, manifest: Manifest, state: Mapping[str, Any]) -> dict[str, int]:
     """Replace a run's tensors, all of them or none."""
     known = {spec.name for spec in manifest.parameters} | {*manifest.aliases, *manifest.counters}
     for word, keys in (("no", known - state.keys()), ("an unknown", state.keys() - known)):

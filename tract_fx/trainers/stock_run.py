@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
 
 from tract_fx import ort_training
 from tract_fx.artifacts.batches import Array, BatchValue
@@ -34,22 +35,11 @@ from tract_fx.passes.onnx_graph.step_names import (
     STEP,
 )
 from tract_fx.trainers.dlpack import ort_value_of, own_value
-from tract_fx.trainers.progress import Progress
 from tract_fx.trainers.randomness import seeded
 
 
 class StockRun:
-    """The tensors of one run, and its sessions.
-
-    Args:
-        directory: The directory, checked.
-        manifest: Its manifest.
-        graphs: The serialised graphs by file name.
-        device: Where it runs.
-
-    Raises:
-        DamagedArtifactsError: Tensors and graphs do not go together.
-    """
+    """The tensors of one run, and its sessions."""
 
     def __init__(
         self,
@@ -109,13 +99,16 @@ class StockRun:
         parameters = {spec.name for spec in self._manifest.parameters}
         return tuple(name for name in self._spare if name not in parameters)
 
-    def train(self, batch: Mapping[str, BatchValue], progress: Progress) -> float:
-        """Take a step. Where it fails, the tensors are as before."""
+    def train(self, batch: Mapping[str, BatchValue], now: Manifest) -> float:
+        """Take a step, from where the manifest says that training is.
+
+        Where it fails, the tensors are as before.
+        """
         given: dict[str, BatchValue] = {
             **batch,
-            LEARNING_RATE: np.asarray(progress.learning_rate, np.float32),
-            STEP: np.asarray(progress.updates, np.int64),
-            IS_UPDATE: np.asarray(progress.last),
+            LEARNING_RATE: np.asarray(now.rate, np.float32),
+            STEP: np.asarray(now.updates, np.int64),
+            IS_UPDATE: np.asarray(now.pending + 1 == now.optimizer.accumulate),
         }
         binding = self._session.io_binding()
         feeds = self._feeds({n: value for n, value in given.items() if n in self._inputs})
@@ -131,11 +124,8 @@ class StockRun:
             self._spare[name], self._values[name] = self._values[name], value
         return float(binding.get_outputs()[0].numpy())
 
-    def set_learning_rate(self, rate: float) -> None:
-        """Do nothing: every step is told."""
-
-    def update(self) -> bool:
-        """Do nothing: the step itself has made the update."""
+    def update(self, learning_rate: float) -> bool:
+        """Tell whether the step, which makes the update itself, has made it."""
         if LOSS_SCALE not in self._values:
             return True
         now, before = (values[LOSS_SCALE].numpy() for values in (self._values, self._spare))
@@ -188,18 +178,12 @@ class StockRun:
         return self._values[name]
 
     def set_value(self, name: str, value: BatchValue) -> None:
-        """Replace a tensor's value.
-
-        Args:
-            name: Its name.
-            value: The value, of its shape and dtype; it is copied.
-        """
+        """Replace a tensor's value by a copy of one of its shape and dtype."""
         self._values[name] = own_value(value, self._device)
 
-    def save(self, folder: Path, others: Mapping[str, Array]) -> None:
-        """Write the tensors."""
-        parameters = [spec.name for spec in self._manifest.parameters]
-        write_tensors({**others, **{n: self.value(n) for n in parameters}}, folder / MODEL_TENSORS)
+    def save(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+        """Write the state_dict's tensors, and the optimizer's."""
+        write_tensors({n: tensor.numpy() for n, tensor in state.items()}, folder / MODEL_TENSORS)
         write_tensors({n: self.value(n) for n in self.states}, folder / OPTIMIZER_TENSORS)
 
 
