@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from tract_fx.errors import ExportError, TractError
 from tract_fx.export.graph_runs import run_graph
 from tract_fx.export.left_out import remove_unused, warn_of_left_out
+from tract_fx.importer.inferred_shapes import infer_shapes
 from tract_fx.importer.modes import evaluation_mode
 from tract_fx.ort_training import message_of
 from tract_fx.passes.onnx_graph.calls import is_standard
@@ -166,7 +166,7 @@ def _infer_again(model: ir.Model, is_stale: Callable[[ir.Shape], bool], size: ob
                 value.shape = None
             elif len(value.shape) and value.shape[0] == size:
                 _set_first(value, BATCH)
-    ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    infer_shapes(model)
 
 
 def _two_batches(example: np.ndarray, size: int) -> np.ndarray:

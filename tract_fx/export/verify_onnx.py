@@ -122,8 +122,7 @@ def _feeds(
 def _verify_training(source: OnnxSource, inputs: Mapping[str, np.ndarray]) -> None:
     """Compare what the loss reads in training mode with the forward graph's."""
     train = _deterministic(source.forward.graph)
-    norms = {str(n.name) for n in train.graph if n.op_type == "BatchNormalization"}
-    train_batch_norm(train, norms & source.forward.trains)
+    train_batch_norm(train, source.forward.trains)
     found = training_outputs(source.model, inputs)
     reference = ReferenceModel(train, list(found))
     compare_values(reference, inputs, found, "training")

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveInitializersFromInputsPass, ShapeInferencePass
+from onnx_ir.passes.common import RemoveInitializersFromInputsPass
 
 from tract_fx.errors import ExportError, UnsupportedModelError, UnsupportedTrainingError
-from tract_fx.importer.auto_pad import explicit_pads
+from tract_fx.importer.inferred_shapes import infer_shapes
 from tract_fx.importer.ml_operators import read_with_scores, standardised_preprocessing
-from tract_fx.importer.operands import unread_operands
-from tract_fx.importer.permutations import identity_permutations
+from tract_fx.importer.node_forms import plain_forms
 from tract_fx.importer.versions import supported_versions
 from tract_fx.passes.choose import Choice, choose
 from tract_fx.passes.onnx_graph.calls import is_standard
@@ -39,10 +38,8 @@ def read_model(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
     supported_versions(graph)
     named_nodes(graph)
     standardised_preprocessing(graph)
-    ShapeInferencePass(check_type=False, strict_mode=False)(graph)
-    explicit_pads(graph)
-    identity_permutations(graph)  # before ONNX Runtime runs this graph for the first time
-    unread_operands(graph)
+    infer_shapes(graph)
+    plain_forms(graph)  # before ONNX Runtime runs this graph for the first time
     return graph
 
 

@@ -11,33 +11,25 @@ from tract_fx.passes.onnx_graph.calls import RANDOM, is_standard
 from tract_fx.passes.onnx_graph.node_names import described
 
 
-def evaluation_mode(model: ir.Model) -> int:
+def evaluation_mode(model: ir.Model) -> None:
     """Turn a forward graph in training mode into its form for evaluation.
 
     BatchNormalization uses its running statistics and has one output; Dropout nodes go.
     """
-    changed = random_free(model)
+    random_free(model)
     for node in model.graph:
-        if not is_standard(node, "BatchNormalization"):
-            continue
-        if not node.attributes.get_int("training_mode", 0) and len(node.outputs) == 1:
-            continue
-        _drop_outputs(node)
-        node.attributes.add(ir.AttrInt64("training_mode", 0))
-        changed += 1
-    return changed
+        if is_standard(node, "BatchNormalization"):
+            _drop_outputs(node)
+            if node.attributes.get_int("training_mode", 0):
+                node.attributes.add(ir.AttrInt64("training_mode", 0))
 
 
-def random_free(model: ir.Model) -> int:
+def random_free(model: ir.Model) -> None:
     """Take out all Dropout nodes, so that two runs of a graph can be compared."""
-    changed = 0
     for node in list(model.graph):
-        if not is_standard(node, "Dropout"):
-            continue
-        _drop_outputs(node)
-        _bypass(model.graph, node)
-        changed += 1
-    return changed
+        if is_standard(node, "Dropout"):
+            _drop_outputs(node)
+            _bypass(model.graph, node)
 
 
 def random_operators(model: ir.Model) -> list[str]:
@@ -95,24 +87,14 @@ def _bypass(graph: ir.Graph, node: ir.Node) -> None:
     copy.name = name
 
 
-def train_batch_norm(model: ir.Model, names: Collection[str] | None = None) -> int:
+def train_batch_norm(model: ir.Model, names: Collection[str]) -> None:
     """Put BatchNormalization nodes of an inference graph in training mode.
 
     They get the outputs that the operator has then: the result and both running statistics.
     """
-    changed = 0
     for node in model.graph:
-        if not is_standard(node, "BatchNormalization"):
-            continue
-        if names is not None and node.name not in names:
-            continue
-        complete = len(node.outputs) == 3 and all(output.name for output in node.outputs)
-        if node.attributes.get_int("training_mode", 0) != 0 and complete:
-            continue
-        node.attributes.add(ir.AttrInt64("training_mode", 1))
-        node.resize_outputs(3)
-        for output, suffix in zip(node.outputs[1:], ("mean", "var"), strict=True):
-            if not output.name:
-                output.name = f"{node.outputs[0].name}_running_{suffix}"
-        changed += 1
-    return changed
+        if is_standard(node, "BatchNormalization") and node.name in names:
+            node.attributes.add(ir.AttrInt64("training_mode", 1))
+            node.resize_outputs(3)
+            for output, suffix in zip(node.outputs[1:], ("mean", "var"), strict=True):
+                output.name = output.name or f"{node.outputs[0].name}_running_{suffix}"
