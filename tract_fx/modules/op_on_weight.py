@@ -22,18 +22,9 @@ _ARGUMENTS = {kind.function: kind.arguments for kind in LAYER_KINDS}
 
 
 class OpOnWeight(FunctionMode):
-    """A context in which a layer's forward method runs.
+    """A context in which a layer's forward method runs; it counts products with the weight."""
 
-    Args:
-        layer: The layer.
-        lambda_: λ > 0.
-        scope: Whose rows the Gram is of, None for the call's own.
-
-    Attributes:
-        calls: How often the layer's weight has been multiplied with so far.
-    """
-
-    def __init__(self, layer: nn.Module, lambda_: float, scope: str | None = None) -> None:
+    def __init__(self, layer: nn.Module, lambda_: float, scope: str | None) -> None:
         super().__init__()
         self.layer = layer
         self.lambda_ = lambda_
@@ -67,12 +58,7 @@ class OpOnWeight(FunctionMode):
         return torch.compiler.is_exporting() and frozen and not is_constant
 
     def check(self) -> None:
-        """Make sure, after the method has run, that TrAct's gradient is exact.
-
-        Raises:
-            UnsupportedLayerError: The weight was multiplied with several times, or by no function
-                that is known.
-        """
+        """Make sure, after the method has run, that its one product had TrAct's op."""
         wants_gradient = any(p.requires_grad for p in self.layer.parameters())
         if self.calls == 1 or not torch.is_grad_enabled() or not (self.calls or wants_gradient):
             return
@@ -92,16 +78,7 @@ class OpOnWeight(FunctionMode):
 
 
 def refuse_frozen_value(layer: nn.Module, weight: Any, x: Any) -> None:
-    """Refuse a computed weight whose value a tracer would keep instead of its computation.
-
-    Args:
-        layer: The layer.
-        weight: What it multiplies with.
-        x: What it reads.
-
-    Raises:
-        UnsupportedTransformError: An fx tracer is running, and the weight is no parameter.
-    """
+    """Refuse a computed weight whose value a tracer would keep instead of its computation."""
     if isinstance(x, fx.Proxy) and not isinstance(weight, (nn.Parameter, fx.Proxy)):
         raise UnsupportedTransformError(
             f"the computed weight of a {type(layer).__name__} under an fx tracer",
