@@ -41,16 +41,22 @@ def random_operators(model: ir.Model) -> list[str]:
     ]
 
 
+def training_switch(node: ir.Node) -> bool | None:
+    """Tell whether a Dropout says that it trains, None where it does not say or computes it."""
+    given = _number(node, 2)
+    return None if given is None else bool(given)
+
+
 def _is_off(node: ir.Node) -> bool:
     """Tell whether a Dropout is known to let its input through."""
-    ratio = node.inputs[1] if len(node.inputs) > 1 else None
-    training = node.inputs[2] if len(node.inputs) > 2 else None
-    if training is None:
-        return True
-    switch, rate = (ir.convenience.get_const_tensor(v) if v else None for v in (training, ratio))
-    return (switch is not None and not switch.numpy().item()) or (
-        rate is not None and rate.numpy().item() == 0
-    )
+    says_nothing = len(node.inputs) < 3 or node.inputs[2] is None
+    return says_nothing or training_switch(node) is False or _number(node, 1) == 0
+
+
+def _number(node: ir.Node, place: int) -> float | None:
+    value = node.inputs[place] if len(node.inputs) > place else None
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy().reshape(-1)[0].item()
 
 
 def _drop_outputs(node: ir.Node) -> None:
