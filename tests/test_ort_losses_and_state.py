@@ -29,7 +29,7 @@ from ort_reference import (
 from tract_fx import tract_module, tract_pass
 from tract_fx.errors import ExportError, NoInputLayerError, TractError
 from tract_fx.export.torch_graphs import arrays
-from tract_fx.export.training_session import open_session
+from tract_fx.export.training_session import TrainingSession
 from tract_fx.passes import remove_tract_onnx, tract_onnx_pass
 
 CLASSES = 5
@@ -409,7 +409,7 @@ def test_a_plain_export_can_be_rewritten(first: str, tmp_path: Path) -> None:
         (remove_tract_onnx(rewritten), plain),
         (remove_tract_onnx(tmp_path / "b" / "training_model.onnx"), plain),
     ):
-        _, found, _ = open_session(ir.from_proto(graph)).run(feeds, state)
+        _, found, _ = TrainingSession(ir.from_proto(graph)).run(feeds, state)
         assert_gradients(found, exported.gradients(x, y))
 
 
