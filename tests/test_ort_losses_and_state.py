@@ -228,6 +228,22 @@ def test_a_model_that_returns_its_loss(tmp_path: Path) -> None:
     assert trainer.predict(rows(3)).shape == (3, CLASSES)  # type: ignore[union-attr]
 
 
+class LossAlone(OwnLoss):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, y)["loss"]
+
+
+def test_a_model_that_returns_its_loss_alone(tmp_path: Path) -> None:
+    """It is verified too: its evaluation graph has no predictions to run for."""
+    batch = rows(4), labels(4, CLASSES)
+    model = tract_module(seeded(LossAlone), batch, layers=["first"])
+    exported = export(
+        model, batch, tmp_path / "a", loss=None, verify=True, reference=lambda output: output
+    )
+    assert exported.trainer().manifest.outputs == ()
+    assert_trains(exported, *((rows(n, n), labels(n, CLASSES)) for n in (12, 3)))
+
+
 # --- state --------------------------------------------------------------------------------------
 
 
