@@ -27,6 +27,7 @@ from foreign_models import (
     scikit_learn,
     strided_conv,
 )
+from onnx_models import by_hand
 from oracle import relative_error
 from tract_fx import (
     SGD,
@@ -34,9 +35,10 @@ from tract_fx import (
     FrozenLayerWarning,
     UnsupportedTrainingError,
     export_training,
+    import_onnx,
     load_trainer,
 )
-from tract_fx.errors import TractError
+from tract_fx.errors import ExportError, TractError
 from tract_fx.passes import find_onnx_input_layers, remove_tract_onnx, tract_onnx_pass
 
 
@@ -237,6 +239,20 @@ def test_losses_that_do_not_fit(
 ) -> None:
     with pytest.raises(UnsupportedTrainingError, match=reason):
         export_training(model(), None, tmp_path / "a", loss=loss)
+
+
+@pytest.mark.parametrize("target", ["ort-training", "onnxruntime"])
+@pytest.mark.parametrize("name", ["x", "w"])
+def test_a_name_that_training_graphs_have_themselves(
+    name: str, target: Any, tmp_path: Path
+) -> None:
+    """Such a model can be read, and is trained under another name."""
+    names = {"x": "x", "w": "w"} | {name: "lazy_reset_grad"}
+    inputs = f"float[N,8] {names['x']}"
+    model = by_hand(f"y = MatMul ({names['x']}, {names['w']})", {names["w"]: (8, 3)}, inputs)
+    assert import_onnx(model)(torch.ones(2, 8)).shape == (2, 3)
+    with pytest.raises(ExportError, match=r"'lazy_reset_grad'.*value of its own"):
+        export_training(model, None, tmp_path / "a", loss="mse", target=target)
 
 
 def test_somebody_elses_artifacts(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from ort_reference import (
 from tract_fx import tract_module, tract_pass
 from tract_fx.errors import ExportError, NoInputLayerError, TractError
 from tract_fx.export.torch_graphs import arrays
-from tract_fx.export.training_session import open_session
+from tract_fx.export.training_session import TrainingSession
 from tract_fx.passes import remove_tract_onnx, tract_onnx_pass
 
 CLASSES = 5
@@ -208,6 +208,22 @@ def test_a_model_that_returns_its_loss(tmp_path: Path) -> None:
     assert trainer.manifest.targets == () and trainer.manifest.outputs == ("scores",)
     assert_trains(exported, *((rows(n, n), labels(n, CLASSES)) for n in (12, 3)))
     assert trainer.predict(rows(3)).shape == (3, CLASSES)  # type: ignore[union-attr]
+
+
+class LossAlone(OwnLoss):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, y)["loss"]
+
+
+def test_a_model_that_returns_its_loss_alone(tmp_path: Path) -> None:
+    """It is verified too: its evaluation graph has no predictions to run for."""
+    batch = rows(4), labels(4, CLASSES)
+    model = tract_module(seeded(LossAlone), batch, layers=["first"])
+    exported = export(
+        model, batch, tmp_path / "a", loss=None, verify=True, reference=lambda output: output
+    )
+    assert exported.trainer().manifest.outputs == ()
+    assert_trains(exported, *((rows(n, n), labels(n, CLASSES)) for n in (12, 3)))
 
 
 # --- state --------------------------------------------------------------------------------------
@@ -391,7 +407,7 @@ def test_a_plain_export_can_be_rewritten(first: str, tmp_path: Path) -> None:
         (remove_tract_onnx(rewritten), plain),
         (remove_tract_onnx(tmp_path / "b" / "training_model.onnx"), plain),
     ):
-        _, found, _ = open_session(ir.from_proto(graph)).run(feeds, state)
+        _, found, _ = TrainingSession(ir.from_proto(graph)).run(feeds, state)
         assert_gradients(found, exported.gradients(x, y))
 
 

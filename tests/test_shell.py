@@ -505,6 +505,8 @@ def test_train_refuses(exported: Path) -> None:
     assert "data.txt" in refused(1, "train", "a", "--data", "data.txt", *options)
     Path("data.txt").write_text("1 2 3")
     assert ".npz" in refused(1, "train", "a", "--data", "data.txt", *options)
+    np.save("alone.npy", np.zeros((2, 6), np.float32))
+    assert ".npz" in refused(1, "train", "a", "--data", "alone.npy", *options)
     np.savez("objects.npz", x=np.array([None, {}]), target=np.zeros(2, np.int64))
     assert ".npz" in refused(1, "train", "a", "--data", "objects.npz", *options)
     assert "missing" in refused(1, "train", "missing", "--data", "data.npz", *options)

@@ -20,18 +20,15 @@ from tract_fx.errors import (
 )
 from tract_fx.example_inputs import own_example_inputs
 from tract_fx.modules import copy_tree, is_standard, still_reaches, to_tract, tract_lambda, why_not
-from tract_fx.passes.fx_graph import (
+from tract_fx.passes.choose import (
     Choice,
     LayerChoice,
     choose,
-    locate,
     read_choice,
-    refuse_wrapped,
-    tract_pass,
     warn_of_frozen,
     warn_of_passed,
-    weight_parameters,
 )
+from tract_fx.passes.fx_graph import locate, refuse_wrapped, tract_pass, weight_parameters
 from tract_fx.passes.records import InputLayer
 from tract_fx.preconditioner import DEFAULT_LAMBDA, GramScope, GroupChoice, group_name
 from tract_fx.program import TrainedTensors, arguments, captured, held_at

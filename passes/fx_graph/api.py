@@ -144,14 +144,7 @@ def is_tract(model: nn.Module | ExportedProgram) -> dict[str, float]:
 
 
 def layers_over_processes(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
-    """Tell which layers have a Gram of the rows of several processes.
-
-    Args:
-        model: Any module, or an exported program.
-
-    Returns:
-        Their names.
-    """
+    """Name the layers whose Gram is of the rows of several processes."""
     names = (name for name, _, group in treated_layers(model) if group is not None)
     return tuple(dict.fromkeys(names))
 
@@ -159,14 +152,7 @@ def layers_over_processes(model: nn.Module | ExportedProgram) -> tuple[str, ...]
 def treated_layers(
     model: nn.Module | ExportedProgram,
 ) -> Iterator[tuple[str, float, str | None]]:
-    """Go through the layers with TrAct, once or, as a module and in its graph, twice.
-
-    Args:
-        model: Any module, or an exported program.
-
-    Yields:
-        The name, λ, and the process group whose rows the Gram is of.
-    """
+    """Give name, λ and process group of each layer with TrAct; once more where a graph has it."""
     if isinstance(model, ExportedProgram):
         model = as_graph_module(model)
     _check_module(model)

@@ -39,16 +39,12 @@ def _value(node: Node) -> Value:
     # What has a default other than None is a flag or a number.
     if node.args and node.args[0] is not None:
         return Value()
-    if _is_lifted_parameter(node):
+    # A parameter that Dynamo has made an input of the graph for its backend.
+    if node.type is nn.Parameter and isinstance(_example(node), torch.Tensor):
         return Value(parameters=(node.name,), trainable=_example(node).requires_grad)
     if "grapharg" in node.meta and "_buffers_" in str(node.target):
         return Value()
     return Value(path=(node.name,), optional=bool(node.args))
-
-
-def _is_lifted_parameter(node: Node) -> bool:
-    """Tell a parameter that Dynamo has made an input of the graph for its backend."""
-    return node.type is nn.Parameter and isinstance(_example(node), torch.Tensor)
 
 
 def _example(node: Node) -> Any:

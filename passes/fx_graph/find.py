@@ -51,13 +51,11 @@ class Located:
 
     Attributes:
         findings: The public records.
-        calls: The call of each of `findings.layers`, in the same order.
         eligible: Every call that could be treated if the user names it, by record.
         passed: The frozen layers between the input and what was found.
     """
 
     findings: Findings
-    calls: tuple[LayerCall, ...]
     eligible: tuple[tuple[InputLayer, LayerCall], ...]
     passed: tuple[InputLayer, ...] = ()
 
@@ -72,18 +70,18 @@ class _Met:
     """A layer on the input's way, or an operation there that is refused.
 
     Attributes:
+        node: The node.
         minor: Whether what it reads does not compete for being the image.
         past_frozen: Whether a frozen layer lies before it.
         record: The layer.
-        call: Its call.
         constant: Whether nothing of the layer is trained.
         refusal: The refusal.
     """
 
+    node: Node
     minor: bool
     past_frozen: bool
     record: InputLayer | None = None
-    call: LayerCall | None = None
     constant: bool = False
     refusal: Refusal | None = None
 
@@ -102,11 +100,10 @@ def _aside(met: _Met) -> _Met:
     """Make of what reads a minor input a refusal that competes with nothing."""
     if met.refusal is not None:
         return dataclasses.replace(met, refusal=dataclasses.replace(met.refusal, competes=False))
-    assert met.record is not None and met.call is not None
-    record = met.record
-    refusal = reasons.refuse_operation(met.call.node, record.path, None, reasons.MINOR)
-    refusal = dataclasses.replace(refusal, module=record.module)
-    return _Met(met.minor, met.past_frozen, refusal=refusal)
+    assert met.record is not None
+    refusal = reasons.refuse_operation(met.node, met.record.path, None, reasons.MINOR)
+    refusal = dataclasses.replace(refusal, module=met.record.module)
+    return dataclasses.replace(met, record=None, refusal=refusal)
 
 
 class _Locator:
@@ -124,10 +121,9 @@ class _Locator:
     def run(self) -> Located:
         self._walk()
         kept, passed = _settled(self.met)
-        layers = [(m.record, m.call) for m in kept if m.record is not None and m.call is not None]
+        layers = tuple(m.record for m in kept if m.record is not None)
         refusals = tuple(m.refusal for m in kept if m.refusal is not None)
-        findings = Findings(tuple(record for record, _ in layers), refusals)
-        return Located(findings, tuple(c for _, c in layers), tuple(self.eligible), passed)
+        return Located(Findings(layers, refusals), tuple(self.eligible), passed)
 
     def _walk(self) -> None:
         for node in self.gm.graph.nodes:
@@ -228,8 +224,7 @@ class _Locator:
             record = self._record(call, module, (*x.path, node.name))
             self.eligible.append((record, call))
         if x.path and record is not None:
-            constant = not value.trainable
-            self.met.append(_Met(x.minor, x.past_frozen, record, call, constant))
+            self.met.append(_Met(node, x.minor, x.past_frozen, record, not value.trainable))
         elif value.path:
             self._refuse(node, value, module, why or INPUT_IS_WEIGHT)
         return record is not None
@@ -258,7 +253,7 @@ class _Locator:
         if reasons.via_torch_tract(node):
             why = TORCH_TRACT
         refusal = reasons.refuse_operation(node, (*value.path, node.name), module, why)
-        self.met.append(_Met(value.minor, value.past_frozen, refusal=refusal))
+        self.met.append(_Met(node, value.minor, value.past_frozen, refusal=refusal))
 
     def _record(
         self, call: LayerCall, module: nn.Module | None, path: tuple[str, ...]

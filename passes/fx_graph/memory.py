@@ -117,7 +117,9 @@ def _of_schemas(node: Node, overloads: list[Any]) -> Effects:
         may_be_operand = not result and torch_private.is_composite(overload)
         for argument, nodes in _arguments(node, schema.arguments):
             info = argument.alias_info
-            if may_be_operand or (info is not None and _becomes(info, result)):
+            # Its memory is the result's, or an entry's of a list that is the result.
+            becomes = info is not None and not _sets(info).isdisjoint({*result, "*"})
+            if may_be_operand or becomes:
                 shares.update(dict.fromkeys(nodes))
             if info is not None and info.is_write:
                 writes.update(dict.fromkeys(nodes))
@@ -129,11 +131,6 @@ def _of_schemas(node: Node, overloads: list[Any]) -> Effects:
 def _sets(info: Any) -> set[str]:
     """Name the sets of memory that a value may lie in."""
     return {*info.before_set, *info.after_set}
-
-
-def _becomes(info: Any, result: set[str]) -> bool:
-    """Tell an argument whose memory is the result's, or an entry's of a list that is the result."""
-    return bool(_sets(info) & result) or "*" in _sets(info)
 
 
 def _arguments(node: Node, declared: list[Any]) -> Iterator[tuple[Any, list[Node]]]:

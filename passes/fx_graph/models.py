@@ -63,7 +63,8 @@ def _wrapping(module: nn.Module) -> tuple[str, str] | None:
             "its parameters are sharded by hooks that hold on to it",
             "Give the model as it was before fully_shard, and shard the result",
         )
-    if _is_compiled(module):
+    in_place = vars(module).get("_compiled_call_impl") is not None  # by module.compile()
+    if in_place or isinstance(module, torch._dynamo.OptimizedModule):
         return (
             "it is compiled, and would go on running the layers it was made of",
             "Give the model as it was before torch.compile, and compile the result",
@@ -79,9 +80,3 @@ def _wrapping(module: nn.Module) -> tuple[str, str] | None:
             "Apply TrAct first, then accelerator.prepare to the result",
         )
     return None
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Tell `torch.compile(module)` and `module.compile()`."""
-    in_place = vars(module).get("_compiled_call_impl") is not None
-    return in_place or isinstance(module, torch._dynamo.OptimizedModule)

@@ -132,7 +132,7 @@ def _function_name(node: Node) -> str:
 
 
 def refuse_operation(
-    node: Node, path: tuple[str, ...], module: nn.Module | None, why: Why | None = None
+    node: Node, path: tuple[str, ...], module: nn.Module | None, why: Why | None
 ) -> Refusal:
     """Make the refusal of an operation that meets the input."""
     op = operation_name(node, module)

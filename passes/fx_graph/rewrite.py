@@ -19,14 +19,14 @@ from tract_fx.preconditioner import precondition_grad
 
 
 def rewrite_graph(
-    gm: fx.GraphModule, lambdas: Mapping[str, float], scopes: Mapping[str, str] | None = None
+    gm: fx.GraphModule, lambdas: Mapping[str, float], scopes: Mapping[str, str]
 ) -> fx.GraphModule:
     """Put TrAct on calls of layers.
 
     A `call_module` stays one, on a copy of its module in a TrAct class; other calls of the same
     module are marked `tract=False`. Before a `call_function` goes a node of its own on the weight.
     """
-    settings = {name: (value, (scopes or {}).get(name)) for name, value in lambdas.items()}
+    settings = {name: (value, scopes.get(name)) for name, value in lambdas.items()}
     result = copy_tree(gm)
     calls_of: dict[nn.Module, list[Node]] = {}
     for prefix, part in list(graphs(result)):

@@ -124,7 +124,7 @@ def resolve(root: nn.Module, path: str) -> Any:
     return value
 
 
-def attribute_value(gm: fx.GraphModule, node: Node, prefix: str = "") -> tuple[Value, Hashable]:
+def attribute_value(gm: fx.GraphModule, node: Node, prefix: str) -> tuple[Value, Hashable]:
     """Tell what a `get_attr` node holds: a parameter, a parametrized weight, a constant."""
     target = str(node.target)
     owner_path, _, name = target.rpartition(".")

@@ -66,10 +66,9 @@ def _read(node: ir.Node) -> tuple[str, ClassRange] | None:
     """The input that a node takes as indices, and their range."""
     if len(node.inputs) < 2 or node.inputs[0] is None or node.inputs[0].shape is None:
         return None
-    shape = node.inputs[0].shape
+    shape, kept = node.inputs[0].shape, None
     if node.op_type in _LOSSES:
-        axis, ignored = 1, node.attributes.get("ignore_index")
-        kept = None if ignored is None else ignored.as_int()
+        axis, kept = 1, node.attributes.get_int("ignore_index", None)
         labels = _origin(node.inputs[1])
     elif node.op_type in _GATHERS:
         axis = node.attributes.get_int("axis", 0)
@@ -84,20 +83,13 @@ def _read(node: ir.Node) -> tuple[str, ClassRange] | None:
 
 def _origin_of_index(value: ir.Value | None) -> tuple[str | None, int | None]:
     """The graph input behind an index, and which of its values is replaced by another index."""
-    direct = _origin(value)
-    if direct is not None or value is None:
-        return direct, None
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type == "Where":
-            for branch in node.inputs[1:]:
-                labels = _origin(branch)
-                if labels is not None:
-                    return labels, _compared(node.inputs[0])
-            return None, None
-        if node.op_type not in _REARRANGING:
-            return None, None
-        value = node.inputs[0]
-    return None, None
+    source = _behind(value)
+    node = None if source is None else source.producer()
+    if node is None or node.op_type != "Where":
+        return _origin(source), None
+    condition, *branches = node.inputs
+    labels = next(filter(None, map(_origin, branches)), None)
+    return labels, None if labels is None else _compared(condition)
 
 
 def _compared(condition: ir.Value | None) -> int | None:
@@ -105,13 +97,8 @@ def _compared(condition: ir.Value | None) -> int | None:
     node = None if condition is None else condition.producer()
     if node is not None and node.op_type == "Not" and node.inputs[0] is not None:
         node = node.inputs[0].producer()
-    for value in () if node is None or node.op_type != "Equal" else node.inputs:
+    for value in () if node is None or node.op_type != "Equal" else map(_behind, node.inputs):
         tensor = None if value is None else ir.convenience.get_const_tensor(value)
-        while tensor is None and value is not None and (maker := value.producer()) is not None:
-            if maker.op_type not in _REARRANGING:
-                break
-            value = maker.inputs[0]
-            tensor = None if value is None else ir.convenience.get_const_tensor(value)
         if tensor is not None and tensor.size == 1:
             return int(tensor.numpy().item())
     return None
@@ -119,11 +106,14 @@ def _compared(condition: ir.Value | None) -> int | None:
 
 def _origin(value: ir.Value | None) -> str | None:
     """Name the graph input that a value is a rearrangement of, None where it is of none."""
-    while value is not None:
-        producer = value.producer()
-        if producer is None:
-            return value.name if value.is_graph_input() else None
-        if producer.op_type not in _REARRANGING:
-            return None
-        value = producer.inputs[0]
-    return None
+    source = _behind(value)
+    return source.name if source is not None and source.is_graph_input() else None
+
+
+def _behind(value: ir.Value | None) -> ir.Value | None:
+    """Look behind what leaves each label as it is."""
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type not in _REARRANGING:
+            break
+        value = node.inputs[0]
+    return value

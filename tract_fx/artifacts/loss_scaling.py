@@ -52,14 +52,7 @@ class LossScale:
 
 
 def loss_scale_from(value: LossScale | torch.amp.GradScaler | None) -> LossScale | None:
-    """Read what a user gives as loss scaling.
-
-    Args:
-        value: A record, a scaler of PyTorch, or None.
-
-    Returns:
-        The record; None for none, and for a scaler that is not enabled.
-    """
+    """Read what a user gives as loss scaling; a scaler that is not enabled is none."""
     if not isinstance(value, torch.amp.GradScaler):
         return value
     if not value.is_enabled():
@@ -73,26 +66,12 @@ def loss_scale_from(value: LossScale | torch.amp.GradScaler | None) -> LossScale
 
 
 def scale_states(config: LossScale) -> dict[str, Tensor]:
-    """Give the states at first, as float32 numbers.
-
-    Args:
-        config: The loss scaling.
-
-    Returns:
-        The scale, and the number of updates that it was large enough and not too large for.
-    """
+    """Give the states at first: the scale, and the number of updates that it was right for."""
     return {LOSS_SCALE: torch.tensor(config.init_scale), STEPS_WITH_SCALE: torch.tensor(0.0)}
 
 
 def all_finite(gradients: Mapping[str, Tensor]) -> Tensor:
-    """Tell whether there is neither NaN nor infinity in gradients.
-
-    Args:
-        gradients: The gradients by parameter.
-
-    Returns:
-        A bool.
-    """
+    """Tell whether there is neither NaN nor infinity in gradients."""
     zeros = torch.stack([(gradient * 0).sum() for gradient in gradients.values()])
     return zeros.sum() == 0
 
@@ -100,16 +79,7 @@ def all_finite(gradients: Mapping[str, Tensor]) -> Tensor:
 def next_scale(
     config: LossScale, states: Mapping[str, Tensor], finite: Tensor
 ) -> dict[str, Tensor]:
-    """Compute the states after an update, or where it is skipped.
-
-    Args:
-        config: The loss scaling.
-        states: The states by name.
-        finite: Whether the update is made.
-
-    Returns:
-        The new states by name.
-    """
+    """Compute the states after an update, or where it is skipped."""
     scale, steps = states[LOSS_SCALE], states[STEPS_WITH_SCALE] + 1
     grows = steps == config.growth_interval
     larger = torch.where(grows, scale * config.growth_factor, scale)

@@ -10,6 +10,8 @@ from glob import escape
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from tract_fx.errors import UnsupportedTrainingError, did_you_mean
 
@@ -115,15 +117,7 @@ _KNOWN = (
 
 
 def weight_decay_of(config: OptimizerConfig, name: str) -> float:
-    """Give a parameter's weight decay.
-
-    Args:
-        config: The optimizer.
-        name: The parameter's name.
-
-    Returns:
-        The weight decay.
-    """
+    """Give a parameter's weight decay."""
     for pattern, decay in config.weight_decays.items():
         if fnmatchcase(name, pattern):
             return decay
@@ -131,15 +125,7 @@ def weight_decay_of(config: OptimizerConfig, name: str) -> float:
 
 
 def refuse_patterns(config: OptimizerConfig, names: Sequence[str]) -> None:
-    """Refuse weight decays that are of no parameter.
-
-    Args:
-        config: The optimizer.
-        names: The names of the parameters that it trains.
-
-    Raises:
-        UnsupportedTrainingError: A pattern fits none of the names.
-    """
+    """Refuse weight decays that are of no parameter."""
     for pattern in config.weight_decays:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UnsupportedTrainingError(
@@ -154,17 +140,9 @@ def optimizer_from(
 ) -> OptimizerConfig:
     """Read what a user gives as the optimizer.
 
-    Args:
-        value: A name, `"adamw"` or `"sgd"`, for torch's defaults; a record, which comes back as it
-            is; or an optimizer of torch, of class AdamW, SGD or (where it is the same) Adam, that
-            has made no step yet, and whose parameter groups differ in weight decay alone.
-        parameters: The model's parameters by name, by which several groups are read.
-
-    Returns:
-        The record.
-
-    Raises:
-        UnsupportedTrainingError: The optimizer is another one, or has an option without equal here.
+    A name stands for torch's defaults. An optimizer of torch is of class AdamW, SGD or (where it is
+    the same) Adam, has made no step yet, and its parameter groups differ in weight decay alone,
+    which is read by the parameters' names.
     """
     if isinstance(value, AdamW | SGD):
         return value
@@ -252,19 +230,8 @@ def _read_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> O
         )
     record = _OF_TORCH[type(optimizer)]
     names = [entry.name for entry in fields(record) if entry.name not in _OF_STEPS]
-    return record(**_plain(group, names))
-
-
-def _plain(group: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Read settings, some of which may be tensors of one element."""
-
-    def number(value: Any) -> Any:
-        return value.item() if isinstance(value, torch.Tensor) else value
-
-    values = {name: number(group[name]) for name in names}
-    if "betas" in values:
-        values["betas"] = tuple(number(beta) for beta in values["betas"])
-    return values
+    # Some may be tensors of one element.
+    return record(**tree_map_only(torch.Tensor, Tensor.item, {name: group[name] for name in names}))
 
 
 def _set_step_options(record: OptimizerConfig) -> None:

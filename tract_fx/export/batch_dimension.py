@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from tract_fx.errors import ExportError, TractError
 from tract_fx.export.graph_runs import run_graph
-from tract_fx.export.left_out import remove_unused, warn_of_left_out
+from tract_fx.export.left_out import warn_of_left_out
+from tract_fx.importer.inferred_shapes import infer_shapes
 from tract_fx.importer.modes import evaluation_mode
 from tract_fx.ort_training import message_of
 from tract_fx.passes.onnx_graph.calls import is_standard
+from tract_fx.passes.onnx_graph.cutting import cut
 from tract_fx.passes.onnx_graph.values import ancestors
 from tract_fx.step.names import BATCH
 
@@ -40,14 +41,14 @@ def name_batch(model: ir.Model, inputs: Sequence[ir.Value]) -> None:
     first = shape[0]
     if isinstance(first, ir.SymbolicDim) and first.value is None:
         _set_first(inputs[0], BATCH)
-        _infer_again(model, _has_open_sizes, first)
+        _infer_again(model, lambda s: not all(isinstance(n, int) for n in s), first)
 
 
 def open_batch(
     model: ir.Model,
     inputs: Sequence[ir.Value],
     feeds: Mapping[str, np.ndarray],
-    read: str | None = None,
+    read: str | None,
 ) -> ir.Model:
     """Let a model that was exported for batches of one size take batches of any size.
 
@@ -70,7 +71,11 @@ def open_batch(
     batches = {name: _two_batches(feeds[name], size) for name in names}
     outputs = {str(value.name): value for value in model.graph.outputs}
     needed = list(outputs) if read is None else [read]
-    by_data = {n for n, v in outputs.items() if n not in needed and _has_rows_by_data(v)}
+    by_data = {
+        name
+        for name, value in outputs.items()
+        if name not in needed and any(is_standard(n, *ROWS_BY_DATA) for n in ancestors(value))
+    }
 
     def each_half(tried: Sequence[str]) -> list[dict[str, np.ndarray]]:
         """Values of the model as it is."""
@@ -98,14 +103,10 @@ def open_batch(
             raise _refused(size, inputs, wrong[name])
     opened_for = f"its batch dimension was opened, {size} in the file, and"
     warn_of_left_out({name: f"{opened_for} {why}" for name, why in wrong.items()})
-    opened.graph.outputs[:] = [v for v in opened.graph.outputs if v.name not in wrong]
-    remove_unused(opened)
+    given = list(opened.graph.inputs)
+    cut(opened.graph, [value for value in opened.graph.outputs if value.name not in wrong])
+    opened.graph.inputs[:] = given  # also what nothing reads any more
     return opened
-
-
-def _has_rows_by_data(value: ir.Value) -> bool:
-    """Tell whether how many rows a value has depends on the numbers in the batch."""
-    return any(is_standard(node, *ROWS_BY_DATA) for node in ancestors(value))
 
 
 def _run(
@@ -125,10 +126,6 @@ def _refused(size: int, inputs: Sequence[ir.Value], why: str) -> ExportError:
         "Export it with a dynamic batch dimension (torch.onnx.export: dynamic_shapes or "
         "dynamic_axes; tf2onnx: an input signature of None)",
     )
-
-
-def _has_open_sizes(shape: ir.Shape) -> bool:
-    return any(not isinstance(size, int) for size in shape)
 
 
 def _set_first(value: ir.Value, name: str) -> None:
@@ -166,7 +163,7 @@ def _infer_again(model: ir.Model, is_stale: Callable[[ir.Shape], bool], size: ob
                 value.shape = None
             elif len(value.shape) and value.shape[0] == size:
                 _set_first(value, BATCH)
-    ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    infer_shapes(model)
 
 
 def _two_batches(example: np.ndarray, size: int) -> np.ndarray:
@@ -180,21 +177,11 @@ def _two_batches(example: np.ndarray, size: int) -> np.ndarray:
     return np.ascontiguousarray(rows[: 2 * size])
 
 
-def _is_joined(
-    whole: np.ndarray, first: np.ndarray, second: np.ndarray, by_data: bool = False
-) -> bool:
-    """Tell whether an output is those of both batches together.
+def _is_joined(whole: np.ndarray, first: np.ndarray, second: np.ndarray, by_data: bool) -> bool:
+    """Tell whether an output is one batch's rows behind the other's; of a number, mean or sum.
 
-    Args:
-        whole: The output for both batches in one.
-        first: That for the first.
-        second: That for the second.
-        by_data: Whether it is enough that it has as many entries as these: how many rows there are
-            depends on the data, and what they say may count through the whole batch.
-
-    Returns:
-        Whether it has one's rows behind the other's; of a number (a loss), whether it is their mean
-        or their sum.
+    By data it is enough that it has as many entries as both: how many rows there are depends on
+    the data, and what they say may count through the whole batch.
     """
     if by_data:
         return whole.size == first.size + second.size

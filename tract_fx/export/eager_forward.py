@@ -36,13 +36,11 @@ def call_on_copies(
     kwargs: Mapping[str, Any],
 ) -> Any:
     """Call a model on other tensors than its own, and leave the inputs and random state alone."""
-    given, keywords = pytree.tree_map(_copied, (args, dict(kwargs)))
+    given, keywords = pytree.tree_map_only(
+        Tensor, lambda value: value.detach().clone(), (args, dict(kwargs))
+    )
     with torch.random.fork_rng(devices=[]), torch_private.without_checkpoints():
         return torch.func.functional_call(module, dict(tensors), given, keywords)
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 class _NoGradientHooks(FunctionMode):

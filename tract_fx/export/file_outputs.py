@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import onnx_ir as ir
 
 from tract_fx.importer.modes import evaluation_mode
@@ -12,12 +10,12 @@ from tract_fx.passes.onnx_graph.cutting import cut
 _PREFIX = "file/"
 
 
-def append_outputs(evaluation: ir.Model, file: ir.Model, names: Collection[str]) -> None:
-    """Add outputs to an evaluation graph, in place."""
+def append_outputs(evaluation: ir.Model, file: ir.Model) -> None:
+    """Add those of a file's outputs to an evaluation graph that it does not have, in place."""
     source = file.clone()
     evaluation_mode(source)
-    values = {str(value.name): value for value in source.graph.outputs}
-    cut(source.graph, [values[name] for name in names if name in values])
+    present = {value.name for value in evaluation.graph.outputs}
+    cut(source.graph, [value for value in source.graph.outputs if value.name not in present])
     graph, outputs = evaluation.graph, list(source.graph.outputs)
     given = {str(value.name): value for value in graph.inputs}
     for value in (*source.graph.inputs, *source.graph.initializers.values()):

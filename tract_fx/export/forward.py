@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,9 @@ from tract_fx.errors import InvalidBatchError, TractWarning, UnsupportedTraining
 from tract_fx.export.batch_dimension import fixed_batch, name_batch, open_batch
 from tract_fx.export.losses import Loss
 from tract_fx.export.made_up import are_pixels, made_up_numbers
-from tract_fx.export.model_outputs import default_output, logits_of
+from tract_fx.export.model_outputs import read_by
 from tract_fx.export.torch_model import TorchModel
 from tract_fx.importer.build import import_graph
-from tract_fx.importer.detached import detached_names
 from tract_fx.importer.forward_model import ForwardModel, read_forward, read_model
 from tract_fx.importer.ml_operators import read_with_scores
 from tract_fx.importer.modes import evaluation_mode
@@ -62,26 +62,26 @@ def onnx_source(
     lambda_: float | None,
     layers: LayerChoice,
     trainable: Iterable[str] | None,
-    dynamic_batch: bool = True,
+    dynamic_batch: bool,
 ) -> OnnxSource:
     """Read an ONNX forward model."""
     given = read_with_scores(model)
     load_values(given)
     whole = read_model(given)
+    _refuse_output(whole.graph, output)
     inputs = list(whole.graph.inputs)
     name_batch(whole, inputs)
     if dynamic_batch and fixed_batch(inputs) is not None:
-        feeds = _feeds(inputs, example_inputs, free_batch=True)
-        whole = open_batch(whole, inputs, feeds, _read_by(whole, loss, output))
+        feeds, read = _feeds(inputs, example_inputs, free_batch=True), None
+        with contextlib.suppress(UnsupportedTrainingError):  # it is asked again
+            read = _read_by(whole, loss, output)
+        whole = open_batch(whole, inputs, feeds, read)
         inputs = list(whole.graph.inputs)
     feeds = _feeds(inputs, example_inputs)
     lambda_ = DEFAULT_LAMBDA if lambda_ is None else lambda_
     choice = None if plain else read_choice(lambda_, layers)
     forward = read_forward(whole, choice=choice, trainable=trainable)
-    evaluation = forward.graph.clone()
-    evaluation_mode(evaluation)
-    if loss is not None and output is None:
-        output = logits_of(evaluation, default_output(evaluation, loss), loss)
+    output = _read_by(forward.graph, loss, output)
     return OnnxSource(_imported(forward, feeds, output), output, given, forward)
 
 
@@ -93,21 +93,13 @@ def _imported(
     own = [str(value.name) for value in graph.graph.outputs]
     hidden = () if output is None or output in own else (output,)
     made = {value.name: value for node in graph.graph for value in node.outputs}
-    for name in hidden:
-        if name not in made:
-            raise UnsupportedTrainingError(
-                f"output={name!r}",
-                "the model has no output of that name",
-                f"Name one of {own}",
-            )
-        graph.graph.outputs.append(made[name])
+    graph.graph.outputs.extend(made[name] for name in hidden)
     imported = import_graph(
         graph,
         trained=forward.trained,
         frozen=forward.frozen,
         trains=forward.trains,
         lambdas=forward.lambdas,
-        detached=detached_names(forward.graph),
         needed=own if output is None else [output],
     )
     module = imported.module
@@ -133,19 +125,22 @@ def _imported(
     )
 
 
+def _refuse_output(graph: ir.Graph, output: str | None) -> None:
+    made = {value.name for node in graph for value in node.outputs}
+    own = [str(value.name) for value in graph.outputs]
+    if output is not None and output not in made.union(own):
+        raise UnsupportedTrainingError(
+            f"{output=}", "the model has no output of that name", f"Name one of {own}"
+        )
+
+
 def _read_by(model: ir.Model, loss: Loss | None, output: str | None) -> str | None:
-    """Tell what a loss reads, None where that can't be told (and is asked again later)."""
-    if output is not None:
-        named = {value.name for node in model.graph for value in node.outputs}
-        return output if output in named else None
-    if loss is None:
-        return None
+    """Name the value that a loss reads, None where the model returns its loss."""
+    if loss is None or output is not None:
+        return output
     evaluation = model.clone()
     evaluation_mode(evaluation)
-    try:
-        return logits_of(evaluation, default_output(evaluation, loss), loss)
-    except UnsupportedTrainingError:
-        return None
+    return read_by(evaluation, loss)
 
 
 def _feeds(
@@ -166,7 +161,10 @@ def _feeds(
             f"the model takes {', '.join(names)}",
             "Give one array for each",
         )
-    feeds = {name: _array(named[name]) for name in names}
+    feeds = {
+        name: value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        for name, value in named.items()
+    }
     for value in inputs:
         _check_example(value, feeds[str(value.name)], free_batch)
     return feeds
@@ -185,10 +183,6 @@ def _check_example(value: ir.Value, array: np.ndarray, free_batch: bool) -> None
             f"the model takes {dtype} of shape {value.shape}",
             "Give an array of that dtype and shape",
         )
-
-
-def _array(value: Any) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 
 def _made_up(inputs: Sequence[ir.Value]) -> dict[str, np.ndarray]:

@@ -48,6 +48,8 @@ def run_graph(
     model = ir.from_proto(ir.to_proto(model))
     values = {v.name: v for node in model.graph for v in node.outputs}
     read = [name for name in dict.fromkeys(names) if name in values]
+    if not read:  # ONNX Runtime takes no graph without an output
+        return {name: feeds[name] for name in names}
     cut(model.graph, [values[name] for name in read])
     for value in model.graph.outputs:
         value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
@@ -63,10 +65,14 @@ def run_graph(
     return {name: results[name] if name in results else given[name] for name in names}
 
 
-def training_feeds(
-    training: ir.Model, feeds: Mapping[str, np.ndarray], parameters: Mapping[str, np.ndarray]
+def run_training_graph(
+    training: ir.Model,
+    feeds: Mapping[str, np.ndarray],
+    parameters: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    refused: Refused,
 ) -> dict[str, np.ndarray]:
-    """Give what a training graph takes, gradients' buffers of zeros among it."""
+    """Run a training graph once on the CPU, without accumulation, and read values inside it."""
     given: dict[str, np.ndarray] = {}
     for value in training.graph.inputs:
         name = str(value.name)
@@ -78,15 +84,4 @@ def training_feeds(
             given[name] = np.zeros_like(parameters[name.removesuffix(BUFFER)])
         elif name == RESET:
             given[name] = np.array([True])
-    return given
-
-
-def run_training_graph(
-    training: ir.Model,
-    feeds: Mapping[str, np.ndarray],
-    parameters: Mapping[str, np.ndarray],
-    names: Sequence[str],
-    refused: Refused = can_not_run,
-) -> dict[str, np.ndarray]:
-    """Run a training graph once on the CPU, without accumulation, and read values inside it."""
-    return run_graph(training, training_feeds(training, feeds, parameters), names, refused)
+    return run_graph(training, given, names, refused)

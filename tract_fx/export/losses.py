@@ -5,6 +5,7 @@ Every loss is a torch function of (output, *targets).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,14 +23,12 @@ class TargetSpec:
     """What a loss takes beside the model's output.
 
     Attributes:
-        dtype: The dtype.
         example: A target that fits the example output.
         classes: For class indices, the number of classes: what is not in [0, classes) has to be
             kept from ONNX Runtime, which reads memory that is not the batch's, or crashes.
         ignore_index: For class indices, the one value outside that range that is right.
     """
 
-    dtype: torch.dtype
     example: Tensor
     classes: int | None = None
     ignore_index: int | None = None
@@ -74,8 +73,8 @@ def describe_loss(loss: Loss | None) -> str:
     return loss if isinstance(loss, str) else getattr(loss, "__qualname__", repr(loss))
 
 
-def loss_targets(loss: Loss, outputs: Sequence[Tensor]) -> tuple[TargetSpec, ...]:
-    """Tell what targets a loss takes, where its name or type says so."""
+def loss_target(loss: Loss, outputs: Sequence[Tensor]) -> TargetSpec:
+    """Tell what target a loss takes, where its name or type says so."""
     kind = loss_kind(loss)
     if kind is None:
         raise UnsupportedTrainingError(
@@ -96,16 +95,12 @@ def loss_targets(loss: Loss, outputs: Sequence[Tensor]) -> tuple[TargetSpec, ...
             "class scores are along dimension 1",
             "Use another output or loss",
         )
-    kept = list(range(output.dim()))
+    sizes = list(output.shape)
+    classes = sizes.pop(1 if len(sizes) > 1 else 0) if kind.classes else 0
+    count = math.prod(sizes)
     if kind.classes:
-        kept.remove(1 if output.dim() > 1 else 0)
-    sizes = [output.shape[d] for d in kept]
-    count = torch.Size(sizes).numel()
-    if kind.classes:
-        classes = output.shape[1 if output.dim() > 1 else 0]
         example = (torch.arange(count) % max(classes, 1)).reshape(sizes)
         ignored = getattr(loss, "ignore_index", -100)
-        return (TargetSpec(example.dtype, example, classes, ignored),)
+        return TargetSpec(example, classes, ignored)
     # Zeros and ones are right for probabilities too.
-    example = (torch.arange(count) % 2).float().reshape(sizes)
-    return (TargetSpec(example.dtype, example),)
+    return TargetSpec((torch.arange(count) % 2).float().reshape(sizes))

@@ -14,20 +14,22 @@ _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 def refuse_gradient_hooks(model: nn.Module) -> None:
     """Refuse hooks that see or change gradients: the exported graph has none."""
-    for name, module in model.named_modules():
-        if any(getattr(module, kind, None) for kind in _MODULE_HOOKS):
-            raise ExportError(
-                f"a backward hook on {name or 'the model'} ({type(module).__name__})",
-                "the training graph runs no Python, so that the hook would be lost",
-                "Remove the hook, or train in PyTorch",
-            )
-    for name, parameter in model.named_parameters():
-        if any(getattr(parameter, kind, None) for kind in _TENSOR_HOOKS):
-            raise ExportError(
-                f"a gradient hook on the parameter {name}",
-                "the training graph runs no Python, so that the hook would be lost",
-                "Remove the hook, or train in PyTorch",
-            )
+    found = [
+        f"a backward hook on {name or 'the model'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if any(getattr(module, kind, None) for kind in _MODULE_HOOKS)
+    ]
+    found += [
+        f"a gradient hook on the parameter {name}"
+        for name, parameter in model.named_parameters()
+        if any(getattr(parameter, kind, None) for kind in _TENSOR_HOOKS)
+    ]
+    if found:
+        raise ExportError(
+            found[0],
+            "the training graph runs no Python, so that the hook would be lost",
+            "Remove the hook, or train in PyTorch",
+        )
 
 
 def refuse_several_processes(model: nn.Module) -> None:

@@ -13,17 +13,7 @@ _KEEPING = frozenset({"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"
 def made_up_numbers(
     dtype: np.dtype, shape: Sequence[int], generator: np.random.Generator, *, pixels: bool = False
 ) -> tuple[np.ndarray, str]:
-    """Make up an input's numbers.
-
-    Args:
-        dtype: The input's dtype.
-        shape: Its shape.
-        generator: Where random numbers come from.
-        pixels: Whether whole numbers are those of pixels, which bytes are always.
-
-    Returns:
-        The numbers, and in words which they are.
-    """
+    """Make up an input's numbers, and say which they are; whole ones may be pixels as bytes are."""
     if np.issubdtype(dtype, np.floating) or dtype.kind not in "biu":
         return generator.standard_normal(shape).astype(dtype), "noise of variance 1"
     if dtype.kind == "b" or not (pixels or dtype == np.uint8):

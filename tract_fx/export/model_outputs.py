@@ -25,16 +25,23 @@ _NO_GRADIENT = (
 )
 
 
-def default_output(model: ir.Model, loss: Loss) -> str:
-    """Choose the output that a loss reads: the one of floats that a gradient flows through."""
-    candidates = {}
-    for output in model.graph.outputs:
-        if output.dtype in {None, ir.DataType.FLOAT} and _trains(output):
-            candidates[output.name or ""] = output
-    if len(candidates) > 1 and _kind(loss):
+def read_by(model: ir.Model, loss: Loss) -> str:
+    """Name the value that a loss reads: an output, or the logits behind it."""
+    output = _default_output(model, loss)
+    return str(_logits(output, loss).name or output.name)
+
+
+def _default_output(model: ir.Model, loss: Loss) -> ir.Value:
+    """Choose the output of floats that a gradient flows through."""
+    candidates = [
+        output
+        for output in model.graph.outputs
+        if output.dtype in {None, ir.DataType.FLOAT} and _trains(output)
+    ]
+    if len(candidates) > 1 and _inside(loss):
         candidates = _without_doubles(candidates, loss)
     if len(candidates) == 1:
-        return next(iter(candidates))
+        return candidates[0]
     listed = ", ".join(f"{v.name}: {v.dtype}{v.shape}" for v in model.graph.outputs)
     if not candidates:
         raise UnsupportedTrainingError(
@@ -44,29 +51,10 @@ def default_output(model: ir.Model, loss: Loss) -> str:
         )
     raise UnsupportedTrainingError(
         f"the outputs are {listed}",
-        f"the loss {describe_loss(loss)} could read each of {', '.join(candidates)}",
+        f"the loss {describe_loss(loss)} could read each of "
+        f"{', '.join(str(value.name) for value in candidates)}",
         "Name the one that it reads: output=…",
     )
-
-
-def logits_of(model: ir.Model, output: str, loss: Loss) -> str:
-    """Find the logits behind an output, for losses that have the softmax or sigmoid in them."""
-    found = _logits(_find(model, output), _kind(loss))
-    if isinstance(found, _NoLogits):
-        raise UnsupportedTrainingError(
-            f"the output {output} is {found.what}",
-            f"the loss {describe_loss(loss)} takes logits",
-            found.remedy,
-        )
-    return found.name or output
-
-
-@dataclass(frozen=True)
-class _NoLogits:
-    """What an output is instead, and what to do."""
-
-    what: str
-    remedy: str
 
 
 @dataclass(frozen=True)
@@ -98,85 +86,77 @@ def _maker(output: ir.Value) -> _Maker | None:
     return None
 
 
-def _logits(output: ir.Value, kind: str | None) -> ir.Value | _NoLogits:
+def _logits(output: ir.Value, loss: Loss) -> ir.Value:
     """The logits behind an output; the output itself, where no activation is known in it."""
-    made = None if kind is None else _maker(output)
+    inside = _inside(loss)
+    made = None if inside is None else _maker(output)
     if made is None:
         return output
+
+    def refused(what: str, remedy: str) -> UnsupportedTrainingError:
+        return UnsupportedTrainingError(
+            f"the output {output.name} is {what}",
+            f"the loss {describe_loss(loss)} takes logits",
+            remedy,
+        )
+
+    op, logits = made.node.op_type, f"output={made.source.name}"
     pair = _binary_pair(made.node)
     if pair is not None:
-        if kind == "binary" and not made.reshaped:
+        if inside == "sigmoid" and not made.reshaped:
             return pair
-        return _NoLogits(
+        raise refused(
             "1 − p and p of one sigmoid, the two classes of a binary classifier",
             f'Use loss="bce_with_logits", whose output is {pair.name} and whose target is float32 '
             f"of shape {pair.shape or '(batch, 1)'}",
         )
-    if is_standard(made.node, *_ACTIVATIONS):
-        return _read_by_activation(made, kind)
-    if made.node.op_type == "Normalizer" or _divides_by_sum(made.node):
-        return _NoLogits(
-            f"normalised by {made.node.op_type}, hence probabilities",
+    if op == "Normalizer" or _divides_by_sum(made.node):
+        raise refused(
+            f"normalised by {op}, hence probabilities",
             "Name the logits (output=…), or give a callable that takes probabilities",
         )
-    return output
-
-
-def _read_by_activation(made: _Maker, kind: str | None) -> ir.Value | _NoLogits:
-    """What a softmax or a sigmoid reads, if it is the loss's own."""
-    op, logits = made.node.op_type, f"output={made.source.name}"
-    if op not in (("Sigmoid",) if kind == "binary" else ("Softmax", "LogSoftmax")):
-        other = "cross_entropy" if kind == "binary" else "bce_with_logits"
-        return _NoLogits(
+    if not is_standard(made.node, *_ACTIVATIONS):
+        return output
+    if (op == "Sigmoid") != (inside == "sigmoid"):
+        other = "cross_entropy" if inside == "sigmoid" else "bce_with_logits"
+        raise refused(
             f"what a {op} gives",
             f'Use loss="{other}", or name the value that the loss reads: {logits}',
         )
     if made.reshaped:
-        return _NoLogits(
+        raise refused(
             f"a {op}'s result in another shape",
             f"Name the logits, {logits}, with targets that fit their shape",
         )
-    if kind == "classes" and not _over_classes(made.node, made.rank):
-        return _NoLogits(
+    if inside == "softmax" and not _over_classes(made.node, made.rank):
+        raise refused(
             f"a {op}'s result along another dimension than the second",
             f"Give a callable that moves the classes to dimension 1, and the logits, {logits}",
         )
     return made.source
 
 
-def _kind(loss: Loss) -> str | None:
-    """Tell which activation a loss has in it."""
+def _inside(loss: Loss) -> str | None:
+    """The activation that a loss has in it."""
     kind = loss_kind(loss)
-    return {"softmax": "classes", "sigmoid": "binary"}.get(str(kind and kind.inside))
+    return None if kind is None else kind.inside
 
 
-def _without_doubles(candidates: dict[str, ir.Value], loss: Loss) -> dict[str, ir.Value]:
+def _without_doubles(candidates: list[ir.Value], loss: Loss) -> list[ir.Value]:
     """Take outputs for one that are logits and what a softmax or a sigmoid makes of them."""
-    chosen: dict[ir.Value, str] = {}
-    for name, value in candidates.items():
-        found = _logits(value, _kind(loss))
-        source = value if isinstance(found, _NoLogits) else found
+    chosen: dict[ir.Value, ir.Value] = {}
+    for value in candidates:
+        try:
+            source = _logits(value, loss)
+        except UnsupportedTrainingError:
+            source = value
         is_logits = source is value
         while (node := source.producer()) is not None and is_standard(node, "Identity"):
             assert node.inputs[0] is not None
             source = node.inputs[0]
         if is_logits or source not in chosen:
-            chosen[source] = name
-    return {name: candidates[name] for name in chosen.values()}
-
-
-def _find(model: ir.Model, name: str) -> ir.Value:
-    """Find a value by name."""
-    made = (v for node in model.graph for v in node.outputs)
-    for value in (*model.graph.outputs, *model.graph.inputs, *made):
-        if value.name == name:
-            return value
-    outputs = ", ".join(str(v.name) for v in model.graph.outputs)
-    raise UnsupportedTrainingError(
-        f"no value of the model is called {name!r}",
-        f"its outputs are {outputs}",
-        "Name one of them, or a value in the graph: output=…",
-    )
+            chosen[source] = value
+    return list(chosen.values())
 
 
 def _trains(value: ir.Value) -> bool:

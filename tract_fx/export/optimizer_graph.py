@@ -40,22 +40,11 @@ _LARGEST_BETA = 0.9999
 
 
 def build_optimizer(config: OptimizerConfig, parameters: int) -> ir.Model:
-    """Build the optimizer model of a training directory.
+    """Build the optimizer model of a training directory, for so many parameters in float32.
 
     The learning rate is the graph's input: ONNX Runtime starts at 1e-3 whatever the graph says, so
     set `config.lr` through `Optimizer.set_learning_rate`, again after a checkpoint is loaded.
     With `max_grad_norm` and without accumulation, the gradients themselves are clipped in place.
-
-    Args:
-        config: The optimizer.
-        parameters: Number of trainable parameters; all float32.
-
-    Returns:
-        The model, whose inputs and only output are those that ONNX Runtime Training 1.19.2 expects.
-
-    Raises:
-        UnsupportedTrainingError: The update can't be computed to float32's accuracy, or there is
-            nothing to train.
     """
     if parameters < 1:
         raise UnsupportedTrainingError(
@@ -70,33 +59,29 @@ def build_optimizer(config: OptimizerConfig, parameters: int) -> ir.Model:
             "order that differs from process to process",
             "Use target='onnxruntime', or one weight_decay for all parameters",
         )
+    attributes = _adamw_of(config)
+    graph = _UpdateGraph(moments=2 if attributes else 1)
+    gradients = _prepare(graph, config, parameters)
+    updated = graph.adamw(gradients, **attributes) if attributes else graph.sgd(gradients)
+    if attributes and isinstance(config, SGD) and config.nesterov:
+        updated = graph.after(updated, gradients)
+    return graph.finish(updated)
+
+
+def _adamw_of(config: OptimizerConfig) -> dict[str, float]:
+    """The settings of the AdamWOptimizer that makes an update; none for an SGDOptimizerV2."""
     if isinstance(config, AdamW):
         _check_adamw(config)
-        graph = _UpdateGraph(moments=2)
-        gradients = _prepare(graph, config, parameters)
-        attributes = {"alpha": config.betas[0], "beta": config.betas[1], "epsilon": config.eps}
-        updated = graph.adamw(
-            gradients, **attributes, weight_decay=config.weight_decay, adam_mode=0, correct_bias=1
-        )
-        return graph.finish(updated)
+        means = {"alpha": config.betas[0], "beta": config.betas[1], "epsilon": config.eps}
+        return {**means, "weight_decay": config.weight_decay, "adam_mode": 0, "correct_bias": 1}
     momentum = _check_sgd(config)
     if momentum == 0:
-        graph = _UpdateGraph(moments=1)
-        gradients = _prepare(graph, config, parameters)
-        return graph.finish(graph.sgd(gradients))
-    graph = _UpdateGraph(moments=2)
-    gradients = _prepare(graph, config, parameters)
+        return {}
     rest = float(np.float32(1) - np.float32(momentum))  # as the kernel computes it
-    updated = graph.adamw(
-        gradients,
-        alpha=momentum,
-        beta=1.0,
-        epsilon=rest / momentum if config.nesterov else rest,
-        weight_decay=0.0,
-        adam_mode=1,  # the mode that allows the next setting
-        correct_bias=0,
-    )
-    return graph.finish(graph.after(updated, gradients) if config.nesterov else updated)
+    epsilon = rest / momentum if config.nesterov else rest
+    means = {"alpha": momentum, "beta": 1.0, "epsilon": epsilon}
+    # The mode is the one that allows the last setting.
+    return {**means, "weight_decay": 0.0, "adam_mode": 1, "correct_bias": 0}
 
 
 def _check_adamw(config: AdamW) -> None:
@@ -157,8 +142,7 @@ def _prepare(graph: _UpdateGraph, config: OptimizerConfig, parameters: int) -> i
 class _UpdateGraph(Nodes):
     """A graph under construction, with the inputs that ONNX Runtime feeds.
 
-    Args:
-        moments: How many moments it keeps: 2 for AdamWOptimizer, 1 for SGDOptimizerV2.
+    It keeps 2 moments for AdamWOptimizer, 1 for SGDOptimizerV2.
     """
 
     def __init__(self, moments: int) -> None:
@@ -237,12 +221,7 @@ class _UpdateGraph(Nodes):
             done.shape = ir.Shape([1])
             branches[branch] = ir.Graph([], [done], nodes=self.nodes, name=branch)
             self.prefix, self.nodes = "optimizer", main
-        return self._flag(
-            "If",
-            updated,
-            then_branch=branches["then_branch"],
-            else_branch=branches["else_branch"],
-        )
+        return self._flag("If", updated, domain="", **branches)
 
     def finish(self, updated: ir.Value) -> ir.Model:
         """Make the model, with the flag that the update was made as its output."""

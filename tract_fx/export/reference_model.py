@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -22,31 +22,20 @@ class NoReferenceError(Exception):
 
 
 class ReferenceModel:
-    """A forward graph's values as functions of its inputs and its initializers.
+    """A forward graph's values as functions of its inputs; it draws no random numbers.
 
-    Args:
-        model: The graph. Not changed. It draws no random numbers.
-        outputs: Names of the values to compute; those that no node makes are left out.
-        held: Names of values that are inputs instead of what the graph computes.
-
-    Raises:
-        NoReferenceError: It has an operator, or a dtype, that is not known there.
-
-    Attributes:
-        outputs: Names of the values that it computes.
-        initial: What it computes with unless fed otherwise, by name.
+    Values that no node makes are left out of `outputs`, the names of what it computes. A graph that
+    has an operator or a dtype that is not known there raises `NoReferenceError`.
     """
 
-    def __init__(self, model: ir.Model, outputs: Sequence[str], held: Sequence[str] = ()) -> None:
+    def __init__(self, model: ir.Model, outputs: Sequence[str]) -> None:
         copy = ir.from_proto(ir.to_proto(model))
-        _hold(copy.graph, held)
         made = {value.name: value for node in copy.graph for value in node.outputs}
         self.outputs = tuple(name for name in dict.fromkeys(outputs) if name in made)
         cut(copy.graph, [made[name] for name in self.outputs])
         proto = ir.to_proto(copy)
         _widen(proto.graph)
         self._inputs = [value.name for value in proto.graph.input]
-        self.initial = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
         try:
             self._evaluator = ReferenceEvaluator(proto, new_ops=KERNELS)
         except Exception as error:
@@ -54,28 +43,14 @@ class ReferenceModel:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Compute the values."""
-        given = {n: _widened(feeds[n]) for n in (*self._inputs, *self.initial) if n in feeds}
+        given = {n: feeds[n] for n in self._inputs if n in feeds}
+        given = {n: v.astype(np.float64) if v.dtype == np.float32 else v for n, v in given.items()}
         try:
             with np.errstate(all="ignore"):
                 values = self._evaluator.run(None, given)
         except Exception as error:  # whatever a kernel raises
             raise NoReferenceError(_reason(error)) from error
         return dict(zip(self.outputs, map(np.asarray, values), strict=True))
-
-
-def _hold(graph: ir.Graph, names: Sequence[str]) -> None:
-    """Make inputs of values that nodes compute, in place."""
-    made = {value.name: value for node in graph for value in node.outputs}
-    for name in names:
-        value = made[name]
-        given = ir.Value(shape=value.shape, type=value.type or ir.TensorType(ir.DataType.FLOAT))
-        value.replace_all_uses_with(given, replace_graph_outputs=True)
-        value.name, given.name = f"{name}/computed", name
-        graph.inputs.append(given)
-
-
-def _widened(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float64) if array.dtype == np.float32 else array
 
 
 def _reason(error: BaseException) -> str:
@@ -98,7 +73,8 @@ def _widen(graph: onnx.GraphProto) -> None:
             node.attribute.append(onnx.helper.make_attribute("value", _tensor(np.zeros(1))))
         for attribute in node.attribute:
             _widen_attribute(attribute)
-            for inner in _graphs(attribute):
+            one = attribute.type == AttributeProto.GRAPH
+            for inner in [attribute.g] if one else attribute.graphs:
                 _widen(inner)
 
 
@@ -123,12 +99,6 @@ def _widen_tensor(tensor: TensorProto) -> None:
 
 def _tensor(array: np.ndarray, name: str = "") -> TensorProto:
     return numpy_helper.from_array(np.asarray(array, np.float64), name)
-
-
-def _graphs(attribute: AttributeProto) -> Iterator[onnx.GraphProto]:
-    if attribute.type == AttributeProto.GRAPH:
-        yield attribute.g
-    yield from attribute.graphs
 
 
 def _refuse_half(dtype: int) -> None:

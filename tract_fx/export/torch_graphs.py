@@ -115,23 +115,30 @@ def training_graph(
     model: TorchModel, loss: TorchLoss, training: nn.Module, target: Target
 ) -> tuple[ir.Model, StepTrace, CheckpointTensors]:
     """Write a model's step as the target's runtime reads it."""
-    trace = trace_step(
-        training,
+    update = target.update if target.is_stock else None
+    scaled = target.loss_scale is not None
+    trace = _traced(model, loss, training, target, update=update, scaled=scaled)
+    _refuse_names(trace)
+    graph = write_step(trace)
+    parameters, buffers = dict(training.named_parameters()), dict(training.named_buffers())
+    arrange = to_step_graph if target.is_stock else to_training_graph
+    return graph, trace, arrange(graph, trace, parameters, buffers)
+
+
+def _traced(
+    model: TorchModel, loss: TorchLoss, module: nn.Module, target: Target, **options: Any
+) -> StepTrace:
+    return trace_step(
+        module,
         model.args,
         model.kwargs,
         loss.function,
         tuple(loss.targets.values()),
         names=(*model.inputs, *loss.targets),
         open_axes=model.open_axes,
-        update=target.update if target.is_stock else None,
-        scaled=target.loss_scale is not None,
         dialect=target.dialect,
+        **options,
     )
-    _refuse_names(trace)
-    graph = write_step(trace)
-    parameters, buffers = dict(training.named_parameters()), dict(training.named_buffers())
-    arrange = to_step_graph if target.is_stock else to_training_graph
-    return graph, trace, arrange(graph, trace, parameters, buffers)
 
 
 def _refuse_names(trace: StepTrace) -> None:
@@ -155,25 +162,21 @@ def build_graphs(model: TorchModel, loss: TorchLoss, target: Target) -> TorchGra
     state = named_tensors(model.training)
     held = (*tensors.trained, *tensors.kept)
     _refuse_tensors(model.training, {name: state[name] for name in held})
-    initial = {name: state[name].detach().cpu().numpy().copy() for name in held}
+    initial = arrays({name: state[name] for name in held})
     evaluation, evaluated = evaluation_graph(model, loss, model.evaluation, tensors, target)
-    feeds = {**initial, **arrays({**model.inputs, **loss.targets})}
     if model.file is not None:
-        made = {str(value.name) for value in evaluation.graph.outputs}
-        names = [str(value.name) for value in model.file.graph.outputs]
-        append_outputs(evaluation, model.file, [name for name in names if name not in made])
+        append_outputs(evaluation, model.file)
         strip_exporter_metadata(evaluation)
     made = {str(value.name) for value in evaluation.graph.outputs}
     left_out = {name: why for name, why in evaluated.left_out.items() if name not in made}
-    left_out |= _not_runnable(evaluation, feeds)
+    left_out |= _not_runnable(evaluation, {**initial, **arrays({**model.inputs, **loss.targets})})
     warn_of_left_out(left_out)
     unwanted = {*left_out, *model.hidden}
     loss_value, *others = (v for v in evaluation.graph.outputs if v.name not in unwanted)
     if model.file is not None:  # in the file's order
         order = [value.name for value in model.file.graph.outputs]
         others.sort(key=lambda value: order.index(value.name))
-    outputs = [loss_value, *others]
-    evaluation.graph.outputs[:] = outputs
+    evaluation.graph.outputs[:] = [loss_value, *others]
     passes.RemoveUnusedNodesPass()(evaluation)
     return TorchGraphs(
         target,
@@ -183,7 +186,7 @@ def build_graphs(model: TorchModel, loss: TorchLoss, target: Target) -> TorchGra
         tensors,
         initial,
         _layers(training, trace, tensors),
-        tuple(str(value.name) for value in outputs[1:]),
+        tuple(str(value.name) for value in others),
         _aliases(model.training, held),
     )
 
@@ -196,17 +199,7 @@ def evaluation_graph(
     target: Target,
 ) -> tuple[ir.Model, StepTrace]:
     """Write a model in evaluation mode as the target's runtime reads it."""
-    trace = trace_step(
-        evaluation,
-        model.args,
-        model.kwargs,
-        loss.function,
-        tuple(loss.targets.values()),
-        names=(*model.inputs, *loss.targets),
-        gradients=False,
-        open_axes=model.open_axes,
-        dialect=target.dialect,
-    )
+    trace = _traced(model, loss, evaluation, target, gradients=False)
     graph = write_step(trace)
     to_evaluation_graph(graph, trace, tensors, named_tensors(evaluation))
     return graph, trace
@@ -238,21 +231,17 @@ def _not_runnable(evaluation: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict
     """Why ONNX Runtime can't compute outputs that the loss does not read, by name."""
     loss, *others = (str(value.name) for value in evaluation.graph.outputs)
 
-    def reasons(names: Sequence[str]) -> dict[str, str]:
+    def reason(*names: str) -> str:
         try:
             run_graph(evaluation, feeds, names)
         except ExportError as error:
-            if len(names) == 1:
-                return {names[0]: error.found}
-            return {name: why for each in names for name, why in reasons([each]).items()}
-        return {}
+            return error.found
+        return ""
 
-    try:
-        run_graph(evaluation, feeds, [loss, *others])
-    except ExportError:
-        run_graph(evaluation, feeds, [loss])  # whose own fault is no output's
-        return reasons(others) if others else {}
-    return {}
+    if not reason(loss, *others):
+        return {}
+    run_graph(evaluation, feeds, [loss])  # whose own fault is no output's
+    return {name: why for name in others if (why := reason(name))}
 
 
 def _layers(
@@ -344,18 +333,9 @@ def describe_graphs(
 
 
 def _layer(record: InputLayer) -> TractLayer:
-    assert record.lambda_ is not None
-    geometry: dict[str, Any] | None = None
-    if record.geometry is not None:
-        geometry = dataclasses.asdict(record.geometry)
+    entries = dataclasses.asdict(record)
     return TractLayer(
-        record.name,
-        record.node,
-        record.op,
-        record.weight,
-        record.weight_shape,
-        geometry,
-        record.lambda_,
+        **{field.name: entries[field.name] for field in dataclasses.fields(TractLayer)}
     )
 
 

@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tract_fx.errors import UnsupportedTrainingError
-from tract_fx.export.losses import (
-    Loss,
-    TargetSpec,
-    describe_loss,
-    loss_function,
-    loss_targets,
-)
+from tract_fx.export.losses import Loss, TargetSpec, describe_loss, loss_function, loss_target
 from tract_fx.export.torch_model import TorchModel
 from tract_fx.step.names import batch_names, output_names
 
@@ -31,14 +25,12 @@ class TorchLoss:
         function: Of what the model returns, and of the targets.
         targets: Examples of these, by name.
         classes: Number of classes and ignored index by name of a target that holds class indices.
-        returned: Name of the output that is the loss, None where it is computed of others.
         description: The loss in words.
     """
 
     function: Callable[..., Tensor]
     targets: Mapping[str, Tensor]
     classes: Mapping[str, tuple[int, int | None]]
-    returned: str | None
     description: str
 
 
@@ -53,24 +45,23 @@ def choose_loss(
         return _returned(model, output)
     reads = _reads(model, loss, output)
     function = loss_function(loss)
-    values = [torch.zeros(0)] if reads is None else [model.outputs[reads]]
-    values = list(model.outputs.values()) if reads is None else values
-    specs: tuple[TargetSpec, ...] = ()
+    values = list(model.outputs.values()) if reads is None else [model.outputs[reads]]
+    spec: TargetSpec | None = None
     if example_targets is None:
-        specs = loss_targets(loss, values)
-        targets = [spec.example for spec in specs]
+        spec = loss_target(loss, values)
+        targets = [spec.example]
     else:
         _refuse_targets(loss, example_targets)
         targets = [target.detach().cpu() for target in example_targets]
         with contextlib.suppress(UnsupportedTrainingError):  # a callable's targets aren't known
-            specs = loss_targets(loss, values)
+            spec = loss_target(loss, values)
     names = batch_names(model.training, (), {}, len(targets), model.taken)
     given = dict(zip(names, targets, strict=True))
-    classes = {
-        name: (spec.classes, spec.ignore_index)
-        for name, spec, target in zip(names, specs, targets, strict=False)
-        if spec.classes is not None and target.dtype == spec.dtype
-    }
+    classes = {}
+    if spec is not None and spec.classes is not None:
+        for name, target in given.items():
+            if target.dtype == spec.example.dtype:
+                classes[name] = (spec.classes, spec.ignore_index)
     taken = model.taken
 
     def compute(output: Any, *targets: Tensor) -> Tensor:
@@ -78,7 +69,7 @@ def choose_loss(
         return function(read, *targets)
 
     _refuse_loss(compute, (model.output, *targets))
-    return TorchLoss(compute, given, classes, None, describe_loss(loss))
+    return TorchLoss(compute, given, classes, describe_loss(loss))
 
 
 def _refuse_targets(loss: Loss, targets: Sequence[Tensor]) -> None:
@@ -106,9 +97,7 @@ def _returned(model: TorchModel, output: str | None) -> TorchLoss:
             "Give loss=, for example loss='cross_entropy', or name the output that is the loss",
         )
     taken = model.taken
-    return TorchLoss(
-        lambda output: output_names(output, taken)[name], {}, {}, name, describe_loss(None)
-    )
+    return TorchLoss(lambda output: output_names(output, taken)[name], {}, {}, describe_loss(None))
 
 
 def _reads(model: TorchModel, loss: Loss, output: str | None) -> str | None:

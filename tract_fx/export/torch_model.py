@@ -21,6 +21,7 @@ from tract_fx.export.lost_in_graphs import (
     refuse_several_processes,
     refuse_shared_memory,
 )
+from tract_fx.importer.forward_model import refuse_shared_names
 from tract_fx.modules import copy_tree, named_tensors
 from tract_fx.passes import remove_tract
 from tract_fx.program import arguments, running
@@ -99,9 +100,10 @@ def read_torch(
     refuse_shared_memory(module)
     _refuse_cumulative_average(module)
     training, evaluation = _modes(module)
-    _refuse_shared_names(training, args, kwargs)
-    given = batch_names(training, args, kwargs, 0, {*named_tensors(training)})
-    taken = {*named_tensors(training), *given}
+    own = named_tensors(training)
+    refuse_shared_names(batch_names(training, args, kwargs, 0, set()), own)
+    given = batch_names(training, args, kwargs, 0, {*own})
+    taken = {*own, *given}
     copies = {n: tensor.detach().clone() for n, tensor in named_tensors(evaluation).items()}
     with running(module):
         trained = output_names(observed_output(training, args, kwargs), taken)
@@ -132,37 +134,22 @@ def _refuse_empty(batch: Sequence[Tensor]) -> None:
             )
 
 
-def _refuse_shared_names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuse an input that is called like a parameter or a buffer."""
-    for name in batch_names(model, args, kwargs, 0, set()):
-        if name in named_tensors(model):
-            raise ExportError(
-                f"an argument {name!r} of forward(), and {name!r} in the state_dict",
-                "a graph has one value of a name, and both names are the model's interface",
-                "Rename one of them",
-            )
-
-
 def _modes(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The model in training and in evaluation mode."""
     training = copy_tree(model)
     try:
         if not training.training:
-            _warn_of_evaluation_mode(model)
+            warnings.warn(
+                f"{type(model).__name__} is in evaluation mode: it is exported in training mode, "
+                "all of it. Call model.train() first, and .eval() on what is to stay frozen.",
+                TractWarning,
+                stacklevel=2,
+            )
             training.train()
         return training, copy_tree(model).eval()
     except NotImplementedError:  # an exported program's module has its mode in its graph
         assert isinstance(model, torch.fx.GraphModule)
         return copy_tree(model), in_evaluation(model)
-
-
-def _warn_of_evaluation_mode(model: nn.Module) -> None:
-    warnings.warn(
-        f"{type(model).__name__} is in evaluation mode: it is exported in training mode, all of "
-        "it. Call model.train() first, and .eval() on what is to stay frozen.",
-        TractWarning,
-        stacklevel=2,
-    )
 
 
 def _two_images(

@@ -21,9 +21,7 @@ Tensors = Mapping[str, Tensor]
 
 def update_of(config: OptimizerConfig, scaling: LossScale | None, parameters: Tensors) -> Update:
     """Make an optimizer's update of some parameters."""
-    kinds: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
-    if isinstance(config, SGD):
-        kinds = ("momentum_buffer",) if config.momentum else ()
+    kinds = _states(config)
     if config.accumulate > 1:
         kinds += (GRADIENT_SUM,)
     inputs = {
@@ -53,25 +51,12 @@ def _updated(
     finite = None if scaling is None else all_finite(gradients)
     if config.max_grad_norm is not None:
         gradients = _clipped(gradients, config.max_grad_norm)
-    rule = _RULES[type(config)]
+    rule, kinds = _RULES[type(config)], _states(config)
     new: dict[str, Tensor] = {}
     for name, gradient in gradients.items():
-        states = {
-            key.removeprefix(f"{name}."): value
-            for key, value in inputs.items()
-            if key.rpartition(".")[0] == name
-        }
-        parameter, *changed = rule(
-            config,
-            weight_decay_of(config, name),
-            parameters[name],
-            gradient,
-            states,
-            inputs[LEARNING_RATE],
-            inputs[STEP],
-        )
-        new[name] = parameter
-        kinds = [kind for kind in states if kind != GRADIENT_SUM]
+        states = {kind: inputs[f"{name}.{kind}"] for kind in kinds}
+        decay, rate, step = weight_decay_of(config, name), inputs[LEARNING_RATE], inputs[STEP]
+        new[name], *changed = rule(config, decay, parameters[name], gradient, states, rate, step)
         new |= {f"{name}.{kind}": value for kind, value in zip(kinds, changed, strict=True)}
     before = {**parameters, **inputs}
     if scaling is not None and finite is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +14,7 @@ from tract_fx.export.reference_comparison import compare_values
 from tract_fx.export.reference_model import NoReferenceError, ReferenceModel
 from tract_fx.export.torch_graphs import TorchGraphs, arrays
 from tract_fx.export.torch_loss import TorchLoss
-from tract_fx.export.verify_torch import training_outputs
+from tract_fx.export.verify_torch import Arrays, training_outputs
 from tract_fx.importer.modes import (
     evaluation_mode,
     random_free,
@@ -37,18 +36,22 @@ def verify_import(source: OnnxSource, loss: TorchLoss, graphs: TorchGraphs) -> s
     Where `onnx.reference` can't compute the file in float64, ONNX Runtime does in float32: it knows
     nothing of how the file was read.
     """
+    given = source.given.clone()
+    evaluation_mode(given)
     batch = source.model.batch
-    size = batch if batch is None else min(batch, _IMAGES)
-    inputs = {
-        name: value[:size] if batch is not None and value.ndim and len(value) == batch else value
-        for name, value in arrays(source.model.inputs).items()
+    inputs, targets = (_few(arrays(v), batch) for v in (source.model.inputs, loss.targets))
+    sized = {
+        str(value.name): _of_size(inputs[str(value.name)], value, batch)
+        for value in given.graph.inputs
+        if value.name in inputs
     }
-    targets = {
-        name: value[:size] if batch is not None and len(value) == batch else value
-        for name, value in arrays(loss.targets).items()
-    }
+    size = max((len(value) for value in sized.values() if value.ndim), default=1)
+    resized = {name: np.resize(value, (size, *value.shape[1:])) for name, value in targets.items()}
+    feeds = {**graphs.initial, **sized, **resized}
+    found = run_graph(graphs.evaluation, feeds, graphs.predictions)
     try:
-        _verify_given(source, graphs, inputs, targets)
+        _refuse_random(given)
+        compare_values(ReferenceModel(given, graphs.predictions), sized, found, "evaluation")
         if source.forward.trains:
             _verify_training(source, inputs)
     except NoReferenceError as error:
@@ -59,22 +62,13 @@ def verify_import(source: OnnxSource, loss: TorchLoss, graphs: TorchGraphs) -> s
             ),
             stacklevel=2,
         )
-        _verify_by_runtime(source, graphs, inputs, targets)
+        _compare_with_runtime(given, sized, found)
         return "ONNX Runtime on the file, float32"
     return "onnx.reference on the file, float64"
 
 
-def _verify_by_runtime(
-    source: OnnxSource,
-    graphs: TorchGraphs,
-    inputs: Mapping[str, np.ndarray],
-    targets: Mapping[str, np.ndarray],
-) -> None:
-    given = source.given.clone()
-    evaluation_mode(given)
-    sized = _of_the_file(given, source, inputs)
-    found = run_graph(graphs.evaluation, _feeds(graphs, sized, targets), graphs.predictions)
-    for name, value in run_graph(given, sized, graphs.predictions).items():
+def _compare_with_runtime(given: ir.Model, feeds: Arrays, found: Arrays) -> None:
+    for name, value in run_graph(given, feeds, list(found)).items():
         error = distance(found[name], value)
         if not error <= SINGLE * norm(value) + 1e-6:
             raise ExportError(
@@ -84,49 +78,22 @@ def _verify_by_runtime(
             )
 
 
-def _verify_given(
-    source: OnnxSource,
-    graphs: TorchGraphs,
-    inputs: Mapping[str, np.ndarray],
-    targets: Mapping[str, np.ndarray],
-) -> None:
-    """Compare the outputs in evaluation with the file's, on a batch of the size that it takes."""
-    given = _deterministic(source.given)
-    evaluation_mode(given)
-    sized = _of_the_file(given, source, inputs)
-    reference = ReferenceModel(given, graphs.predictions)
-    found = run_graph(graphs.evaluation, _feeds(graphs, sized, targets), graphs.predictions)
-    compare_values(reference, sized, found, "evaluation")
-
-
-def _of_the_file(
-    given: ir.Model, source: OnnxSource, inputs: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """The batch, of the size that the file takes."""
-    return {
-        str(value.name): _of_size(inputs[str(value.name)], value, source.model.batch)
-        for value in given.graph.inputs
-        if value.name in inputs
-    }
-
-
-def _feeds(
-    graphs: TorchGraphs, sized: Mapping[str, np.ndarray], targets: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """What the evaluation graph takes, the targets of the batch's size."""
-    size = max((len(value) for value in sized.values() if value.ndim), default=1)
-    resized = {name: np.resize(value, (size, *value.shape[1:])) for name, value in targets.items()}
-    return {**graphs.initial, **sized, **resized}
-
-
-def _verify_training(source: OnnxSource, inputs: Mapping[str, np.ndarray]) -> None:
+def _verify_training(source: OnnxSource, inputs: Arrays) -> None:
     """Compare what the loss reads in training mode with the forward graph's."""
-    train = _deterministic(source.forward.graph)
-    norms = {str(n.name) for n in train.graph if n.op_type == "BatchNormalization"}
-    train_batch_norm(train, norms & source.forward.trains)
+    train = source.forward.graph.clone()
+    random_free(train)
+    _refuse_random(train)
+    train_batch_norm(train, source.forward.trains)
     found = training_outputs(source.model, inputs)
-    reference = ReferenceModel(train, list(found))
-    compare_values(reference, inputs, found, "training")
+    compare_values(ReferenceModel(train, list(found)), inputs, found, "training")
+
+
+def _few(values: Arrays, batch: int | None) -> dict[str, np.ndarray]:
+    """Cut what has the batch's size."""
+    return {
+        name: value[:_IMAGES] if batch is not None and value.ndim and len(value) == batch else value
+        for name, value in values.items()
+    }
 
 
 def _of_size(array: np.ndarray, value: ir.Value, batch: int | None) -> np.ndarray:
@@ -137,11 +104,7 @@ def _of_size(array: np.ndarray, value: ir.Value, batch: int | None) -> np.ndarra
     return np.resize(array, (first, *array.shape[1:]))
 
 
-def _deterministic(model: ir.Model) -> ir.Model:
-    """A copy without dropout."""
-    result = model.clone()
-    random_free(result)
-    drawn = random_operators(result)
+def _refuse_random(model: ir.Model) -> None:
+    drawn = random_operators(model)
     if drawn:
         raise NoReferenceError(f"random numbers, drawn by {drawn[0]}")
-    return result

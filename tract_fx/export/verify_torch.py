@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tract_fx.errors import ExportError
@@ -26,12 +26,14 @@ from tract_fx.export.no_dropout import no_dropout
 from tract_fx.export.torch_graphs import TorchGraphs, arrays, evaluation_graph, training_graph
 from tract_fx.export.torch_loss import TorchLoss
 from tract_fx.export.torch_model import TorchModel
-from tract_fx.export.training_session import StockSession, TrainingSession, open_session
+from tract_fx.export.training_session import TrainingSession
 from tract_fx.export.verify_tract import verify_tract
 from tract_fx.function_mode import FunctionMode
 from tract_fx.modules import named_tensors
 from tract_fx.reference.distance import distance, norm
 from tract_fx.step.names import output_names
+
+Arrays: TypeAlias = Mapping[str, np.ndarray]
 
 ROUNDING = 1e-5
 """Largest relative error, beyond what float32 rounds."""
@@ -47,19 +49,13 @@ the condition number. How exact the preconditioner itself is `verify_tract` meas
 VANISHING = 1e-6
 """Share of the largest gradient below which one is rounding: of the bias before a BatchNorm."""
 
-_LOSS = "the loss"
+# Names of what is compared, as a message says them.
+_LOSS, _GRADIENT = "the loss in training mode", "the gradient of "
+_BUFFER, _OUTPUT = "the buffer {} after a step", "the output {} in evaluation mode"
+
 _TIMES, _TIMES_SINGLE = 8.0, 3.0
 _PLACES = 4
 _UNIT = 2.0**-24
-
-
-@dataclass(frozen=True)
-class _Results:
-    """What a step gives: the loss, gradients and running statistics; or the outputs."""
-
-    loss: np.ndarray
-    gradients: Mapping[str, np.ndarray]
-    states: Mapping[str, np.ndarray]
 
 
 def verify_torch(model: TorchModel, loss: TorchLoss, graphs: TorchGraphs) -> None:
@@ -76,27 +72,30 @@ def verify_torch(model: TorchModel, loss: TorchLoss, graphs: TorchGraphs) -> Non
             evaluation, _ = evaluation_graph(
                 model, loss, deterministic, graphs.tensors, graphs.target
             )
-    session = open_session(training)
+    session = TrainingSession(training)
     treated = {weight for record in graphs.layers for weight in record.weight}
-    for size in _sizes(model):
+    # Two sizes that no one has traced with, one of them a single image.
+    for size in (None,) if model.batch is None else (model.batch + 1, 1):
         resize = functools.partial(_resized, batch=model.batch, size=size)
-        args, kwargs = pytree.tree_map(resize, (model.args, model.kwargs))
-        case = _Case(model, loss, args, kwargs, tuple(map(resize, loss.targets.values())))
+        args, kwargs = pytree.tree_map_only(Tensor, resize, (model.args, model.kwargs))
+        targets = tuple(map(resize, loss.targets.values()))
+        case = _Case(model, loss, args, kwargs, targets, graphs.aliases)
         feeds = arrays({name: resize(value) for name, value in batch.items()})
         if size == 1 and not case.is_taken():
             continue
         if size is None or size >= graphs.trace.smallest_batch:
             _verify_training(case, session, feeds, graphs, treated)
-        names = (str(evaluation.graph.outputs[0].name), *graphs.predictions)
-        found = [run_graph(evaluation, {**graphs.initial, **feeds}, names)]
+        own = str(evaluation.graph.outputs[0].name)
+        given = {**graphs.initial, **feeds}
+        found = list(run_graph(evaluation, given, (own, *graphs.predictions)).items())
         if size != 1:  # in another session, the outputs alone
-            found.append(run_graph(evaluation, {**graphs.initial, **feeds}, graphs.predictions))
-        _refuse(next(_evaluation_differences(case, found, names), None))
+            found += run_graph(evaluation, given, graphs.predictions).items()
+        _refuse(_evaluation_difference(case, found, own))
 
 
 def _verify_training(
     case: _Case,
-    session: TrainingSession | StockSession,
+    session: TrainingSession,
     feeds: Mapping[str, np.ndarray],
     graphs: TorchGraphs,
     treated: Collection[str],
@@ -109,10 +108,8 @@ def _verify_training(
     difference: str | None = None
     for place in range(_PLACES):
         moved = _moved(graphs.initial, graphs.tensors.trained, place)
-        value, *gradients = session.run(feeds, moved)
-        found = _Results(np.asarray(value), *gradients)
         own = dataclasses.replace(case, parameters=moved)
-        difference = next(_training_differences(own, found, graphs, treated), None)
+        difference = _training_difference(own, *session.run(feeds, moved), graphs, treated)
         if difference is None:
             return
     _refuse(difference)
@@ -145,15 +142,9 @@ def _draws(model: ir.Model) -> bool:
     return any(node.op_type == "Dropout" for node in model.graph)
 
 
-def _sizes(model: TorchModel) -> tuple[int | None, ...]:
-    """Two sizes that no one has traced with, one of them a single image."""
-    batch = model.batch
-    return (None,) if batch is None else (batch + 1, 1)
-
-
-def _resized(value: Any, batch: int | None, size: int | None) -> Any:
+def _resized(value: Tensor, batch: int | None, size: int | None) -> Tensor:
     """Cut what has a batch's size, or repeat its first entries."""
-    if size is None or not isinstance(value, Tensor) or not value.dim() or len(value) != batch:
+    if size is None or not value.dim() or len(value) != batch:
         return value
     return value[torch.arange(size) % len(value)]
 
@@ -167,28 +158,43 @@ class _Case:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     targets: tuple[Tensor, ...]
+    aliases: Mapping[str, str]
     parameters: Mapping[str, np.ndarray] = field(default_factory=dict)
 
-    def step(self, dtype: torch.dtype, noise: int | None = None) -> _Results:
+    def step(self, dtype: torch.dtype, noise: int | None = None) -> Arrays:
         """Take a step in a dtype; with noise, from inputs and parameters that are rounded."""
-        turned = _Turn(dtype, noise)
         module = self.model.training
-        parameters = {
-            name: turned(self._value(name, value)).requires_grad_(value.requires_grad)
-            for name, value in module.named_parameters()
+        _, loss, tensors = self._run(module, dtype, noise, gradients=True)
+        loss.backward()
+        gradients = {n: tensors[n].grad for n, _ in module.named_parameters()}
+        buffers = {_BUFFER.format(n): tensors[n] for n, _ in module.named_buffers()}
+        named = {
+            f"{_GRADIENT}{self.aliases.get(name, name)}": gradient
+            for name, gradient in gradients.items()
+            if gradient is not None
         }
-        buffers = {name: turned(value) for name, value in module.named_buffers()}
-        args, kwargs, targets = pytree.tree_map(
-            turned, (self.args, dict(self.kwargs), self.targets)
-        )
-        tensors = {**parameters, **buffers}
-        with no_dropout(module) as plain, _wide(dtype), torch.enable_grad():
+        return arrays({_LOSS: loss, **named, **buffers})
+
+    def outputs(self, own: str, dtype: torch.dtype, noise: int | None = None) -> Arrays:
+        """Compute the outputs in evaluation mode, and the loss under a name of its own."""
+        output, loss, _ = self._run(self.model.evaluation, dtype, noise, gradients=False)
+        named = {own: loss, **output_names(output, self.model.taken)}
+        return arrays({_OUTPUT.format(name): value for name, value in named.items()})
+
+    def _run(
+        self, module: nn.Module, dtype: torch.dtype, noise: int | None, gradients: bool
+    ) -> tuple[Any, Tensor, dict[str, Tensor]]:
+        """Call the model and the loss, on copies of the tensors."""
+        turned = _Turn(dtype, noise)
+        tensors = {
+            name: turned(self._value(name, value)).requires_grad_(gradients and value.requires_grad)
+            for name, value in named_tensors(module).items()
+        }
+        given = (self.args, dict(self.kwargs), self.targets)
+        args, kwargs, targets = pytree.tree_map_only(Tensor, turned, given)
+        with no_dropout(module) as plain, _wide(dtype), torch.set_grad_enabled(gradients):
             output = call_on_copies(plain, tensors, args, kwargs)
-            value = self.loss.function(output, *targets)
-        value.backward()
-        gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-        states = {name: tensors[name] for name in buffers}
-        return _Results(value.detach().cpu().numpy(), arrays(gradients), arrays(states))
+            return output, self.loss.function(output, *targets), tensors
 
     def _value(self, name: str, value: Tensor) -> Tensor:
         """A parameter's value, which may be another than the model's."""
@@ -198,23 +204,10 @@ class _Case:
     def is_taken(self) -> bool:
         """Whether the model takes the batch: one of a single image is nothing for some."""
         try:
-            self.outputs(torch.float32)
+            self.outputs("", torch.float32)
         except Exception:  # whatever a model raises
             return False
         return True
-
-    def outputs(self, dtype: torch.dtype, noise: int | None = None) -> dict[str, np.ndarray]:
-        """Compute the outputs in evaluation mode, and the loss under no name."""
-        turned = _Turn(dtype, noise)
-        module = self.model.evaluation
-        tensors = {name: turned(value) for name, value in named_tensors(module).items()}
-        args, kwargs, targets = pytree.tree_map(
-            turned, (self.args, dict(self.kwargs), self.targets)
-        )
-        with no_dropout(module) as plain, _wide(dtype), torch.no_grad():
-            output = call_on_copies(plain, tensors, args, kwargs)
-            value = self.loss.function(output, *targets)
-        return {_LOSS: value.cpu().numpy(), **arrays(output_names(output, self.model.taken))}
 
 
 class _Turn:
@@ -224,10 +217,8 @@ class _Turn:
         self.dtype = dtype
         self.generator = None if noise is None else torch.Generator().manual_seed(noise)
 
-    def __call__(self, value: Any) -> Any:
-        """Turn one value; all but float32 tensors are only copied."""
-        if not isinstance(value, Tensor):
-            return value
+    def __call__(self, value: Tensor) -> Tensor:
+        """Turn one tensor; all but float32 ones are only copied."""
         if value.dtype != torch.float32:
             return value.detach().clone()
         value = value.detach().to(self.dtype, copy=True)
@@ -260,104 +251,81 @@ class _Widening(FunctionMode):
         name = getattr(function, "__name__", "")
         in_place = name.endswith("_") or name == "__set__"  # of the first argument: no copy of it
         first, others = (args[:1], args[1:]) if in_place else ((), args)
-        others, kwargs = pytree.tree_map(_widened, (others, kwargs))
+        others, kwargs = pytree.tree_map_only(
+            Tensor, lambda x: x.double() if x.dtype == torch.float32 else x, (others, kwargs)
+        )
         return function(*first, *others, **kwargs)
 
 
-def _widened(value: Any) -> Any:
-    is_single = isinstance(value, Tensor) and value.dtype == torch.float32
-    return value.double() if is_single else value
-
-
-def _training_differences(
-    case: _Case, found: _Results, graphs: TorchGraphs, treated: Collection[str]
-) -> Iterator[str]:
+def _training_difference(
+    case: _Case,
+    loss: float,
+    gradients: Arrays,
+    states: Arrays,
+    graphs: TorchGraphs,
+    treated: Collection[str],
+) -> str | None:
     """Say where loss, gradients and running statistics are not those of PyTorch."""
     exact = case.step(torch.float64)
-    renamed = {graphs.aliases.get(name, name): value for name, value in exact.gradients.items()}
-    if found.gradients.keys() != renamed.keys():
-        differing = sorted(found.gradients.keys() ^ renamed.keys())
+    found = {f"{_GRADIENT}{name}": value for name, value in gradients.items()}
+    differing = found.keys() ^ {what for what in exact if what.startswith(_GRADIENT)}
+    if differing:
         raise ExportError(
-            f"the gradients of {differing}, which one of PyTorch and the graph has",
+            f"the gradients of {sorted(what.removeprefix(_GRADIENT) for what in differing)}, which "
+            "one of PyTorch and the graph has",
             "where PyTorch stops a gradient, its optimizers leave the parameter",
             "Set requires_grad to False on what is not to be trained",
         )
+    buffers = {_BUFFER.format(name): name for name in graphs.tensors.kept}
+    known = {what: states[name] for what, name in buffers.items() if what in exact}
+    values = {_LOSS: np.asarray(loss), **found, **known}
+    loose = {f"{_GRADIENT}{name}" for name in treated}
+    return _difference(values.items(), exact, case.step, loose)
+
+
+def _evaluation_difference(
+    case: _Case, found: Iterable[tuple[str, np.ndarray]], own: str
+) -> str | None:
+    """Say where outputs in evaluation mode, and the loss of this name, are not PyTorch's."""
+    compute = functools.partial(case.outputs, own)
+    values = [(_OUTPUT.format(name), value) for name, value in found]
+    return _difference(values, compute(torch.float64), compute)
+
+
+def _difference(
+    found: Iterable[tuple[str, np.ndarray]],
+    exact: Arrays,
+    compute: Callable[..., Arrays],
+    loose: Collection[str] = (),
+) -> str | None:
+    """Say which value is off from what is right, and how far; NaN may be what is right.
+
+    What PyTorch has no counterpart of, an ONNX file's own nodes have computed.
+    """
+    gradients = [norm(value) for what, value in exact.items() if what.startswith(_GRADIENT)]
+    vanishing = VANISHING * max(gradients, default=0.0)
 
     @functools.cache
-    def others() -> list[_Results]:
+    def others() -> list[Arrays]:
         """The same with rounded inputs and parameters, and in the model's own dtype."""
-        return [case.step(torch.float64, 0), case.step(torch.float64, 1), case.step(torch.float32)]
+        return [compute(torch.float64, 0), compute(torch.float64, 1), compute(torch.float32)]
 
-    yield from _differences(
-        "the loss in training mode",
-        found.loss,
-        exact.loss,
-        lambda: [other.loss for other in others()],
-    )
-    negligible = VANISHING * max(map(norm, exact.gradients.values()), default=0.0)
-    for name, value in exact.gradients.items():
+    for what, value in found:
+        if what not in exact:
+            continue
+        is_loose = what in loose
         base, most = (
-            (TRACT_ROUNDING, MOST_TRACT_ROUNDING) if name in treated else (ROUNDING, MOST_ROUNDING)
+            (TRACT_ROUNDING, MOST_TRACT_ROUNDING) if is_loose else (ROUNDING, MOST_ROUNDING)
         )
-        yield from _differences(
-            f"the gradient of {name}",
-            found.gradients[graphs.aliases.get(name, name)],
-            value,
-            functools.partial(lambda n: [other.gradients[n] for other in others()], name),
-            base,
-            most,
-            negligible,
-        )
-    for name in graphs.tensors.kept:
-        if name in exact.states:
-            yield from _differences(
-                f"the buffer {name} after a step",
-                found.states[name],
-                exact.states[name],
-                functools.partial(lambda n: [other.states[n] for other in others()], name),
-            )
-
-
-def _evaluation_differences(
-    case: _Case, found: Sequence[Mapping[str, np.ndarray]], names: Sequence[str]
-) -> Iterator[str]:
-    """Say where the outputs of runs in evaluation mode are not those of PyTorch."""
-    exact = case.outputs(torch.float64)
-
-    @functools.cache
-    def others() -> list[dict[str, np.ndarray]]:
-        dtypes = ((torch.float64, 0), (torch.float64, 1), (torch.float32, None))
-        return [case.outputs(dtype, noise) for dtype, noise in dtypes]
-
-    for name, value in (entry for run in found for entry in run.items()):
-        if name != names[0] and name not in exact:
-            continue  # of an ONNX file: by its own nodes
-        key = name if name in exact else _LOSS
-        yield from _differences(
-            f"the output {name} in evaluation mode",
-            value,
-            exact[key],
-            functools.partial(lambda k: [other[k] for other in others()], key),
-        )
-
-
-def _differences(
-    what: str,
-    found: np.ndarray,
-    expected: np.ndarray,
-    rounded: Callable[[], list[np.ndarray]],
-    base: float = ROUNDING,
-    most: float = MOST_ROUNDING,
-    negligible: float = 1e-6,
-) -> Iterator[str]:
-    """Say how far a value is off from what is right, if it is; NaN may be what is right."""
-    error, size = distance(found, expected, "all"), norm(expected)
-    if error <= base * size + negligible:
-        return
-    *moved, single = (distance(other, expected, "all") for other in rounded())
-    slack = max(min(_TIMES * max(moved), most * size), _TIMES_SINGLE * single)
-    if not error <= base * size + negligible + slack:
-        yield f"{what}, which the exported graph has off by {error:.2e} of {size:.2e}"
+        error, size = distance(value, exact[what], "all"), norm(exact[what])
+        bound = base * size + (vanishing if what.startswith(_GRADIENT) else 1e-6)
+        if error <= bound:
+            continue
+        *moved, single = (distance(other[what], exact[what], "all") for other in others())
+        slack = max(min(_TIMES * max(moved), most * size), _TIMES_SINGLE * single)
+        if not error <= bound + slack:
+            return f"{what}, which the exported graph has off by {error:.2e} of {size:.2e}"
+    return None
 
 
 def _refuse(difference: str | None) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tract_fx.errors import ExportError
-from tract_fx.export.training_session import open_session
+from tract_fx.export.training_session import TrainingSession
 from tract_fx.passes.onnx_graph.treated import treated_calls, without_tract
 from tract_fx.passes.records import InputLayer
 from tract_fx.reference.distance import relative_error
@@ -39,7 +39,7 @@ def verify_tract(
     if not treated:
         return
     names = [name for call in treated for name in call.read]
-    _, _, read = open_session(training, names).run(feeds, parameters)
+    _, _, read = TrainingSession(training, names).run(feeds, parameters)
     values = {**feeds, **parameters, **read}
     for call in treated:
         observed = observe_call(call, values)

@@ -13,8 +13,7 @@ import torch
 from torch import fx
 
 from tract_fx.errors import StateMismatchError
-from tract_fx.importer.build import Imported, import_graph
-from tract_fx.importer.detached import detached_names
+from tract_fx.importer.build import import_graph
 from tract_fx.importer.forward_model import read_forward, read_model
 from tract_fx.passes.onnx_graph.models import as_ir_model, load_values
 
@@ -44,25 +43,19 @@ def import_onnx(model: Model, *, trainable: Iterable[str] | None = None) -> fx.G
         UnsupportedTrainingError: An operator has no counterpart in PyTorch, or what is trained
             can't be told.
     """
-    module = _imported(model, trainable).module
+    forward = read_forward(read_model(model), choice=None, trainable=trainable)
+    module = import_graph(
+        forward.graph,
+        trained=forward.trained,
+        frozen=forward.frozen,
+        trains=forward.trains,
+        needed=[str(value.name) for value in forward.graph.graph.outputs],
+    ).module
     outputs: Any = module.graph.output_node().args[0]
     if len(outputs) == 1:
         module.graph.output_node().args = (*outputs.values(),)
         module.recompile()
     return module
-
-
-def _imported(model: Model, trainable: Iterable[str] | None) -> Imported:
-    forward = read_forward(read_model(model), choice=None, trainable=trainable)
-    outputs = [str(value.name) for value in forward.graph.graph.outputs]
-    return import_graph(
-        forward.graph,
-        trained=forward.trained,
-        frozen=forward.frozen,
-        trains=forward.trains,
-        detached=detached_names(forward.graph),
-        needed=outputs,
-    )
 
 
 def with_weights(model: Model, state: Mapping[str, Any]) -> onnx.ModelProto:
@@ -80,7 +73,9 @@ def with_weights(model: Model, state: Mapping[str, Any]) -> onnx.ModelProto:
     """
     result = as_ir_model(model)
     load_values(result)
-    keys = {key: name for name, key in _keys(model).items()}
+    whole = read_model(model)
+    floats = [n for n, v in whole.graph.initializers.items() if v.dtype == ir.DataType.FLOAT]
+    keys = {key: name for name, key in import_graph(whole, trained=floats).keys.items()}
     for key, value in state.items():
         name = keys.get(key, key)
         old = result.graph.initializers.get(name)
@@ -94,11 +89,3 @@ def with_weights(model: Model, state: Mapping[str, Any]) -> onnx.ModelProto:
             )
         old.const_value = ir.tensor(np.array(array, dtype=tensor.dtype.numpy()), name=name)
     return ir.to_proto(result)
-
-
-def _keys(model: Model) -> Mapping[str, str]:
-    """The state_dict's keys of the initializers whose names are no keys."""
-    whole = read_model(model)
-    held = whole.graph.initializers.items()
-    trained = [name for name, value in held if value.dtype == ir.DataType.FLOAT]
-    return import_graph(whole, trained=trained).keys

@@ -19,8 +19,10 @@ from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.importer import elementwise, layers, recurrent_layers, reductions, shapes
 from tract_fx.importer.host import as_host
 from tract_fx.importer.layers import batch_norm, split_pads
+from tract_fx.importer.modes import training_switch
 from tract_fx.importer.shapes import pad_sides, wrapped_indices
-from tract_fx.importer.table import OPERATORS
+from tract_fx.importer.table import OPERATORS, unsupported
+from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.node_names import described
 from tract_fx.passes.onnx_graph.values import ancestors, operands, static_shape
 from tract_fx.preconditioner import LAYER_KINDS, precondition_grad
@@ -31,6 +33,9 @@ assert elementwise and layers and recurrent_layers and reductions and shapes  # 
 _SEVERAL = frozenset({"Split", "LSTM", "GRU", "RNN"})
 _SMALL = 64
 """Integers up to this many are taken for sizes and the like."""
+
+# torch.onnx.export writes `detach()` as Identity, and notes the operator that it came from.
+_NOTE, _DETACH = "pkg.torch.onnx.fx_node", ("aten.detach.", "aten.detach_.")
 
 # Inputs that are numbers, and never data.
 _NUMBERS = frozenset(
@@ -46,14 +51,13 @@ class Imported:
     """An ONNX model in PyTorch.
 
     Attributes:
-        module: Takes the model's inputs in order, and gives its outputs by name.
+        module: Takes the model's inputs in order, and gives its outputs by name, those that can't
+            be translated and are not needed left out.
         keys: The state_dict's key of each initializer that is a tensor of it.
-        left_out: What stands in the way of outputs that are left out, by name.
     """
 
     module: fx.GraphModule
     keys: Mapping[str, str]
-    left_out: Mapping[str, str]
 
 
 class Mode(nn.Module):
@@ -71,28 +75,23 @@ def import_graph(
     frozen: Collection[str] = (),
     trains: Collection[str] = (),
     lambdas: Mapping[str, float] | None = None,
-    detached: Collection[str] = (),
     needed: Collection[str] = (),
 ) -> Imported:
     """Import a graph."""
-    builder = _Builder(model, (*trained, *frozen), trains, lambdas or {}, detached)
-    imported = builder.build(needed)
-    for key in imported.keys.keys() & set(frozen):
-        imported.module.get_parameter(imported.keys[key]).requires_grad_(False)
-    return imported
+    parameters = {**dict.fromkeys(trained, True), **dict.fromkeys(frozen, False)}
+    return _Builder(model, parameters, trains, lambdas or {}).build(needed)
 
 
 class _Builder:
     def __init__(
         self,
         model: ir.Model,
-        trained: Collection[str],
+        parameters: Mapping[str, bool],
         trains: Collection[str],
         lambdas: Mapping[str, float],
-        detached: Collection[str],
     ) -> None:
-        self.model, self.trained, self.trains = model, frozenset(trained), frozenset(trains)
-        self.lambdas, self.detached = lambdas, frozenset(detached)
+        self.model, self.trains, self.lambdas = model, trains, lambdas
+        self.parameters = parameters  # and whether each is trained
         self.root = nn.Module()
         self.root.mode = Mode()
         self.graph = fx.Graph()
@@ -111,7 +110,7 @@ class _Builder:
         self.training = self.graph.call_module("mode")
         for node in graph:
             self._visit(node)
-        outputs, left_out = {}, {}
+        outputs = {}
         for value in graph.outputs:
             name = str(value.name)
             if value in self.problems and name in needed:
@@ -121,16 +120,14 @@ class _Builder:
                     "Write that part of the model with other operators, or export the model from "
                     "its own framework otherwise",
                 )
-            if value in self.problems:
-                left_out[name] = self.problems[value]
-            else:
+            if value not in self.problems:
                 outputs[name] = self._read(value)
         self.graph.output(outputs)
         module = fx.GraphModule(self.root, self.graph, "OnnxModel")
         module.graph.eliminate_dead_code()
         module.delete_all_unused_submodules()
         module.recompile()
-        return Imported(module.train(), self.keys, left_out)
+        return Imported(module.train(), self.keys)
 
     def _visit(self, node: ir.Node) -> None:
         behind = [self.problems[v] for v in node.inputs if v is not None and v in self.problems]
@@ -145,7 +142,7 @@ class _Builder:
         """Write a node; say what stands in the way if it can't be."""
         domain = "" if node.domain == "ai.onnx" else node.domain
         if (domain, node.op_type) == ("", "Constant"):
-            self.values[node.outputs[0]] = self._constant(node)
+            self.values[node.outputs[0]] = self._held(node.outputs[0])
             return None
         special = _SPECIAL.get((domain, node.op_type))
         function = OPERATORS.get((domain, node.op_type))
@@ -168,18 +165,16 @@ class _Builder:
             result = self.graph.call_function(function, tuple(arguments), attributes)
         if node.op_type in _SEVERAL:
             for index, value in enumerate(node.outputs):
-                part = self.graph.call_function(python.getitem, (result, index))
-                self.values[value] = self._detached(value, part)
+                self.values[value] = self.graph.call_function(python.getitem, (result, index))
             return None
         if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
             return f"{described(node)} with several outputs"
-        self.values[node.outputs[0]] = self._detached(node.outputs[0], result)
+        if is_standard(node, "Identity") and any(
+            name in node.metadata_props.get(_NOTE, "") for name in _DETACH
+        ):
+            result = self.graph.call_method("detach", (result,))
+        self.values[node.outputs[0]] = result
         return None
-
-    def _detached(self, value: ir.Value, result: fx.Node) -> fx.Node:
-        if value.name in self.detached:
-            return self.graph.call_method("detach", (result,))
-        return result
 
     def is_constant(self, value: ir.Value) -> bool:
         """Whether nothing of the model's inputs is in a value."""
@@ -192,54 +187,47 @@ class _Builder:
             return self.training
         if node.op_type == "BatchNormalization":
             return bool(node.attributes.get_int("training_mode", 0))
-        given = node.inputs[2] if len(node.inputs) > 2 else None
-        constant = None if given is None else ir.convenience.get_const_tensor(given)
-        return bool(constant is not None and constant.numpy().reshape(-1)[0])
+        return bool(training_switch(node))
 
     def _read(self, value: ir.Value) -> Any:
         """The node of a value; an initializer's is made when it is first read."""
         if value not in self.values:
-            self.values[value] = self._initializer(value)
-        found = self.values[value]
-        return self._as_tensor(found) if isinstance(found, _Numbers) else found
-
-    def _as_tensor(self, numbers: _Numbers) -> fx.Node:
-        return self.graph.call_function(torch.tensor, (numbers.entries,), {"dtype": numbers.dtype})
-
-    def _argument(self, node: ir.Node, place: int, value: ir.Value) -> Any:
-        if value not in self.values:
-            self.values[value] = self._initializer(value)
+            self.values[value] = self._held(value)
         found = self.values[value]
         if not isinstance(found, _Numbers):
             return found
-        is_integer = not found.dtype.is_floating_point and found.dtype != torch.bool
-        if is_integer or (node.op_type, place) in _NUMBERS:
-            kind = "int64" if is_integer else "float32" if found.dtype != torch.bool else "bool"
-            return self.graph.call_function(as_host, (found.entries, kind))
-        return self._as_tensor(found)
+        return self.graph.call_function(torch.tensor, (found.entries,), {"dtype": found.dtype})
 
-    def _constant(self, node: ir.Node) -> Any:
-        tensor = ir.convenience.get_const_tensor(node.outputs[0])
-        if tensor is None:
-            raise UnsupportedTrainingError(described(node), "", "")
-        return self._held(node.outputs[0], tensor.numpy())
+    def _argument(self, node: ir.Node, place: int, value: ir.Value) -> Any:
+        """The node of a value as an operand, which may be numbers that are no tensor."""
+        if value not in self.values:
+            self.values[value] = self._held(value)
+        found = self.values[value]
+        if isinstance(found, _Numbers):
+            is_integer = not found.dtype.is_floating_point and found.dtype != torch.bool
+            if is_integer or (node.op_type, place) in _NUMBERS:
+                kind = "int64" if is_integer else "float32" if found.dtype != torch.bool else "bool"
+                return self.graph.call_function(as_host, (found.entries, kind))
+        return self._read(value)
 
-    def _initializer(self, value: ir.Value) -> Any:
-        assert value.const_value is not None, value.name
-        return self._held(value, value.const_value.numpy())
-
-    def _held(self, value: ir.Value, array: np.ndarray) -> Any:
-        name = str(value.name)
+    def _held(self, value: ir.Value) -> Any:
+        """What a constant or an initializer is: numbers in the graph, or a tensor of the module."""
+        name, constant = str(value.name), ir.convenience.get_const_tensor(value)
+        if constant is None:
+            maker = value.producer()
+            assert maker is not None, name
+            raise unsupported(described(maker))
+        array = constant.numpy()
         readers = {(use.node.op_type, use.idx) for use in value.uses()}
-        small = array.size <= _SMALL and name not in self.trained
+        small = array.size <= _SMALL and name not in self.parameters
         is_sizes = array.dtype.kind in "iu" and not value.is_graph_output()
-        if small and (is_sizes or (readers and readers <= _NUMBERS)):
-            return _Numbers(array.tolist(), torch.from_numpy(np.array(array)).dtype)
         try:
             tensor = torch.from_numpy(np.array(array))
         except TypeError as error:  # text, say
-            raise UnsupportedTrainingError(f"{name!r} of {array.dtype}", "", "") from error
-        key = _place(self.root, name, tensor, name in self.trained)
+            raise unsupported(f"{name!r} of {array.dtype}") from error
+        if small and (is_sizes or (readers and readers <= _NUMBERS)):
+            return _Numbers(array.tolist(), tensor.dtype)
+        key = _place(self.root, name, tensor, self.parameters.get(name))
         self.keys[name] = key
         return self.graph.get_attr(key)
 
@@ -273,8 +261,8 @@ def _unknown(function: Any, attributes: Mapping[str, Any]) -> list[str]:
     return sorted(attributes.keys() - parameters.keys())
 
 
-def _place(root: nn.Module, name: str, tensor: Tensor, trained: bool) -> str:
-    """Register a tensor under its name, whose dots make modules."""
+def _place(root: nn.Module, name: str, tensor: Tensor, trained: bool | None) -> str:
+    """Register a tensor under its name, whose dots make modules; as a buffer where that is None."""
     *path, last = [part or "_" for part in name.split(".")]
     owner, taken = root, []
     for part in path:
@@ -287,10 +275,10 @@ def _place(root: nn.Module, name: str, tensor: Tensor, trained: bool) -> str:
         taken.append(part)
     while hasattr(owner, last):
         last += "_"
-    if trained:
-        owner.register_parameter(last, nn.Parameter(tensor))
-    else:
+    if trained is None:
         owner.register_buffer(last, tensor)
+    else:
+        owner.register_parameter(last, nn.Parameter(tensor, requires_grad=trained))
     return ".".join([*taken, last])
 
 
@@ -303,7 +291,7 @@ def _convolution(
     x, weight, *bias = arguments
     shape = None if node.inputs[1] is None else static_shape(node.inputs[1])
     if shape is None:
-        raise UnsupportedTrainingError(f"{described(node)} with a weight of unknown shape", "", "")
+        raise unsupported(f"{described(node)} with a weight of unknown shape")
     dims = len(shape) - 2
     before, after = split_pads(attributes.get("pads"), dims)
     graph = builder.graph
@@ -358,7 +346,6 @@ def _gemm(
     x = graph.call_function(torch.t, (x,)) if attributes.get("transA") else x
     if not attributes.get("transB"):
         weight = graph.call_function(torch.t, (weight,))
-    added = None if beta == 0 else added
     given = node.inputs[2] if added is not None else None
     if alpha == beta == 1 and (given is None or len(given.shape or (1, 1)) == 1):
         sizes = None if given is None else static_shape(given)
@@ -386,7 +373,9 @@ def _gather(
     """Look rows of a table up as an embedding does, which is no layer that multiplies."""
     (table, indices), graph = arguments, builder.graph
     given = node.inputs[0]
-    is_table = given is not None and given.name in builder.trained and len(given.shape or ()) == 2
+    is_table = (
+        given is not None and given.name in builder.parameters and len(given.shape or ()) == 2
+    )
     if not is_table or attributes.get("axis", 0) % 2:
         return graph.call_function(OPERATORS["", "Gather"], (table, indices), attributes)
     count = graph.call_method("size", (table, 0))

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveInitializersFromInputsPass, ShapeInferencePass
+from onnx_ir.passes.common import RemoveInitializersFromInputsPass
 
 from tract_fx.errors import ExportError, UnsupportedModelError, UnsupportedTrainingError
-from tract_fx.importer.auto_pad import explicit_pads
+from tract_fx.importer.inferred_shapes import infer_shapes
 from tract_fx.importer.ml_operators import read_with_scores, standardised_preprocessing
-from tract_fx.importer.operands import unread_operands
-from tract_fx.importer.permutations import identity_permutations
+from tract_fx.importer.modes import training_switch
+from tract_fx.importer.node_forms import plain_forms
 from tract_fx.importer.versions import supported_versions
 from tract_fx.passes.choose import Choice, choose
 from tract_fx.passes.onnx_graph.calls import is_standard
 from tract_fx.passes.onnx_graph.find import locate
 from tract_fx.passes.onnx_graph.models import load_values
 from tract_fx.passes.onnx_graph.node_names import named_nodes
-from tract_fx.passes.onnx_graph.parameters import RESET, forward_parameters, is_training_graph
+from tract_fx.passes.onnx_graph.parameters import forward_parameters, is_training_graph
 
 
 def read_model(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
@@ -35,15 +35,13 @@ def read_model(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model:
             "tract_fx.passes.tract_onnx_pass, `tract-fx rewrite` in a shell",
         )
     RemoveInitializersFromInputsPass()(graph)
-    _refuse_shared_names(graph)
+    refuse_shared_names((str(value.name) for value in graph.graph.inputs), graph.graph.initializers)
     load_values(graph)  # a converter of opsets forgets where the files lie
     supported_versions(graph)
     named_nodes(graph)
     standardised_preprocessing(graph)
-    ShapeInferencePass(check_type=False, strict_mode=False)(graph)
-    explicit_pads(graph)
-    identity_permutations(graph)  # before ONNX Runtime runs this graph for the first time
-    unread_operands(graph)
+    infer_shapes(graph)
+    plain_forms(graph)  # before ONNX Runtime runs this graph for the first time
     return graph
 
 
@@ -86,7 +84,8 @@ def read_forward(
     norms = [node for node in model.graph if is_standard(node, "BatchNormalization")]
     moving = [node for node in norms if node.attributes.get_int("training_mode", 0)]
     moving = moving or [n for n in norms if any(v and v.name in names for v in n.inputs[1:3])]
-    drops = [node for node in model.graph if is_standard(node, "Dropout") and _may_drop(node)]
+    dropouts = [node for node in model.graph if is_standard(node, "Dropout")]
+    drops = [node for node in dropouts if training_switch(node) is not False]
     lambdas: dict[str, float] = {}
     if choice is not None:
         located = locate(model, names, frozen)
@@ -96,28 +95,15 @@ def read_forward(
     return ForwardModel(model, names, frozen, trains, lambdas)
 
 
-def _may_drop(node: ir.Node) -> bool:
-    """Whether a Dropout says that it trains, or says nothing."""
-    given = node.inputs[2] if len(node.inputs) > 2 else None
-    constant = None if given is None else ir.convenience.get_const_tensor(given)
-    return constant is None or bool(constant.numpy().reshape(-1)[0])
-
-
-def _refuse_shared_names(model: ir.Model) -> None:
-    """Refuse an input that is called like an initializer, and what ONNX Runtime adds."""
-    inputs = {str(value.name) for value in model.graph.inputs}
-    for name in sorted(inputs & set(model.graph.initializers)):
-        raise ExportError(
-            f"an argument {name!r} of forward(), and {name!r} in the state_dict",
-            "a graph has one value of a name, and both names are the model's interface",
-            "Rename one of them",
-        )
-    for name in sorted({RESET} & (inputs | set(model.graph.initializers))):
-        raise ExportError(
-            f"the name {name!r} in the model",
-            "ONNX Runtime Training gives it to an input of its own",
-            "Rename it",
-        )
+def refuse_shared_names(inputs: Iterable[str], tensors: Collection[str]) -> None:
+    """Refuse an input that is called like a parameter, a buffer or an initializer."""
+    for name in inputs:
+        if name in tensors:
+            raise ExportError(
+                f"an argument {name!r} of forward(), and {name!r} in the state_dict",
+                "a graph has one value of a name, and both names are the model's interface",
+                "Rename one of them",
+            )
 
 
 def _check_trained(model: ir.Model, names: Sequence[str]) -> None:

@@ -22,15 +22,7 @@ def is_host(value: object) -> bool:
 
 
 def as_host(numbers: Any, dtype: str) -> Host:
-    """Make an array of numbers.
-
-    Args:
-        numbers: Nested lists of them.
-        dtype: Numpy's name of their dtype; integers may become symbolic sizes.
-
-    Returns:
-        The array.
-    """
+    """Make an array of nested lists of numbers; integers may become symbolic sizes."""
     kind = np.dtype(dtype).kind
     return np.array(numbers, dtype=object if kind in "iu" else dtype)
 
@@ -44,14 +36,7 @@ def as_list(value: Value | None) -> list[Any] | None:
 
 
 def as_tensor(value: Value) -> Tensor:
-    """Give numbers as a tensor.
-
-    Args:
-        value: A tensor, which stays itself, or numbers: integers become int64, floats float32.
-
-    Returns:
-        The tensor.
-    """
+    """Give numbers as a tensor: integers become int64, floats float32."""
     if isinstance(value, Tensor):
         return value
     flat = list(value.reshape(-1))

@@ -154,20 +154,10 @@ def batch_norm(
     momentum: float = 0.9,
     epsilon: float = 1e-5,
 ) -> Tensor:
-    """Normalise as BatchNormalization does; its running variance is the population's.
+    """Normalise as BatchNormalization does, over all dimensions but the second.
 
-    Args:
-        x: (N, C, *).
-        scale: (C,).
-        bias: (C,).
-        mean: Running means, (C,), updated in training.
-        variance: Running variances, (C,), updated in training.
-        training: Whether the batch's own statistics are used.
-        momentum: Share of the running statistics that is kept.
-        epsilon: Added to the variance.
-
-    Returns:
-        The result.
+    The running mean and variance, which training updates, are the population's; `momentum` is the
+    share of them that is kept.
     """
     if not training:
         return F.batch_norm(x, mean, variance, scale, bias, False, 0.0, epsilon)

@@ -8,12 +8,11 @@ import onnx_ir as ir
 EXPORTERS = ("pkg.torch", "pkg.onnxscript", "namespace")
 
 
-def strip_exporter_metadata(model: ir.Model) -> int:
+def strip_exporter_metadata(model: ir.Model) -> None:
     """Remove stack traces, scope names and doc strings that an exporter left.
 
     Other metadata stays, ours among it.
     """
-    removed = 0
     holders: list[ir.Model | ir.Graph | ir.Node | ir.Value] = [model, model.graph]
     for node in model.graph.all_nodes():
         holders += [node, *node.outputs]
@@ -21,8 +20,4 @@ def strip_exporter_metadata(model: ir.Model) -> int:
     for holder in holders:
         for key in [key for key in holder.metadata_props if key.startswith(EXPORTERS)]:
             del holder.metadata_props[key]
-            removed += 1
-        if holder.doc_string:
-            holder.doc_string = None
-            removed += 1
-    return removed
+        holder.doc_string = None

@@ -26,24 +26,20 @@ def read_with_scores(model: onnx.ModelProto | ir.Model | str | Path) -> ir.Model
     return result if with_scores is proto else as_ir_model(with_scores)
 
 
-def standardised_preprocessing(model: ir.Model) -> int:
+def standardised_preprocessing(model: ir.Model) -> None:
     """Write each Scaler as a difference and a product; note what others keep of their shape.
 
     Without it no shape is known behind such a step, and on a GPU it would run on the CPU.
     """
-    changed = 0
     for node in list(model.graph):
         x = node.inputs[0] if node.inputs else None
         if node.domain != _DOMAIN or x is None:
             continue
         if node.op_type == "Scaler":
             _write_out(node, x)
-            changed += 1
         elif node.op_type in _ELEMENTWISE and node.outputs[0].shape is None:
             node.outputs[0].shape = x.shape
             node.outputs[0].type = node.outputs[0].type or ir.TensorType(ir.DataType.FLOAT)
-            changed += 1
-    return changed
 
 
 def _write_out(node: ir.Node, x: ir.Value) -> None:

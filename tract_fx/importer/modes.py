@@ -11,33 +11,25 @@ from tract_fx.passes.onnx_graph.calls import RANDOM, is_standard
 from tract_fx.passes.onnx_graph.node_names import described
 
 
-def evaluation_mode(model: ir.Model) -> int:
+def evaluation_mode(model: ir.Model) -> None:
     """Turn a forward graph in training mode into its form for evaluation.
 
     BatchNormalization uses its running statistics and has one output; Dropout nodes go.
     """
-    changed = random_free(model)
+    random_free(model)
     for node in model.graph:
-        if not is_standard(node, "BatchNormalization"):
-            continue
-        if not node.attributes.get_int("training_mode", 0) and len(node.outputs) == 1:
-            continue
-        _drop_outputs(node)
-        node.attributes.add(ir.AttrInt64("training_mode", 0))
-        changed += 1
-    return changed
+        if is_standard(node, "BatchNormalization"):
+            _drop_outputs(node)
+            if node.attributes.get_int("training_mode", 0):
+                node.attributes.add(ir.AttrInt64("training_mode", 0))
 
 
-def random_free(model: ir.Model) -> int:
+def random_free(model: ir.Model) -> None:
     """Take out all Dropout nodes, so that two runs of a graph can be compared."""
-    changed = 0
     for node in list(model.graph):
-        if not is_standard(node, "Dropout"):
-            continue
-        _drop_outputs(node)
-        _bypass(model.graph, node)
-        changed += 1
-    return changed
+        if is_standard(node, "Dropout"):
+            _drop_outputs(node)
+            _bypass(model.graph, node)
 
 
 def random_operators(model: ir.Model) -> list[str]:
@@ -49,16 +41,22 @@ def random_operators(model: ir.Model) -> list[str]:
     ]
 
 
+def training_switch(node: ir.Node) -> bool | None:
+    """Tell whether a Dropout says that it trains, None where it does not say or computes it."""
+    given = _number(node, 2)
+    return None if given is None else bool(given)
+
+
 def _is_off(node: ir.Node) -> bool:
     """Tell whether a Dropout is known to let its input through."""
-    ratio = node.inputs[1] if len(node.inputs) > 1 else None
-    training = node.inputs[2] if len(node.inputs) > 2 else None
-    if training is None:
-        return True
-    switch, rate = (ir.convenience.get_const_tensor(v) if v else None for v in (training, ratio))
-    return (switch is not None and not switch.numpy().item()) or (
-        rate is not None and rate.numpy().item() == 0
-    )
+    says_nothing = len(node.inputs) < 3 or node.inputs[2] is None
+    return says_nothing or training_switch(node) is False or _number(node, 1) == 0
+
+
+def _number(node: ir.Node, place: int) -> float | None:
+    value = node.inputs[place] if len(node.inputs) > place else None
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy().reshape(-1)[0].item()
 
 
 def _drop_outputs(node: ir.Node) -> None:
@@ -95,24 +93,14 @@ def _bypass(graph: ir.Graph, node: ir.Node) -> None:
     copy.name = name
 
 
-def train_batch_norm(model: ir.Model, names: Collection[str] | None = None) -> int:
+def train_batch_norm(model: ir.Model, names: Collection[str]) -> None:
     """Put BatchNormalization nodes of an inference graph in training mode.
 
     They get the outputs that the operator has then: the result and both running statistics.
     """
-    changed = 0
     for node in model.graph:
-        if not is_standard(node, "BatchNormalization"):
-            continue
-        if names is not None and node.name not in names:
-            continue
-        complete = len(node.outputs) == 3 and all(output.name for output in node.outputs)
-        if node.attributes.get_int("training_mode", 0) != 0 and complete:
-            continue
-        node.attributes.add(ir.AttrInt64("training_mode", 1))
-        node.resize_outputs(3)
-        for output, suffix in zip(node.outputs[1:], ("mean", "var"), strict=True):
-            if not output.name:
-                output.name = f"{node.outputs[0].name}_running_{suffix}"
-        changed += 1
-    return changed
+        if is_standard(node, "BatchNormalization") and node.name in names:
+            node.attributes.add(ir.AttrInt64("training_mode", 1))
+            node.resize_outputs(3)
+            for output, suffix in zip(node.outputs[1:], ("mean", "var"), strict=True):
+                output.name = output.name or f"{node.outputs[0].name}_running_{suffix}"

@@ -13,12 +13,9 @@ from tract_fx.passes.onnx_graph.nodes import Nodes
 
 
 class Replacement(Nodes):
-    """Nodes that stand in for one node of a graph, under its name.
+    """Nodes that stand in for one node of a graph, of one output, under its name.
 
     A constant is a Constant node, not an initializer, so that it can't be taken for a parameter.
-
-    Args:
-        node: The node to replace; it must be in a graph, and have one output.
     """
 
     def __init__(self, node: ir.Node) -> None:
@@ -26,14 +23,7 @@ class Replacement(Nodes):
         self.node = node
 
     def constant(self, array: np.ndarray) -> ir.Value:
-        """Add a Constant.
-
-        Args:
-            array: Its value, with its dtype.
-
-        Returns:
-            Its output.
-        """
+        """Add a Constant."""
         tensor = ir.tensor(array, name=f"{self.prefix}/Constant_{len(self.nodes)}")
         result = self.op("Constant", value=tensor)
         result.dtype, result.shape = tensor.dtype, ir.Shape(array.shape)
@@ -42,18 +32,6 @@ class Replacement(Nodes):
     def int64(self, value: int | Sequence[int]) -> ir.Value:
         """Add a Constant of one or several integers."""
         return self.constant(np.array(value, np.int64))
-
-    def scalar(self, value: float, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
-        """Add a Constant of one number, without dimensions.
-
-        Args:
-            value: The number.
-            dtype: Its dtype.
-
-        Returns:
-            Its output.
-        """
-        return self.constant(np.array(value, dtype.numpy()))
 
     def finish(self, result: ir.Value) -> None:
         """Put the nodes in and take the node out; its users read the result, under its name."""
@@ -64,34 +42,13 @@ class Replacement(Nodes):
         )
 
 
-def known_dtype(value: ir.Value, node: ir.Node) -> ir.DataType:
-    """Give a value's dtype, which its replacement needs.
-
-    Args:
-        value: The value.
-        node: The node to replace.
-
-    Returns:
-        Its dtype.
-
-    Raises:
-        ExportError: If shape inference has not found it.
-    """
-    if value.dtype is None:
-        raise _unknown(value, node, "dtype", "")
-    return value.dtype
-
-
-def known_rank(value: ir.Value, node: ir.Node) -> int:
-    """Give a value's number of dimensions, which its replacement needs."""
-    if value.shape is None:
-        raise _unknown(value, node, "rank", ", or give its inputs shapes")
-    return len(value.shape)
-
-
-def _unknown(value: ir.Value, node: ir.Node, what: str, or_else: str) -> ExportError:
-    return ExportError(
-        f"{described(node)} reads {value.name!r} of unknown {what}",
-        "it can't be written with other operators without it",
-        f"Run onnx.shape_inference.infer_shapes on the model first{or_else}",
-    )
+def known_type(value: ir.Value, node: ir.Node) -> tuple[ir.DataType, int]:
+    """Give a value's dtype and number of dimensions, which its replacement needs."""
+    unknown = "rank" if value.shape is None else "dtype"
+    if value.shape is None or value.dtype is None:
+        raise ExportError(
+            f"{described(node)} reads {value.name!r} of unknown {unknown}",
+            "it can't be written with other operators without it",
+            "Run onnx.shape_inference.infer_shapes on the model first, or give its inputs shapes",
+        )
+    return value.dtype, len(value.shape)

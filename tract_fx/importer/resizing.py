@@ -7,26 +7,20 @@ from collections.abc import Callable
 import numpy as np
 
 
-def _asymmetric(i: np.ndarray, size: int, out: int, scale: np.float32) -> np.ndarray:
-    return i / scale
-
-
 def _half_pixel(i: np.ndarray, size: int, out: int, scale: np.float32) -> np.ndarray:
     return (i + np.float32(0.5)) / scale - np.float32(0.5)
-
-
-def _pytorch_half_pixel(i: np.ndarray, size: int, out: int, scale: np.float32) -> np.ndarray:
-    return _half_pixel(i, size, out, scale) if out > 1 else np.zeros_like(i)
 
 
 def _align_corners(i: np.ndarray, size: int, out: int, scale: np.float32) -> np.ndarray:
     return i * np.float32(size - 1) / np.float32(out - 1) if out > 1 else np.zeros_like(i)
 
 
-COORDINATES = {
-    "asymmetric": _asymmetric,
+COORDINATES: dict[str, Callable[[np.ndarray, int, int, np.float32], np.ndarray]] = {
+    "asymmetric": lambda i, size, out, scale: i / scale,
     "half_pixel": _half_pixel,
-    "pytorch_half_pixel": _pytorch_half_pixel,
+    "pytorch_half_pixel": lambda i, size, out, scale: (
+        _half_pixel(i, size, out, scale) if out > 1 else np.zeros_like(i)
+    ),
     "align_corners": _align_corners,
 }
 ROUNDING: dict[str, Callable[[np.ndarray], np.ndarray]] = {

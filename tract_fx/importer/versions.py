@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tract_fx.importer.conversion import convert_opset
-from tract_fx.importer.inferred_shapes import inferred_shapes
+from tract_fx.importer.inferred_shapes import infer_shapes
 from tract_fx.importer.normalizations import normalizations_as_primitives
 from tract_fx.passes.onnx_graph.calls import is_standard
 
@@ -19,11 +19,10 @@ OLDEST_IR = (
 NEWEST_IR = 10
 
 
-def supported_versions(model: ir.Model) -> int:
+def supported_versions(model: ir.Model) -> None:
     """Bring a model to an opset and an IR version that the importer takes."""
-    ir_version = min(max(model.ir_version, OLDEST_IR), NEWEST_IR)
-    changed = int(model.ir_version != ir_version)
-    model.ir_version = ir_version  # first, since the converter asks for it
+    # First, since the converter asks for it.
+    model.ir_version = min(max(model.ir_version, OLDEST_IR), NEWEST_IR)
     for domain in ("", "ai.onnx"):
         opset = model.opset_imports.get(domain)
         if opset is not None and not OLDEST_OPSET <= opset <= NEWEST_OPSET:
@@ -31,13 +30,11 @@ def supported_versions(model: ir.Model) -> int:
                 _slopes_per_channel(model)
             target = OLDEST_OPSET if opset < OLDEST_OPSET else NEWEST_OPSET
             _convert(model, opset, target)
-            changed += 1
-    return changed
 
 
 def _slopes_per_channel(model: ir.Model) -> None:
     """Shape PRelu's slopes as later versions read them, which onnx's converter does not do."""
-    inferred_shapes(model)
+    infer_shapes(model)
     for node in model.graph:
         slope, x = (node.inputs[1], node.inputs[0]) if is_standard(node, "PRelu") else (None, None)
         tensor = None if slope is None else slope.const_value
@@ -53,7 +50,7 @@ def _slopes_per_channel(model: ir.Model) -> None:
 def _convert(model: ir.Model, opset: int, target: int) -> None:
     """Convert a model's graph to another opset."""
     if opset > target:  # onnx can't bring GroupNormalization back to its older form
-        inferred_shapes(model)
+        infer_shapes(model)
         normalizations_as_primitives(model)
     new = convert_opset(model, opset, target)
     model.graph = new.graph

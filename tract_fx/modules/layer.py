@@ -67,22 +67,13 @@ class TractLayer(nn.Module):
         return _run_with_op(self, lambda_, super().forward, args, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; a forward method of the instance's own runs as the class's does.
-
-        Args:
-            name: Its name.
-            value: Its value.
-        """
+        """Set an attribute; a forward method of the instance's own runs as the class's does."""
         if name == "forward":
             value = partial(_run_own, self, value)
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        """Say what the plain layer says, and λ.
-
-        Returns:
-            The text between the parentheses of the layer's representation.
-        """
+        """Say what the plain layer says, and λ."""
         lambda_ = tract_lambda(self)
         if lambda_ is None:
             return super().extra_repr()
@@ -90,11 +81,7 @@ class TractLayer(nn.Module):
         return super().extra_repr() + f", lambda_={lambda_}{gram}"
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Refuse `torch.jit.script`, which calls this, unless the layer is the plain one.
-
-        Returns:
-            The layer.
-        """
+        """Refuse `torch.jit.script`, which calls this, unless the layer is the plain one."""
         return self if tract_lambda(self) is None else refuse_script()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -108,11 +95,7 @@ class TractLayer(nn.Module):
 def state_of_copy(state: Any) -> Any:
     """Give what a copy of a module has: a layer whose rows are added up over calls is one layer.
 
-    Args:
-        state: Attributes by name; what a class of the user's makes of them stays as it is.
-
-    Returns:
-        The copy's.
+    What a class of the user's makes of its attributes stays as it is.
     """
     if not isinstance(state, dict) or "tract_scope_of_copies" not in state:
         return state
@@ -124,14 +107,7 @@ def state_of_copy(state: Any) -> Any:
 
 @contextmanager
 def outside_steps(model: nn.Module) -> Iterator[None]:
-    """Let layers whose rows are added up over calls have a Gram of each call for a while.
-
-    Args:
-        model: Any module.
-
-    Yields:
-        Nothing.
-    """
+    """Let layers whose rows are added up over calls have a Gram of each call for a while."""
     layers = [vars(m) for m in model.modules() if "tract_scope_of_copies" in vars(m)]
     scopes = [layer["tract_scope"] for layer in layers]
     try:
@@ -144,14 +120,9 @@ def outside_steps(model: nn.Module) -> Iterator[None]:
 
 
 def tract_lambda(module: nn.Module) -> float | None:
-    """Tell a TrAct layer.
+    """Give a TrAct layer's λ, None for a plain one.
 
-    Args:
-        module: Any module.
-
-    Returns:
-        Its λ, None for a plain one, and for one whose forward method something has replaced behind
-        `__setattr__`'s back.
+    None too for one whose forward method something has replaced behind `__setattr__`'s back.
     """
     value: float | None = vars(module).get("tract_lambda")
     own = vars(module).get("forward")
@@ -160,14 +131,7 @@ def tract_lambda(module: nn.Module) -> float | None:
 
 
 def tract_scope(module: nn.Module) -> str | None:
-    """Tell whose rows a TrAct layer's Gram is of.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        The scope, None for the rows of each call alone.
-    """
+    """Tell whose rows a TrAct layer's Gram is of, None for those of each call alone."""
     scope: str | None = vars(module).get("tract_scope")
     return scope
 
@@ -262,12 +226,8 @@ def _empty_tract_layer(base: type[nn.Module]) -> nn.Module:
 def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
     """Give the class that a TrAct layer's class was made from.
 
-    Args:
-        cls: The class of a TrAct layer, or one derived from it since (by a parametrization or by
-            sharding).
-
-    Returns:
-        The same class without TrAct.
+    Of one that was derived from it since, by a parametrization or by sharding, the same without
+    TrAct.
     """
     if TractLayer in cls.__bases__:
         return cls.__bases__[1]
@@ -283,14 +243,8 @@ def _rebase(cls: type[nn.Module], name: str, bases: tuple[type[nn.Module], ...])
     return type(name, bases, namespace)
 
 
-def to_tract(module: nn.Module, lambda_: float, scope: str | None = None) -> None:
-    """Turn a layer into a TrAct layer, in place, or give a TrAct layer another λ and scope.
-
-    Args:
-        module: A layer that `why_not` has no objection to.
-        lambda_: λ > 0.
-        scope: Whose rows the Gram is of (see `GramScope`), None for the call's own.
-    """
+def to_tract(module: nn.Module, lambda_: float, scope: str | None) -> None:
+    """Turn a layer into a TrAct layer, in place, or give a TrAct layer another λ and scope."""
     if not isinstance(module, TractLayer):
         cls: Any = _tract_class(type(module))
         module.__class__ = cls
@@ -301,11 +255,7 @@ def to_tract(module: nn.Module, lambda_: float, scope: str | None = None) -> Non
 
 
 def to_plain(module: nn.Module) -> None:
-    """Turn a TrAct layer back into the layer that it was made from, in place.
-
-    Args:
-        module: Any module; one that is no TrAct layer stays as it is.
-    """
+    """Turn a TrAct layer back into the layer that it was made from, in place."""
     if isinstance(module, TractLayer):
         cls: Any = plain_class(type(module))
         module.__class__ = cls
@@ -316,14 +266,7 @@ def to_plain(module: nn.Module) -> None:
 
 
 def own_forward(module: nn.Module) -> Any:
-    """Give a forward method that was set on an instance, without what a TrAct layer puts round it.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        The method, None where the class's is the one that runs.
-    """
+    """Give a forward method that was set on an instance, as it was set; None for the class's."""
     found = vars(module).get("forward")
     while isinstance(found, partial) and found.func is _run_own:
         found = found.args[1]
@@ -331,14 +274,7 @@ def own_forward(module: nn.Module) -> Any:
 
 
 def is_standard(module: nn.Module) -> bool:
-    """Tell whether a layer's attributes say all of how it multiplies.
-
-    Args:
-        module: A linear or convolution module.
-
-    Returns:
-        Whether it runs PyTorch's own forward method, which nobody has replaced.
-    """
+    """Tell whether a layer runs PyTorch's own forward method, so that its attributes say all."""
     cls = plain_class(type(module))
     kind = next((base for base in _FUNCTIONS if issubclass(cls, base)), None)
     return kind is not None and _is_standard(module, cls, kind)

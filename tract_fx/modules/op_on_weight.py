@@ -24,19 +24,9 @@ _ARGUMENTS = {kind.function: kind.arguments for kind in LAYER_KINDS}
 
 
 class OpOnWeight(FunctionMode):
-    """A context in which a layer's forward method runs.
+    """A context in which a layer's forward method runs; it counts products with the weight."""
 
-    Args:
-        layer: The layer.
-        lambda_: λ > 0.
-        scope: Whose rows the Gram is of, None for the call's own.
-
-    Attributes:
-        calls: How often the layer's weight has been multiplied with so far.
-        unrecorded: Whether it was where no gradient is recorded.
-    """
-
-    def __init__(self, layer: nn.Module, lambda_: float, scope: str | None = None) -> None:
+    def __init__(self, layer: nn.Module, lambda_: float, scope: str | None) -> None:
         super().__init__()
         self.layer = layer
         self.lambda_ = lambda_
@@ -102,15 +92,7 @@ class OpOnWeight(FunctionMode):
         return torch.compiler.is_exporting() and frozen and not is_constant
 
     def check(self, result: Any) -> None:
-        """Make sure, after the method has run, that TrAct's gradient is exact.
-
-        Args:
-            result: What it has returned.
-
-        Raises:
-            UnsupportedLayerError: The weight was multiplied with several times, or by no function
-                that is known, or where somebody else computes the gradient.
-        """
+        """Make sure, of what the method has returned, that its one product had TrAct's op."""
         wants_gradient = any(p.requires_grad for p in self.layer.parameters())
         if self.calls == 1 or not torch.is_grad_enabled() or not (self.calls or wants_gradient):
             return
@@ -141,16 +123,7 @@ class OpOnWeight(FunctionMode):
 
 
 def refuse_frozen_value(layer: nn.Module, weight: Any, x: Any) -> None:
-    """Refuse a computed weight whose value a tracer would keep instead of its computation.
-
-    Args:
-        layer: The layer.
-        weight: What it multiplies with.
-        x: What it reads.
-
-    Raises:
-        UnsupportedTransformError: An fx tracer is running, and the weight is no parameter.
-    """
+    """Refuse a computed weight whose value a tracer would keep instead of its computation."""
     if isinstance(x, fx.Proxy) and not isinstance(weight, (nn.Parameter, fx.Proxy)):
         raise UnsupportedTransformError(
             f"the computed weight of a {type(layer).__name__} under an fx tracer",

@@ -34,14 +34,7 @@ TORCH_TRACT = Why(
 
 
 def why_not(module: nn.Module) -> Why | None:
-    """Say why a module can't become a TrAct layer.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        The reason with the way out, None where it can.
-    """
+    """Say why a module can't become a TrAct layer, and the way out; None where it can."""
     cls = plain_class(type(module)) if isinstance(module, TractLayer) else type(module)
     if is_of_torch_tract(cls):
         return TORCH_TRACT

@@ -26,12 +26,6 @@ def copy_tree(root: ModuleT) -> ModuleT:
     modules of the tree (as an attribute, in a container, bound in a method or a partial) lead to
     the copies; those inside closures and other objects still lead to the originals (see
     `still_reaches`). Graphs of `fx.GraphModule`s are copied as well; scripted modules are shared.
-
-    Args:
-        root: The module to copy. Not changed.
-
-    Returns:
-        The copy, of the same class.
     """
     memo: dict[int, Any] = {}
     originals = list(root.modules())
@@ -50,14 +44,7 @@ def copy_tree(root: ModuleT) -> ModuleT:
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Give a module's parameters and buffers, those too that its state_dict leaves out.
-
-    Args:
-        module: The module.
-
-    Returns:
-        The tensors under their first names.
-    """
+    """Give parameters and buffers by their first names, those too that no state_dict holds."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
@@ -107,14 +94,8 @@ def _follow(value: Any, memo: dict[int, Any]) -> Any:
 def still_reaches(root: nn.Module, original: nn.Module, copied: nn.Module) -> bool:
     """Tell whether a copied tree may go on calling a module as it was.
 
-    Args:
-        root: The copied tree.
-        original: A module of the original tree.
-        copied: Its copy, whose class may have changed since.
-
-    Returns:
-        True where some object that the copied tree holds (a closure, a dataclass, a deque, …) leads
-        to the original, or has kept the copy's forward method from before.
+    Some object that it holds (a closure, a dataclass, a deque, …) leads to the original, or has
+    kept the copy's forward method from before the copy's class changed.
     """
     seen: set[int] = set()
     pending: list[Any] = [vars(root)]

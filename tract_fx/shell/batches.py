@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-
-from tract_fx.artifacts.manifest import TensorSpec
 from tract_fx.errors import InvalidBatchError
+from tract_fx.shell.example_batch import opened
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tract_fx.artifacts.manifest import TensorSpec
+
+Arrays: TypeAlias = "dict[str, np.ndarray[Any, Any]]"
 """The batch's inputs and targets, by name, all of one length."""
 
 
 def read_arrays(path: Path, specs: Sequence[TensorSpec], batch_size: int) -> Arrays:
     """Read a data set."""
     names = [spec.name for spec in specs]
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = list(file.keys())
-            arrays = {name: file[name] for name in names if name in found}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise InvalidBatchError(
-            f"the data in {str(path)!r}",
-            f"it can't be read as an .npz file of numpy arrays ({error})".rstrip("."),
-            f"Write it with numpy.savez(path, {', '.join(f'{n}=…' for n in names)})",
-        ) from error
+    remedy = f"Write it with numpy.savez(path, {', '.join(f'{n}=…' for n in names)})"
+    with opened(path, "data", remedy) as file:
+        found = list(file)
+        arrays = {name: file[name] for name in names if name in found}
     missing = [name for name in names if name not in arrays]
     if missing:
         raise InvalidBatchError(
             f"the data in {str(path)!r}, with the arrays {', '.join(found) or 'none'}",
             f"a batch has {', '.join(missing)}",
-            f"Write it with numpy.savez(path, {', '.join(f'{n}=…' for n in names)})",
+            remedy,
         )
     lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if len(set(lengths.values())) != 1 or not all(lengths.values()):
@@ -44,11 +40,7 @@ def read_arrays(path: Path, specs: Sequence[TensorSpec], batch_size: int) -> Arr
             "each row of one array belongs to the same row of the others",
             "Give arrays of one length, above zero",
         )
-    _check_batch_size(specs, batch_size, next(iter(lengths.values())))
-    return arrays
-
-
-def _check_batch_size(specs: Sequence[TensorSpec], batch_size: int, length: int) -> None:
+    length = row_count(arrays)
     for spec in specs:
         fixed = spec.shape[0] if spec.shape else None
         if isinstance(fixed, int) and (batch_size != fixed or length % fixed):
@@ -58,14 +50,22 @@ def _check_batch_size(specs: Sequence[TensorSpec], batch_size: int, length: int)
                 f"Give --batch-size {fixed} and a multiple of {fixed} rows, or export with a "
                 "dynamic batch",
             )
+    return arrays
+
+
+def row_count(arrays: Arrays) -> int:
+    """Give the length of all arrays."""
+    return len(next(iter(arrays.values())))
 
 
 def batches_of(
-    arrays: Arrays, batch_size: int, generator: np.random.Generator | None = None
+    arrays: Arrays, batch_size: int, seed: Sequence[int] | None = None
 ) -> Iterator[Arrays]:
-    """Cut a data set into batches."""
-    length = len(next(iter(arrays.values())))
-    order = np.arange(length) if generator is None else generator.permutation(length)
+    """Cut a data set into batches, shuffled where there is a seed."""
+    import numpy as np
+
+    length = row_count(arrays)
+    order = np.arange(length) if seed is None else np.random.default_rng(seed).permutation(length)
     for start in range(0, length, batch_size):
         rows = order[start : start + batch_size]
         yield {name: array[rows] for name, array in arrays.items()}

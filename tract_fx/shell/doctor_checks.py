@@ -77,8 +77,9 @@ class Step:
         """Give the relative error of the first layer's gradient."""
         return relative_error(weight_gradient, self.expected)
 
-    def error_of(self, treated: nn.Module) -> float:
+    def error_of(self, treat: Callable[[Step], nn.Module]) -> float:
         """Run the step in PyTorch, without TF32 and the like in the plain layers."""
+        treated = treat(self)
         weight = next(p for p in treated.parameters() if p.shape == self.expected.shape)
         with torch.backends.cudnn.flags(allow_tf32=False):
             loss = functional.cross_entropy(treated(self.images), self.labels)
@@ -151,11 +152,7 @@ def checks() -> Iterator[Check]:
 
 def _in_pytorch(layer: str, step: Step, device: torch.device) -> Iterator[Check]:
     for way, treat in WAYS.items():
-        yield _check(f"{way}, {layer}", device, partial(_error_of, step, treat))
-
-
-def _error_of(step: Step, treat: Callable[[Step], nn.Module]) -> float:
-    return step.error_of(treat(step))
+        yield _check(f"{way}, {layer}", device, partial(step.error_of, treat))
 
 
 def convolution(device: torch.device) -> Step:
@@ -186,11 +183,11 @@ def _compiled(layer: str, step: Step, device: torch.device) -> Check:
     """Compile the step, where a plain model can be compiled at all."""
     what = f"compiled, {layer}"
     try:
-        step.error_of(_compile(step.model))
+        step.error_of(lambda s: _compile(s.model))
     except Exception as error:  # whatever the compiler's tools raise where one is missing
         reason = f"torch.compile does not work here, for a plain model either: {_sentence(error)}"
         return Check(what, str(device), "not made", reason)
-    return _check(what, device, partial(_error_of, step, lambda s: _compile(_treat(s.model))))
+    return _check(what, device, partial(step.error_of, lambda s: _compile(_treat(s.model))))
 
 
 def _check(what: str, device: torch.device, error_of: Callable[[], float]) -> Check:

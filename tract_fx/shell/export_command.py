@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from torch import nn
-from torch.export import ExportedProgram
 
 from tract_fx.artifacts.loss_kinds import LOSSES, LossKind
 from tract_fx.errors import TractError, UnsupportedTrainingError, did_you_mean
@@ -27,7 +25,6 @@ from tract_fx.shell.targets import Target, find_layers, put_tract, read_target
 
 if TYPE_CHECKING:
     from tract_fx.artifacts.optimizers import OptimizerConfig
-    from tract_fx.export import TrainingArtifacts
 
 
 def _described(loss: LossKind) -> str:
@@ -152,17 +149,18 @@ def export(
         "verify": verify,
         "dynamic_batch": not fixed_batch,
     }
+    from tract_fx import export_training
+
     with status(f"Exporting {model}") as tell:
         options["progress"] = lambda stage: tell(f"Exporting {model}: {stage}")
         subject = read_target(model, inputs, seed)
-        if isinstance(subject.model, Path):
-            artifacts = _export(
-                subject.model, subject, directory, lambda_=lambda_, layers=chosen, **options
-            )
+        exported = subject.model
+        if isinstance(exported, Path):
+            options |= {"lambda_": lambda_, "layers": chosen}
         else:
             _require_inputs(subject, model)
-            rewritten = subject.model if plain else put_tract(subject, lambda_, chosen)
-            artifacts = _export(rewritten, subject, directory, **options)
+            exported = exported if plain else put_tract(subject, lambda_, chosen)
+        artifacts = export_training(exported, subject.inputs, directory, **options)
         findings = _findings(subject, trainable)
     output().print(export_table(artifacts, findings))
 
@@ -179,14 +177,6 @@ def _optimizer(name: str, settings: dict[str, Any]) -> OptimizerConfig:
     return AdamW(**given)
 
 
-def _export(
-    model: nn.Module | ExportedProgram | Path, subject: Target, directory: Path, **options: Any
-) -> TrainingArtifacts:
-    from tract_fx import export_training
-
-    return export_training(model, subject.inputs, directory, **options)
-
-
 def _require_inputs(target: Target, name: str) -> None:
     if target.inputs is None:
         raise UnsupportedTrainingError(
@@ -198,11 +188,7 @@ def _require_inputs(target: Target, name: str) -> None:
 
 def _findings(target: Target, trainable: list[str] | None) -> Findings | None:
     """Locate the layers again, for the report: what is exported is exported."""
-    from tract_fx.passes import find_onnx_input_layers
-
     try:
-        if isinstance(target.model, Path):
-            return find_onnx_input_layers(target.model, trainable=trainable)
-        return find_layers(target)
+        return find_layers(target, trainable)
     except TractError:
         return None

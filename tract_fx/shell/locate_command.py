@@ -46,12 +46,7 @@ def locate(
             read = Target(graph_in(path), inputs)
         else:
             read = read_target(target, inputs, seed=0)
-        if isinstance(read.model, Path):
-            from tract_fx.passes import find_onnx_input_layers
-
-            findings = find_onnx_input_layers(read.model, trainable=trainable or None)
-        else:
-            findings = find_layers(read)
+        findings = find_layers(read, trainable)
     with printing():
         for table in findings_tables(findings):
             output().print(table)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn, TextIO, TypeVar
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tract_fx import torch_private
 from tract_fx.errors import (
@@ -131,11 +131,13 @@ def status(text: str) -> Iterator[Callable[[str], None]]:
     Yields:
         What changes the text.
     """
-    console = messages()
     text_column = TextColumn("{task.description}", markup=False)
-    columns = (SpinnerColumn(), text_column, TimeElapsedColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task(text, total=None)
-        yield lambda text: progress.update(task, description=text)
+    with progress(SpinnerColumn(), text_column, TimeElapsedColumn()) as shown:
+        task = shown.add_task(text, total=None)
+        yield lambda text: shown.update(task, description=text)
+
+
+def progress(*columns: ProgressColumn) -> Progress:
+    """Make a line of columns that goes when it is done, on a terminal alone."""
+    console = messages()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

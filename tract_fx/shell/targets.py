@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from torch.export import ExportedProgram
 from tract_fx import extras
 from tract_fx.eager import tract_module
 from tract_fx.errors import UnsupportedModelError, UntraceableModelError
-from tract_fx.modules import tract_lambda
-from tract_fx.passes.fx_graph import find_input_layers, locate, tract_pass
+from tract_fx.passes.fx_graph import find_input_layers, is_tract, tract_pass
 from tract_fx.passes.records import Findings
 from tract_fx.preconditioner import DEFAULT_LAMBDA
 from tract_fx.program import arguments, captured
@@ -65,8 +63,15 @@ def read_target(text: str, inputs: Any, seed: int) -> Target:
     if path.suffix == ".pt2":
         program = _load_program(path)
         args, kwargs = program.example_inputs or ((), {})
-        if inputs is None and (args or kwargs):
-            inputs = _as_keywords(program, args, kwargs) if kwargs else args
+        if inputs is None and args and kwargs:
+            raise UnsupportedModelError(
+                f"an exported program with {len(args)} positional and {len(kwargs)} keyword "
+                "arguments",
+                "a batch is either in order or by name",
+                "Give --input-shape NAME=SIZES for each",
+            )
+        if inputs is None:
+            inputs = dict(kwargs) or args or None
         return Target(program, inputs)
     if path.suffix != ".onnx":
         raise UnsupportedModelError(
@@ -86,19 +91,6 @@ def graph_in(directory: Path) -> Path:
             "Give a directory that tract-fx export wrote, or a model's file",
         )
     return file
-
-
-def _as_keywords(
-    program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Name the positional arguments of a program that has keyword arguments as well."""
-    if args:
-        raise UnsupportedModelError(
-            f"an exported program with {len(args)} positional and {len(kwargs)} keyword arguments",
-            "a batch is either in order or by name",
-            "Give --input-shape NAME=SIZES for each",
-        )
-    return dict(kwargs)
 
 
 def _made_by(text: str) -> nn.Module:
@@ -144,49 +136,43 @@ def put_tract(
     """Put TrAct on a PyTorch model: on its graph where fx can trace it, else on the eager model."""
     model = target.model
     assert not isinstance(model, Path)
-    if lambda_ is None and layers is None and _has_tract(model):
+    if lambda_ is None and layers is None and is_tract(model):
         return model
     value = DEFAULT_LAMBDA if lambda_ is None else lambda_
-    if isinstance(model, (ExportedProgram, fx.GraphModule)):
-        return tract_pass(model, lambda_=value, layers=layers)
-    graph = _traced(model)
+    graph = _graph(model)
     if graph is None:
+        assert isinstance(model, nn.Module)
         return tract_module(model, target.inputs, lambda_=value, layers=layers)
     return tract_pass(graph, lambda_=value, layers=layers)
 
 
-def find_layers(target: Target) -> Findings:
-    """Locate a PyTorch model's input layers, for a report."""
+def find_layers(target: Target, trainable: list[str] | None) -> Findings:
+    """Locate a model's input layers, for a report; `trainable` is for an ONNX model."""
     model = target.model
-    assert not isinstance(model, Path)
-    if isinstance(model, (ExportedProgram, fx.GraphModule)):
-        return find_input_layers(model)
-    graph = _traced(model)
-    if graph is None and target.inputs is None:
-        raise UntraceableModelError(
-            f"torch.fx can't trace {type(model).__name__}",
-            "torch.export needs example inputs",
-            "Give --input-shape, for example --input-shape 8,3,224,224",
-        )
+    if isinstance(model, Path):
+        from tract_fx.passes import find_onnx_input_layers
+
+        return find_onnx_input_layers(model, trainable=trainable or None)
+    graph = _graph(model)
     if graph is None:
+        assert isinstance(model, nn.Module)
+        if target.inputs is None:
+            raise UntraceableModelError(
+                f"torch.fx can't trace {type(model).__name__}",
+                "torch.export needs example inputs",
+                "Give --input-shape, for example --input-shape 8,3,224,224",
+            )
         args, kwargs = arguments(target.inputs)
         remedy = "Make sure that the model runs on the batch, or name its layer with --layer"
         graph = captured(model, args, kwargs, remedy)
     return find_input_layers(graph)
 
 
-def _traced(model: nn.Module) -> fx.GraphModule | None:
+def _graph(model: nn.Module | ExportedProgram) -> fx.GraphModule | ExportedProgram | None:
+    """The graph that a model is, or that fx can trace."""
+    if isinstance(model, (ExportedProgram, fx.GraphModule)):
+        return model
     try:
         return fx.symbolic_trace(model)
     except Exception:  # whatever the model's own code raises on a Proxy
         return None
-
-
-def _has_tract(model: nn.Module | ExportedProgram) -> bool:
-    if isinstance(model, nn.Module) and any(tract_lambda(m) is not None for m in model.modules()):
-        return True
-    if not isinstance(model, (ExportedProgram, fx.GraphModule)):
-        return False
-    graph = model.module() if isinstance(model, ExportedProgram) else model
-    assert isinstance(graph, fx.GraphModule)
-    return any(record.lambda_ is not None for record, _ in locate(graph).eligible)

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from tract_fx.errors import UnsupportedTrainingError
 from tract_fx.shell.arguments import refuse_existing
-from tract_fx.shell.reporting import Debug, Overwrite, messages, output, reporting, status
+from tract_fx.shell.batches import Arrays, batches_of, read_arrays, row_count
+from tract_fx.shell.reporting import Debug, Overwrite, output, progress, reporting, status
 
 if TYPE_CHECKING:
-    from tract_fx.shell.batches import Arrays
     from tract_fx.trainers.ort_trainer import OrtTrainer
 
 
@@ -56,7 +56,6 @@ def train(
       tract-fx train artifacts --data train.npz --eval-data test.npz --epochs 5 --save trained
     """  # noqa: D301 (click keeps the lines of a paragraph that begins with \b)
     from tract_fx import load_trainer
-    from tract_fx.shell.batches import read_arrays
 
     refuse_existing(save, overwrite)
     with status(f"Reading {directory}"):
@@ -87,7 +86,7 @@ def _steps(trainer: OrtTrainer, arrays: Arrays, batch_size: int, epochs: int) ->
     out: gathered gradients can't be saved.
     """
     every = trainer.manifest.optimizer.accumulate
-    given = epochs * math.ceil(len(next(iter(arrays.values()))) / batch_size)
+    given = epochs * math.ceil(row_count(arrays) / batch_size)
     if given < every:
         raise UnsupportedTrainingError(
             f"{given} batches in {epochs} epochs",
@@ -101,44 +100,26 @@ def _train_epoch(
     trainer: OrtTrainer, arrays: Arrays, batch_size: int, seed: int, limit: int, title: str
 ) -> tuple[float, int]:
     """Train on all rows once, or on what a number of batches reaches."""
-    import numpy as np
-
-    from tract_fx.shell.batches import batches_of
-
-    steps = min(math.ceil(len(next(iter(arrays.values()))) / batch_size), limit)
+    steps = min(math.ceil(row_count(arrays) / batch_size), limit)
     # Of where the run is: going on after a save is what going on without one would be.
-    generator = np.random.default_rng([seed, trainer.batches])
+    seeds = [seed, trainer.batches]
     total, rows = 0.0, 0
-    with _progress() as progress:
-        task = progress.add_task(title, total=steps)
-        for _, batch in zip(range(steps), batches_of(arrays, batch_size, generator), strict=False):
-            size = len(next(iter(batch.values())))
+    text = TextColumn("{task.description}")
+    with progress(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as shown:
+        task = shown.add_task(title, total=steps)
+        for _, batch in zip(range(steps), batches_of(arrays, batch_size, seeds), strict=False):
+            size = row_count(batch)
             total += trainer.train_step(**batch) * size
             rows += size
-            progress.advance(task)
+            shown.advance(task)
     return (total / rows if rows else math.nan), steps
-
-
-def _progress() -> Progress:
-    console = messages()
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def _evaluation(trainer: OrtTrainer, arrays: Arrays, batch_size: int) -> str:
     """The loss on other data, and for class indices the accuracy."""
-    from tract_fx.shell.batches import batches_of
-
     total, right, counted, rows = 0.0, 0, 0, 0
     for batch in batches_of(arrays, batch_size):
-        size = len(next(iter(batch.values())))
+        size = row_count(batch)
         total += trainer.evaluate(**batch) * size
         rows += size
         scored = _right_classes(trainer, batch)
