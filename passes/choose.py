@@ -155,6 +155,7 @@ def named_calls(
 ) -> dict[str, float]:
     """Find the calls that are meant by names."""
     chosen: dict[str, float] = {}
+    of_layers: dict[str, float] = {}
     on_input = {r.node for r in findings.layers}
     for name, value in by_name.items():
         calls = [r for r in eligible if name in (r.name, *r.weight)]
@@ -164,7 +165,17 @@ def named_calls(
             calls = [r for r in eligible if r.node == name]
         if not calls:
             raise _unknown(name, findings, eligible)
-        chosen.update((r.node, value) for r in calls)
+        for r in calls:
+            # A node's own name may set one call of a layer apart from the others.
+            of_layer = name in (r.name, *r.weight)
+            if of_layer and of_layers.setdefault(r.node, value) != value:
+                raise UnsupportedLayerError(
+                    f"layers gives {name!r} λ = {value}, and λ = {of_layers[r.node]} by another "
+                    "name",
+                    "both names are of one layer, which has one λ",
+                    "Give it one λ",
+                )
+            chosen[r.node] = value
     return chosen
 
 

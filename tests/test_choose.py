@@ -89,6 +89,16 @@ def test_choice_by_node(route: str) -> None:
     assert_tract(model, graph, tract_pass(graph, layers=nodes), (images(),), (1,))
 
 
+@each_tracer
+def test_two_names_of_one_layer_have_one_lambda(route: str) -> None:
+    model, graph = graph_of(chain, route)
+    for names in (("body", "body.weight"), ("body.weight", "body")):
+        with pytest.raises(UnsupportedLayerError, match=r"λ = 0\.2, and λ = 0\.1 by another"):
+            tract_pass(graph, layers=dict(zip(names, (0.1, 0.2), strict=True)))
+        tract = tract_pass(graph, layers=dict.fromkeys(names, 0.2))
+        assert_tract(model, graph, tract, (images(),), {1: 0.2})
+
+
 def test_a_part_of_the_model_is_no_node() -> None:
     """Exporting names the call of `first` linear, and so has the user named a part."""
     model = built(
