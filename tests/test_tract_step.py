@@ -141,6 +141,19 @@ def test_what_was_compiled_without_sight_of_steps_is_an_error() -> None:
             run(compiled, batches)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("way", ["pass", "module"])
+def test_a_forward_pass_before_the_step_is_an_error(way: str) -> None:
+    """It had a Gram of its own, and the end of the step would multiply its gradient again."""
+    model, (first, *others) = WAYS[way](CONV.net()), micro_batches(CONV)
+    before = loss(model, first, len(first))
+    with pytest.raises(TrainerStateError, match=r"counted no row.*ran before the step"):
+        with tract_step(model):
+            run(model, others)
+            before.backward()
+    model.zero_grad()
+    run(model, others)  # and nothing is left on the weight
+
+
 @each_span
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_a_step_that_loss_scaling_skips_leaves_nothing_behind(

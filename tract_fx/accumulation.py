@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, finalize, ref
 
@@ -43,7 +44,7 @@ def tract_step(model: nn.Module) -> Iterator[None]:
         optimizer.zero_grad()
 
     Gradients have to be zero before. What a loss adds to the weight's gradient by itself (a penalty
-    on the weight, say) is multiplied too. With an exception nothing is multiplied, and the
+    on the weight, say) is multiplied too; it goes into one backward pass with calls. With an exception nothing is multiplied, and the
     gradients are to be thrown away.
 
     Args:
@@ -59,12 +60,13 @@ def tract_step(model: nn.Module) -> Iterator[None]:
             function call, of a computed or shared weight, or of one that is split otherwise than by
             its rows.
         TrainerStateError: A gradient is there already, or the step of the layer is open already, or
-            no backward pass was counted, or the optimizer has changed the weight inside.
+            a backward pass was not counted, or the optimizer has changed the weight inside.
     """
     layers = _layers(model, "tract_step")
     for name, layer in layers.items():
         _check(name, layer, model)
     opened: list[tuple[Any, StepGram]] = []
+    hooks: list[Any] = []
     try:
         for name, layer in layers.items():
             group = group_of(tract_scope(layer)) or WORLD
@@ -72,11 +74,15 @@ def tract_step(model: nn.Module) -> Iterator[None]:
             gram = StepGram(scope, PatchGeometry.of_module(layer), _columns(layer))
             opened.append((layer, gram))
             _open(layer, scope, gram)
+            weight: Any = layer.weight
+            hooks.append(weight.register_hook(partial(gram.require_counted, weight)))
         versions = {layer: torch_private.version(layer.weight) for layer, _ in opened}
         yield
     finally:
         for layer, _ in opened:
             _close(layer)
+        for hook in hooks:
+            hook.remove()
     for layer, gram in opened:
         _require_unchanged(gram.scope.layer, layer, versions[layer])
         lambda_ = tract_lambda(layer)

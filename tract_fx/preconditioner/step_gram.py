@@ -67,11 +67,19 @@ class StepGram:
         self._kept: list[Tensor] = []
         self._sum: Tensor | None = None
         self._noise = 0.0
+        self._passes: set[int] = set()
 
     def count(self, grad: Tensor, x: Tensor, settings: CallSettings) -> Tensor:
         """Add one call's rows, and leave its gradient plain, in memory of its own."""
         self.add(grad, x, settings)
+        self._passes.add(torch_private.backward_pass())
         return grad.clone()
+
+    def require_counted(self, weight: Tensor, _: Tensor) -> None:
+        """Refuse what a backward pass adds to a weight's gradient if no call was counted in it."""
+        counted = torch_private.backward_pass() in self._passes
+        if not counted and torch_private.adds_to_gradient(weight):
+            raise _uncounted(self.scope.layer)
 
     def add(self, grad: Tensor, x: Tensor, settings: CallSettings) -> None:
         """Add one call's rows.
@@ -117,11 +125,7 @@ class StepGram:
             if local is None:
                 return
             if not total and bool(local.any()):
-                raise TrainerStateError(
-                    f"a gradient of {self.scope.layer!r} of which tract_step has counted no row",
-                    "its layer ran compiled as it was before, or not inside the step",
-                    "Call torch.compiler.reset(), and run forward and backward passes inside",
-                )
+                raise _uncounted(self.scope.layer)
             groups = self.geometry.groups
             if local.numel():
                 matrix = local.reshape(groups, local.shape[0] // groups, self.columns)
@@ -168,6 +172,16 @@ class StepGram:
         if shared is not None:
             gram = sum_of_all(gram, shared)
         return lambda grad: solve_with_gram(grad, gram / max(1, total), lambda_)
+
+
+def _uncounted(layer: str) -> TrainerStateError:
+    return TrainerStateError(
+        f"a gradient of {layer!r} of which tract_step has counted no row",
+        "its forward pass ran before the step, with a Gram of its own, or compiled as it was then, "
+        "or the backward pass was of the weight alone",
+        "Run forward and backward passes inside (after torch.compiler.reset(), if compiled), a "
+        "penalty on the weight in one backward pass with them",
+    )
 
 
 def open_step(token: str, gram: Counting) -> None:
