@@ -44,8 +44,8 @@ def tract_step(model: nn.Module) -> Iterator[None]:
         optimizer.zero_grad()
 
     Gradients have to be zero before. What a loss adds to the weight's gradient by itself (a penalty
-    on the weight, say) is multiplied too; it goes into one backward pass with calls. With an exception nothing is multiplied, and the
-    gradients are to be thrown away.
+    on the weight, say, in one backward pass with a call of the layer) is multiplied too. With an
+    exception nothing is multiplied, and the gradients are to be thrown away.
 
     Args:
         model: What `tract_pass` or `tract_module` returned, also inside DDP, FSDP2 or
