@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onnx_session import run
+from torch_release import RELEASE
 from tract_fx import export_training
 from tract_fx.errors import ExportError, TractError, UnsupportedTrainingError
 from tract_fx.export.losses import describe_loss, loss_function, loss_target
@@ -219,6 +220,10 @@ def test_values_and_gradients(case: Case) -> None:
     net = Scores(case.shape, case.scale)
     loss = loss_function(case.loss)
     x = _random(4, FEATURES)
+    if RELEASE < (2, 12) and case.target is _probabilities and "ce" in case.name:
+        with pytest.raises(ExportError, match=r"size == 4.*dynamic_batch=False"):
+            trace_step(net, (x,), {}, loss, case.target(4))  # PyTorch's own fixes the size there
+        return
     trace = trace_step(net, (x,), {}, loss, case.target(4))
     graph = write_step(trace)
     for batch in (4, 7):
