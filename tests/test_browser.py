@@ -36,6 +36,7 @@ SECONDS = 240
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if CHROMIUM is None or shutil.which("npm") is None:
         pytest.skip("needs Chromium and npm")
+    pytest.importorskip("onnxruntime", reason="the step is made by its help")
     folder = tmp_path_factory.mktemp("page")
     _prepare_as_a_user(folder)
     return folder

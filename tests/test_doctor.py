@@ -13,7 +13,7 @@ from torch.nn import functional
 from typer.testing import CliRunner, Result
 
 from oracle import precondition, relative_error
-from tract_fx import MissingRuntimeError, ort_training
+from tract_fx import MissingRuntimeError, export_training, ort_training
 from tract_fx.shell import doctor_checks
 from tract_fx.shell.app import app
 
@@ -114,3 +114,6 @@ def test_the_python_that_has_no_training_runtime_is_told(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingRuntimeError, match=r"with Python 3\.10 to 3\.12 .*this is Python"):
         ort_training.runtime()
+    # Before all the work, and not as what a model's operator has done.
+    with pytest.raises(MissingRuntimeError, match="can't be imported"):
+        export_training(nn.Linear(3, 2), torch.randn(4, 3), "a", plain=True, target="onnxruntime")

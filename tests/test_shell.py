@@ -320,7 +320,7 @@ def test_an_export_says_what_it_does(folder: Path, monkeypatch: pytest.MonkeyPat
     shown = io.StringIO()
     terminal = Console(file=shown, force_terminal=True, width=120)
     monkeypatch.setattr(reporting, "messages", lambda: terminal)
-    done("export", "mlp.onnx", "a", "--no-verify")
+    assert run("export", "mlp.onnx", "a", "--no-verify").exit_code == 0, shown.getvalue()
     assert "Exporting mlp.onnx: writing the directory" in shown.getvalue()
 
 

@@ -471,14 +471,13 @@ def without_checkpoints() -> Iterator[None]:
 
     It would so in the backward pass, where a recorded model's parameters are its own once more.
     """
-    name = "_checkpoint_without_reentrant_generator"
-    names = vars(importlib.import_module("torch.utils.checkpoint"))
-    before = names[name]
-    names[name] = lambda *_, **__: iter([None])
+    names, head = vars(importlib.import_module("torch.utils.checkpoint")), "_checkpoint_without"
+    before = {name: value for name, value in names.items() if name.startswith(head)}
+    names.update(dict.fromkeys(before, lambda *_, **__: iter([None])))
     try:
         yield
     finally:
-        names[name] = before
+        names.update(before)
 
 
 @contextmanager

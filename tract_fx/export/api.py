@@ -148,8 +148,9 @@ def export_training(
     scaling = _scaling(precision, loss_scale, target)
     named = dict(model.named_parameters()) if isinstance(model, nn.Module) else {}
     config = optimizer_from(optimizer, named)
+    ort_training.any_runtime()  # its own error, where it is not there, before all the work
     if target != STOCK:
-        ort_training.runtime()  # its own error, where it is not there, before all the work
+        ort_training.runtime()
         build_optimizer(config, 1)  # and so what it can't compute
     tell("reading the model")
     targets = [example_targets] if isinstance(example_targets, Tensor) else example_targets

@@ -57,6 +57,7 @@ def run_graph(
     for node in model.graph:
         node.name = name_in_file(node)  # what ONNX Runtime calls it in its errors
     proto = ir.to_proto(model)
+    ort_training.any_runtime()  # its own error, where it is not there
     try:
         session = ort_training.inference_session(proto.SerializeToString())
         results = dict(zip(read, session.run(read, given), strict=True))

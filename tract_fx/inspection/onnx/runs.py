@@ -155,6 +155,7 @@ def run_form(
     proto = ir.to_proto(alone)
     taken = {value.name for value in graph.inputs}
     feeds = {str(source.name): array for source, array in sources if source.name in taken}
+    ort_training.any_runtime()  # its own error, where it is not there
     try:
         session = ort_training.inference_session(proto.SerializeToString())
         return dict(zip(names, session.run(names, feeds), strict=True))
