@@ -39,12 +39,7 @@ _SMALL = 64
 _NOTE, _DETACH = "pkg.torch.onnx.fx_node", ("aten.detach.", "aten.detach_.")
 
 # What the code of an fx graph reads by these names.
-_OF_CODE = frozenset(
-    {
-        *("self", "torch", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree"),
-        *("getattr", "slice"),
-    }
-)
+_OF_CODE = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree"})
 
 # Inputs that are numbers, and never data.
 _NUMBERS = frozenset(
