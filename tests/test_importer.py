@@ -433,7 +433,54 @@ def test_weights_of_another_model_are_refused() -> None:
         with_weights(conv_model(), {**state, "other": state["u"]})
 
 
-@pytest.mark.parametrize("name", ["a.b", "W:0", "/layer/w", "forward", "a", "model.w"])
+UNUSABLE = {
+    "None": None,
+    "text": "w",
+    "masked": np.ma.masked_invalid(np.zeros((6, 3, 3, 3))),
+    "sparse": torch.zeros(6, 3, 3, 3).to_sparse(),
+    "meta": torch.zeros(6, 3, 3, 3, device="meta"),
+    "complex": torch.zeros(6, 3, 3, 3) + 1j,
+}
+
+
+@pytest.mark.parametrize("value", UNUSABLE)
+def test_weights_that_are_no_real_numbers_are_refused(value: str) -> None:
+    state = import_onnx(conv_model()).state_dict()
+    with pytest.raises(StateMismatchError, match="whose 'w' is a"):
+        with_weights(conv_model(), {**state, "w": UNUSABLE[value]})
+    with pytest.raises(StateMismatchError, match="as a state_dict"):
+        with_weights(conv_model(), UNUSABLE[value])  # type: ignore[arg-type]
+
+
+def test_weights_as_they_lie() -> None:
+    w = torch.randn(*import_onnx(conv_model()).get_parameter("w").shape).bfloat16()
+    turned = w.float().numpy()[::-1].copy()[::-1]  # of negative strides
+    for value in (w, turned, w.float().numpy().astype(">f4")):
+        back = with_weights(conv_model(), {"w": value})
+        (found,) = (t for t in back.graph.initializer if t.name == "w")
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(found), w.float())
+
+
+@pytest.mark.parametrize("names", [("in", "a.b", "a_b"), ("self", "torch", "x_self")], ids=str)
+def test_names_of_inputs(names: tuple[str, str, str]) -> None:
+    """What is no name of Python's, or another's, or one that the code of a graph reads."""
+    proto = by_hand(
+        "h = MatMul (p, w) s = Shape (h) r = Reshape (h, s) k = Mul (r, q) y = Sub (k, u)",
+        {"w": np.eye(4, dtype=np.float32)},
+        "float[N,4] p, float[N,4] q, float[N,4] u",
+    )
+    given = dict(zip("pqu", names, strict=True))
+    for value in proto.graph.input:
+        value.name = given[value.name]
+    for node in proto.graph.node:
+        node.input[:] = [given.get(name, name) for name in node.input]
+    x, q, u = torch.randn(3, 2, 4)
+    assert torch.equal(import_onnx(proto)(x, q, u), x * q - u)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.b", "W:0", "/layer/w", "forward", "a", "model.w", "graph", "code.w", "self"]
+)
 def test_names_of_initializers(name: str) -> None:
     """Dots make modules; whatever else is in a name stays, but for what is a module's own."""
     weights = {name: np.eye(4, dtype=np.float32), "a.b.c": np.ones(4, np.float32)}

@@ -35,6 +35,8 @@ CASES = {
         nodes(NODE("MatMul", ["x", "nowhere"], ["y"])),
         r"MatMul \(output 'y'\).*'nowhere'",
     ),
+    "left_out": (nodes(NODE("MatMul", ["x", ""], ["y"])), r"output 'y'\) without its input 'B'"),
+    "cut_off": (nodes(NODE("Gemm", ["x"], ["y"])), r"Gemm \(output 'y'\) without its input 'B'"),
     "circle": (
         nodes(NODE("Add", ["x", "z"], ["y"]), NODE("Relu", ["y"], ["z"], name="back")),
         r"Add \(output 'y'\), which reads 'z'.*later",
@@ -61,7 +63,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_refusals(name: str) -> None:
     model, says = CASES[name]
-    kind = UnsupportedModelError if name in list(CASES)[:5] else ExportError
+    kind = UnsupportedModelError if name in list(CASES)[:7] else ExportError
     with pytest.raises(kind, match=says) as caught:
         read_model(model)
     assert isinstance(caught.value, TractError)

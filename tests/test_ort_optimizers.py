@@ -357,6 +357,8 @@ def test_the_usual_updates_are_one_node(config: OptimizerConfig) -> None:
         (AdamW, {"betas": (0.9, 1.0)}),
         (AdamW, {"betas": (-0.1, 0.9)}),
         (AdamW, {"betas": (math.nan, 0.9)}),
+        (AdamW, {"betas": (np.ones(2), 0.9)}),
+        (AdamW, {"lr": torch.ones(2)}),
         (AdamW, {"betas": 0.9}),
         (AdamW, {"eps": -1e-8}),
         (AdamW, {"weight_decay": -0.1}),

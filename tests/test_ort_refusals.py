@@ -206,7 +206,7 @@ def test_a_batch_that_the_model_rejects(batch: Any, words: str, tmp_path: Path) 
         (LABELS.int(), "Int"),
         (LABELS + 1, "out of bounds"),
         (LABELS - 1, "out of bounds"),
-        (LABELS.numpy(), "int64.*targets are tensors"),
+        (LABELS.numpy(), "ndarray.*targets are tensors"),
         ((LABELS, LABELS), "takes one tensor"),
     ],
     ids="length int32 large negative numpy two".split(),
@@ -368,3 +368,23 @@ def test_relu6_at_its_bound(tmp_path: Path) -> None:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(torch.from_numpy(found[name]), parameter.grad)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"seed": "a"}, "seed='a'"),
+        ({"seed": None}, "seed=None"),
+        ({"seed": np.int64(3)}, "seed="),
+        ({"loss_scale": 1024}, "loss_scale=1024.*init_scale=1024"),
+        ({"loss_scale": "dynamic"}, "loss_scale='dynamic'"),
+        ({"example_targets": 5}, "example targets of class int"),
+    ],
+    ids=str,
+)
+def test_options_of_another_kind(option: dict[str, Any], says: str, tmp_path: Path) -> None:
+    """A seed of another kind was written, into a directory that could not be read."""
+    model = tract_module(Net().train(), IMAGES)
+    with pytest.raises(UnsupportedTrainingError, match=says):
+        export_training(model, IMAGES, tmp_path / "run", target="onnxruntime", **option)
+    assert not list(tmp_path.iterdir())

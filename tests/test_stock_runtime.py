@@ -48,7 +48,7 @@ from tract_fx.errors import (
     UnsupportedModelError,
 )
 from tract_fx.ort_training import Device, session_options
-from tract_fx.passes import find_onnx_input_layers
+from tract_fx.passes import find_onnx_input_layers, remove_tract_onnx
 from tract_fx.step import expand
 
 TESTS = Path(__file__).parent
@@ -230,6 +230,14 @@ def test_lambda_is_an_input(exported: Exported) -> None:
         wanted = other.get_parameter("first.weight").grad
         assert wanted is not None
         assert relative_error(state["first.weight"] - new, wanted) < 1e-4
+    plain = remove_tract_onnx(exported.directory / "training_model.onnx")
+    session = onnxruntime.InferenceSession(plain.SerializeToString())
+    (new,) = session.run(["first.weight_new"], feeds)  # without λ
+    other = seeded(Net).double()
+    F.cross_entropy(other(x.double()), y).backward()
+    wanted = other.get_parameter("first.weight").grad
+    assert wanted is not None
+    assert relative_error(state["first.weight"] - new, wanted) < 1e-4
 
 
 def test_providers_by_name(exported: Exported) -> None:

@@ -240,8 +240,10 @@ def test_learning_rate(folder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(moved, wanted, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("rate", [-1e-3, float("nan"), float("inf"), 1e39])
-def test_impossible_learning_rates(folder: Path, rate: float) -> None:
+@pytest.mark.parametrize(
+    "rate", [-1e-3, float("nan"), float("inf"), 1e39, None, "a", True, np.ones(2), torch.ones(2)]
+)
+def test_impossible_learning_rates(folder: Path, rate: Any) -> None:
     trainer = load_trainer(folder / "mlp")
     with pytest.raises(UnsupportedTrainingError, match="learning_rate="):
         trainer.learning_rate = rate
@@ -392,6 +394,9 @@ def test_state_goes_back_and_forth(folder: Path) -> None:
 BAD_STATES: dict[str, Callable[[dict[str, Any]], object]] = {
     "no 'head.bias'": lambda s: s.pop("head.bias"),
     "no 'norm.num_batches_tracked'": lambda s: s.pop("norm.num_batches_tracked"),
+    "'head.bias' is a MaskedArray": lambda s: s.update(
+        {"head.bias": np.ma.masked_invalid(s["head.bias"].numpy())}
+    ),
     "an unknown 'more'": lambda s: s.update(more=torch.zeros(1)),
     "'first.weight' is float32 (6, 27)": lambda s: s.update({"first.weight": torch.zeros(6, 27)}),
     "'head.bias' is float64": lambda s: s.update({"head.bias": torch.zeros(5).double()}),
@@ -411,6 +416,12 @@ def test_states_of_other_models(folder: Path, message: str) -> None:
         trainer.load_state_dict(state)
     assert message in str(caught.value)
     assert equal(snapshot(trainer), before)
+
+
+@pytest.mark.parametrize("state", [None, [1], ConvNet()], ids=["None", "list", "model"])
+def test_a_state_is_a_mapping(folder: Path, state: Any) -> None:
+    with pytest.raises(StateMismatchError, match="as a state_dict"):
+        load_trainer(folder / "conv").load_state_dict(state)
 
 
 def test_aliases(tmp_path: Path) -> None:

@@ -124,6 +124,8 @@ def remove_from_graph(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
     for name in [n for n in model.graph.initializers if n.startswith(PREFIX)]:
         del model.graph.initializers[name]
+    for value in [v for v in model.graph.inputs if str(v.name).startswith(PREFIX)]:
+        model.graph.inputs.remove(value)  # a step for any runtime has λ there, with a default
 
 
 def _release_branches(node: ir.Node) -> None:

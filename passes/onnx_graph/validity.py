@@ -1,10 +1,11 @@
-"""What makes a file no ONNX model: names that are defined twice, late or never."""
+"""What makes a file no ONNX model: names that are defined twice, late or never, inputs left out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import onnx
+import onnx.defs
 
 from tract_fx.errors import UnsupportedModelError
 
@@ -12,13 +13,16 @@ _REMEDY = "Repair the file; onnx.checker.check_model says what else is wrong wit
 
 
 def require_consistent_names(proto: onnx.ModelProto) -> None:
-    """Refuse a model in which a name is of two values, or of none when it is read."""
-    imported = {opset.domain or "ai.onnx" for opset in proto.opset_import}
-    imported |= {function.domain for function in proto.functions}
+    """Refuse a model in which a name is of two values, or of none when it is read.
+
+    Nor may a node leave out what its operator can't do without.
+    """
+    imported = {opset.domain or "ai.onnx": opset.version for opset in proto.opset_import}
+    imported |= {function.domain: 0 for function in proto.functions}
     _require_names(proto.graph, frozenset(), imported)
 
 
-def _require_names(graph: onnx.GraphProto, outer: frozenset[str], imported: set[str]) -> None:
+def _require_names(graph: onnx.GraphProto, outer: frozenset[str], imported: dict[str, int]) -> None:
     """Go through a graph in its order, with the names that it sees from outside."""
     known = {v.name for v in (*graph.input, *graph.initializer)}
     known |= {sparse.values.name for sparse in graph.sparse_initializer}
@@ -29,6 +33,13 @@ def _require_names(graph: onnx.GraphProto, outer: frozenset[str], imported: set[
                 f"{_described(node)} of the domain {node.domain or 'ai.onnx'!r}",
                 "the model does not import operators of that domain, so that what it computes is "
                 "not said",
+                _REMEDY,
+            )
+        missing = _left_out(node, imported)
+        if missing is not None:
+            raise UnsupportedModelError(
+                f"{_described(node)} without its input {missing!r}",
+                "the operator can't do without it",
                 _REMEDY,
             )
         for name in filter(None, node.input):
@@ -55,6 +66,20 @@ def _require_names(graph: onnx.GraphProto, outer: frozenset[str], imported: set[
             raise UnsupportedModelError(
                 f"the output {value.name!r}", "no node of the model gives it", _REMEDY
             )
+
+
+def _left_out(node: onnx.NodeProto, imported: dict[str, int]) -> str | None:
+    """The first input that a node of ONNX's own must have, and has not."""
+    if node.domain not in ("", "ai.onnx"):
+        return None
+    try:
+        schema = onnx.defs.get_schema(node.op_type, imported["ai.onnx"], "")
+    except onnx.defs.SchemaError:  # none of this opset, which others say
+        return None
+    single = onnx.defs.OpSchema.FormalParameterOption.Single
+    given = [*node.input, *[""] * len(schema.inputs)]
+    named = zip(schema.inputs, given, strict=False)
+    return next((f.name for f, name in named if f.option == single and not name), None)
 
 
 def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:

@@ -6,7 +6,7 @@ name is therefore a call's own term only in the simple case. The term is found b
 
 - Conv: `ConvGrad(dy, x, w)`, second output;
 - Gemm and MatMul: the product of x and dy, each through a Reshape to a matrix where x has another
-  rank than two, and through a Transpose.
+  rank than two, and through a Transpose; times the call's own alpha, and nothing added to it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def find_weight_gradient(graph: ir.Graph, call: OnnxCall) -> WeightGradient | No
         return None
     dy = gradients.get(f"{call.output.name}_grad")
     products = [] if dy is None else _terms(call, dy)
-    terms = [_turned(product, pattern) for product in products]
+    terms = [_turned(product, call) for product in products]
     if dy is None or len(terms) != 1 or not pattern.fullmatch(terms[0].name or ""):
         raise UnsupportedLayerError(
             f"node {call.node.name!r} ({call.node.op_type}) and {len(terms)} nodes that look like "
@@ -82,30 +82,39 @@ def _terms(call: OnnxCall, dy: ir.Value) -> list[ir.Value]:
             and node.op_type == "ConvGrad"
             and list(node.inputs[:3]) == [dy, call.input, call.weight]
         ]
-    matrices = _as_matrices(call.input)
+    matrices = _as_matrices(call.input, call)
     return [
         node.outputs[0]
-        for matrix in _as_matrices(dy)
+        for matrix in _as_matrices(dy, call)
         for node in dict.fromkeys(matrix.consumers())
-        if _is_product(node) and any(x in node.inputs[:2] for x in matrices)
+        if _is_product(node, call) and any(x in node.inputs[:2] for x in matrices)
     ]
 
 
-def _turned(product: ir.Value, pattern: re.Pattern[str]) -> ir.Value:
-    """The product as the weight lies: its transpose, where that has the gradient's name."""
-    matrices = (product, *_made_by("Transpose", product))
-    return next((value for value in matrices if pattern.fullmatch(value.name or "")), product)
+def _turned(product: ir.Value, call: OnnxCall) -> ir.Value:
+    """The product as the weight lies, which may be its transpose."""
+    node = product.producer()
+    if call.layout is Layout.CONVOLUTION or node is None:
+        return product
+    is_in_out = node.inputs[0] in _as_matrices(call.input, call)
+    if is_in_out == (call.layout is Layout.IN_OUT):
+        return product
+    return next(iter(_made_by("Transpose", product)), product)
 
 
-def _is_product(node: ir.Node) -> bool:
-    return is_standard(node, "Gemm", "MatMul") or (
-        node.domain == MICROSOFT and node.op_type == "FusedMatMul"
-    )
+def _is_product(node: ir.Node, call: OnnxCall) -> bool:
+    """Tell a product with the call's factor that adds nothing."""
+    fused = node.domain == MICROSOFT and node.op_type == "FusedMatMul"
+    if not (fused or is_standard(node, "Gemm", "MatMul")) or any(node.inputs[2:]):
+        return False
+    alphas = [n.attributes.get_float("alpha", 1.0) for n in (node, call.node)]
+    return alphas[0] == alphas[1]
 
 
-def _as_matrices(value: ir.Value) -> list[ir.Value]:
-    """The value, what a Reshape makes of it, and the transposes of both."""
-    matrices = [value, *_made_by("Reshape", value)]
+def _as_matrices(value: ir.Value, call: OnnxCall) -> list[ir.Value]:
+    """The value, where it is a matrix, what a Reshape makes of it, and the transposes of both."""
+    ranks = {len(v.shape) for v in (call.input, call.output, value) if v.shape is not None}
+    matrices = [value] * (ranks <= {2}) + _made_by("Reshape", value)
     return [*matrices, *(turned for matrix in matrices for turned in _made_by("Transpose", matrix))]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -61,6 +61,11 @@ def dense(tensor: torch.Tensor) -> torch.Tensor | None:
         return None
     tensor = tensor.resolve_conj().resolve_neg().contiguous()
     return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
+
+
+def is_array(value: object) -> TypeGuard[Array]:
+    """Whether a value is an array of numpy's that hides none of its numbers."""
+    return isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray)
 
 
 def on_host(value: BatchValue) -> Array:
@@ -127,7 +132,7 @@ def _checked(spec: TensorSpec, value: BatchValue, call: str) -> BatchValue:
         found = str(value.dtype).removeprefix("torch.")
         cast = f"value.to(torch.{spec.dtype})"
         matches = found == wanted.name
-    elif isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
+    elif is_array(value):
         found = value.dtype
         cast = f"value.astype({spec.dtype!r})"
         matches = found == wanted

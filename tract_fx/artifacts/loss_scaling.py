@@ -53,8 +53,16 @@ class LossScale:
 
 def loss_scale_from(value: LossScale | torch.amp.GradScaler | None) -> LossScale | None:
     """Read what a user gives as loss scaling; a scaler that is not enabled is none."""
-    if not isinstance(value, torch.amp.GradScaler):
+    if value is None or isinstance(value, LossScale):
         return value
+    if not isinstance(value, torch.amp.GradScaler):
+        raise UnsupportedTrainingError(
+            f"loss_scale={value!r}",
+            "a scale has a first value and rules that change it",
+            f"Pass LossScale(init_scale={value!r}), or a torch.amp.GradScaler"
+            if isinstance(value, int | float)
+            else "Pass a LossScale, a torch.amp.GradScaler, or None",
+        )
     if not value.is_enabled():
         return None
     return LossScale(

@@ -11,7 +11,7 @@ from typing import Any
 from tract_fx.artifacts.loss_scaling import LossScale
 from tract_fx.artifacts.optimizers import OptimizerConfig
 from tract_fx.artifacts.record_json import decode, encode
-from tract_fx.errors import DamagedArtifactsError
+from tract_fx.errors import DamagedArtifactsError, UnsupportedTrainingError
 
 ORT_TRAINING, STOCK = "ort-training", "onnxruntime"
 """The targets: ONNX Runtime Training, and any ONNX Runtime."""
@@ -207,6 +207,12 @@ class Manifest:
             return decode(cls, entries, "manifest")
         except ValueError as error:  # an optimizer's settings refused by their class, too
             raise DamagedArtifactsError(MANIFEST_FILE, str(error).rstrip("."), _REMEDY) from error
+
+
+def require_seed(seed: object) -> None:
+    """Refuse a seed that a manifest has no place for."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise UnsupportedTrainingError(f"{seed=}", "a seed is an integer", "Pass an int")
 
 
 def _checksum(entries: Mapping[str, Any]) -> str:

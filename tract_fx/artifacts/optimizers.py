@@ -246,7 +246,7 @@ def _set_decays(record: OptimizerConfig) -> None:
     _set_number(record, "weight_decay", "at least 0", lambda value: value >= 0)
     if not isinstance(record.weight_decays, Mapping):
         raise _out_of_range(record, "weight_decays", "numbers by name")
-    decays = {name: _number(value) for name, value in record.weight_decays.items()}
+    decays = {name: as_number(value) for name, value in record.weight_decays.items()}
     if not all(0 <= decay <= _FLOAT32_MAX for decay in decays.values()):
         raise _out_of_range(record, "weight_decays", "numbers by name, each at least 0")
     object.__setattr__(record, "weight_decays", decays)
@@ -256,7 +256,7 @@ def _set_betas(record: AdamW) -> None:
     betas = record.betas
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise _out_of_range(record, "betas", "two numbers")
-    numbers = tuple(_number(beta) for beta in betas)
+    numbers = tuple(as_number(beta) for beta in betas)
     if not all(0 <= beta < 1 for beta in numbers):
         raise _out_of_range(record, "betas", "two numbers from 0 to below 1")
     object.__setattr__(record, "betas", numbers)
@@ -265,17 +265,20 @@ def _set_betas(record: AdamW) -> None:
 def _set_number(
     record: OptimizerConfig, name: str, range_: str, is_inside: Callable[[float], bool]
 ) -> None:
-    number = _number(getattr(record, name))
+    number = as_number(getattr(record, name))
     if not math.isfinite(number) or abs(number) > _FLOAT32_MAX or not is_inside(number):
         raise _out_of_range(record, name, f"a number {range_}, within float32")
     object.__setattr__(record, name, number)
 
 
-def _number(value: object) -> float:
+def as_number(value: object) -> float:
     """Returns the number as a float; NaN, which is in no range, for what is none."""
     if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
         return math.nan
-    return float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):  # of several numbers, or beyond float64
+        return math.nan
 
 
 def _out_of_range(record: OptimizerConfig, name: str, range_: str) -> UnsupportedTrainingError:

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from tract_fx import ort_training
 from tract_fx.artifacts.directory import write_directory
 from tract_fx.artifacts.loss_scaling import LossScale, loss_scale_from
-from tract_fx.artifacts.manifest import ORT_TRAINING, STOCK, Manifest
+from tract_fx.artifacts.manifest import ORT_TRAINING, STOCK, Manifest, require_seed
 from tract_fx.artifacts.optimizers import OptimizerConfig, optimizer_from
 from tract_fx.errors import NoInputLayerError, UnsupportedTrainingError
 from tract_fx.export.forward import OnnxSource, onnx_source
@@ -136,7 +136,8 @@ def export_training(
 
     Raises:
         ExportError: The model can't be exported with its meaning kept, or does not verify.
-        UnsupportedTrainingError: The loss or the optimizer can't be computed exactly.
+        UnsupportedTrainingError: The loss or the optimizer can't be computed exactly, or an option
+            is of another kind.
         NoInputLayerError: The model has no TrAct and `plain` is not given.
         UnsupportedModelError: `model` is of another kind, or example inputs are missing.
         InvalidBatchError: The model fails on the example inputs.
@@ -145,6 +146,7 @@ def export_training(
     """
     tell = progress or (lambda stage: None)
     _check_target(target)
+    require_seed(seed)
     scaling = _scaling(precision, loss_scale, target)
     named = dict(model.named_parameters()) if isinstance(model, nn.Module) else {}
     config = optimizer_from(optimizer, named)
@@ -153,7 +155,8 @@ def export_training(
         ort_training.runtime()
         build_optimizer(config, 1)  # and so what it can't compute
     tell("reading the model")
-    targets = [example_targets] if isinstance(example_targets, Tensor) else example_targets
+    several = example_targets is None or isinstance(example_targets, Sequence)
+    targets: Any = example_targets if several else [example_targets]
     source: OnnxSource | None = None
     if isinstance(model, (nn.Module, ExportedProgram)):
         if isinstance(model, nn.Module):

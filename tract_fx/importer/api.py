@@ -19,6 +19,8 @@ from tract_fx.passes.onnx_graph.models import as_ir_model, load_values
 
 Model = onnx.ModelProto | ir.Model | str | Path
 
+_OWN = "Pass the state_dict of the model that was made of this one"
+
 
 def import_onnx(model: Model, *, trainable: Iterable[str] | None = None) -> fx.GraphModule:
     """Read an ONNX forward model as a PyTorch module that trains.
@@ -69,8 +71,13 @@ def with_weights(model: Model, state: Mapping[str, Any]) -> onnx.ModelProto:
         The model with the tensors as its initializers, everything else as it was.
 
     Raises:
-        StateMismatchError: A tensor that the model's initializers have no place for.
+        StateMismatchError: `state` is no mapping, an entry holds no real numbers, or the model's
+            initializers have no place for it.
     """
+    if not isinstance(state, Mapping):
+        raise StateMismatchError(
+            f"a {type(state).__name__} as a state_dict", "tensors are told by their keys", _OWN
+        )
     result = as_ir_model(model)
     load_values(result)
     whole = read_model(model)
@@ -80,12 +87,31 @@ def with_weights(model: Model, state: Mapping[str, Any]) -> onnx.ModelProto:
         name = keys.get(key, key)
         old = result.graph.initializers.get(name)
         tensor = None if old is None else old.const_value
-        array = torch.as_tensor(value).detach().cpu().numpy()
+        array = _real_numbers(key, value)
         if old is None or tensor is None or tuple(tensor.shape) != array.shape:
             raise StateMismatchError(
                 f"a state_dict with {key!r} of shape {array.shape}",
                 "the model has no initializer of that name and shape",
-                "Pass the state_dict of the model that was made of this one",
+                _OWN,
             )
         old.const_value = ir.tensor(np.array(array, dtype=tensor.dtype.numpy()), name=name)
     return ir.to_proto(result)
+
+
+def _real_numbers(key: str, value: Any) -> np.ndarray[Any, np.dtype[Any]]:
+    """Take an entry of a state_dict to the host."""
+    try:
+        if isinstance(value, torch.Tensor):
+            whole = value.float() if value.dtype == torch.bfloat16 else value
+            array = whole.numpy(force=True)
+        else:
+            array = np.asanyarray(value)
+    except (TypeError, ValueError, RuntimeError):  # sparse, without numbers, ragged
+        array = None
+    if array is None or array.dtype.kind not in "fiub" or isinstance(array, np.ma.MaskedArray):
+        raise StateMismatchError(
+            f"a state_dict whose {key!r} is a {type(value).__name__}",
+            "numpy arrays without a mask and dense tensors, of real numbers, can be taken",
+            _OWN,
+        )
+    return array

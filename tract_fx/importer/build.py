@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 import operator as python
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -36,6 +37,9 @@ _SMALL = 64
 
 # torch.onnx.export writes `detach()` as Identity, and notes the operator that it came from.
 _NOTE, _DETACH = "pkg.torch.onnx.fx_node", ("aten.detach.", "aten.detach_.")
+
+# What the code of an fx graph reads by these names.
+_OF_CODE = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree"})
 
 # Inputs that are numbers, and never data.
 _NUMBERS = frozenset(
@@ -103,10 +107,8 @@ class _Builder:
     def build(self, needed: Collection[str]) -> Imported:
         graph = self.model.graph
         for value in graph.inputs:
-            name = re.sub(r"\W", "_", str(value.name))
-            self.values[value] = self.graph.placeholder(
-                name if name.isidentifier() else f"x_{name}"
-            )
+            taken = {str(node.target) for node in self.graph.nodes}
+            self.values[value] = self.graph.placeholder(_argument_name(str(value.name), taken))
         self.training = self.graph.call_module("mode")
         for node in graph:
             self._visit(node)
@@ -240,6 +242,16 @@ class _Numbers:
     dtype: torch.dtype
 
 
+def _argument_name(name: str, taken: Collection[str]) -> str:
+    """An input's name as that of an argument of `forward`."""
+    name = re.sub(r"\W", "_", name)
+    if not name.isidentifier() or keyword.iskeyword(name) or name in _OF_CODE:
+        name = f"x_{name}"
+    while name in taken:
+        name += "_"
+    return name
+
+
 def _attribute(attribute: ir.Attr) -> Any:
     if attribute.type == ir.AttributeType.TENSOR:
         array = attribute.as_tensor().numpy()
@@ -267,19 +279,24 @@ def _place(root: nn.Module, name: str, tensor: Tensor, trained: bool | None) -> 
     owner, taken = root, []
     for part in path:
         while not isinstance(getattr(owner, part, None), nn.Module):
-            if not hasattr(owner, part):
+            if not _has(owner, part):
                 owner.add_module(part, nn.Module())
             else:
                 part += "_"
         owner = getattr(owner, part)
         taken.append(part)
-    while hasattr(owner, last):
+    while _has(owner, last):
         last += "_"
     if trained is None:
         owner.register_buffer(last, tensor)
     else:
         owner.register_parameter(last, nn.Parameter(tensor, requires_grad=trained))
     return ".".join([*taken, last])
+
+
+def _has(owner: nn.Module, name: str) -> bool:
+    """Whether a module, or the GraphModule that is made of it, has an attribute already."""
+    return name == "self" or hasattr(owner, name) or hasattr(fx.GraphModule, name)
 
 
 # --- Conv, Gemm, MatMul and BatchNormalization, written as PyTorch's own layers are -------------

@@ -7,8 +7,8 @@ import os
 import warnings
 
 from tract_fx.artifacts.directory import TRAINING_MODEL
-from tract_fx.artifacts.manifest import ORT_TRAINING
-from tract_fx.errors import TractWarning, UnsupportedTrainingError
+from tract_fx.artifacts.manifest import ORT_TRAINING, require_seed
+from tract_fx.errors import TractWarning
 from tract_fx.ort_training import TESTED_VERSION, any_runtime, require_device, runtime
 from tract_fx.trainers.ort_trainer import OrtTrainer
 from tract_fx.trainers.randomness import OWN_GENERATOR, operators, seed_of, seeded
@@ -44,10 +44,8 @@ def load_trainer(
         MissingRuntimeError: If ONNX Runtime, or the provider, is not there or does not start.
         UnsupportedTrainingError: If the seed is no integer.
     """
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise UnsupportedTrainingError(
-            f"seed={seed!r}", "a seed is an integer", "Pass an int, or None"
-        )
+    if seed is not None:
+        require_seed(seed)
     where = require_device(device)
     manifest, graphs = read_checked(directory)
     version = any_runtime().__version__

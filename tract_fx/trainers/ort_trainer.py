@@ -22,6 +22,7 @@ from tract_fx.artifacts.directory import (
     write_directory,
 )
 from tract_fx.artifacts.manifest import Manifest, TensorSpec
+from tract_fx.artifacts.optimizers import as_number
 from tract_fx.errors import (
     DamagedArtifactsError,
     FailedRunError,
@@ -106,7 +107,7 @@ class OrtTrainer:
 
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
-        rate = float(value)
+        rate = as_number(value)
         if not (math.isfinite(rate) and 0 <= rate <= torch.finfo(torch.float32).max):
             raise UnsupportedTrainingError(
                 f"learning_rate={value!r}",
@@ -293,7 +294,8 @@ class OrtTrainer:
             state: Tensors or arrays under the keys of `state_dict`; they are copied.
 
         Raises:
-            StateMismatchError: If keys, shapes or dtypes differ. Nothing is changed then.
+            StateMismatchError: If it is no mapping, or keys, shapes or dtypes differ. Nothing is
+                changed then.
             TrainerStateError: If an update is unfinished.
         """
         self._require_finished("load_state_dict")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tract_fx.artifacts.batches import Array, BatchValue, dense, on_host
+from tract_fx.artifacts.batches import Array, BatchValue, dense, is_array, on_host
 from tract_fx.artifacts.manifest import Manifest
 from tract_fx.errors import StateMismatchError
 from tract_fx.trainers.run_state import Run
@@ -24,6 +24,12 @@ def read_kept(stored: bytes | None) -> dict[str, torch.Tensor]:
 
 def without_kept(kept: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> dict[str, Any]:
     """Take out of a state_dict what training leaves alone, after a look that it is the same."""
+    if not isinstance(state, Mapping):
+        raise StateMismatchError(
+            f"a {type(state).__name__} as a state_dict",
+            "tensors are told by their keys",
+            "Pass what state_dict() of a trainer or of the exported model returns",
+        )
     for key, value in kept.items():
         if key not in state or not torch.equal(torch.as_tensor(state[key]).cpu(), value):
             raise StateMismatchError(
@@ -70,7 +76,7 @@ def write_state(run: Run, manifest: Manifest, state: Mapping[str, Any]) -> dict[
 
 def _taken(key: str, value: Any) -> BatchValue:
     """Take a tensor of a state_dict where it lies."""
-    if isinstance(value, np.ndarray):
+    if is_array(value):
         return value
     tensor = dense(value) if isinstance(value, torch.Tensor) else None
     if tensor is not None and tensor.dtype != torch.bfloat16:
@@ -78,7 +84,7 @@ def _taken(key: str, value: Any) -> BatchValue:
     kind = type(value).__name__ if tensor is None else "bfloat16 tensor"
     raise StateMismatchError(
         f"a state_dict whose {key!r} is a {kind}",
-        "numpy arrays and dense tensors of numpy's dtypes can be taken",
+        "numpy arrays without a mask and dense tensors of numpy's dtypes can be taken",
         "Pass the state_dict of the model that was exported",
     )
 
