@@ -61,14 +61,19 @@ def test_a_term_is_read_as_it_lies(products: str, rows: int) -> None:
         ("w_grad = com.microsoft.FusedMatMul<transA=1, alpha=0.5>(x, y_grad)", "R"),
         ("w_grad = Gemm<transA=1, beta=0.1>(x, y_grad, w)", "R"),
         (
+            "part = Mul(y_grad, y_grad) w_grad_0 = Gemm<transA=1>(x, y_grad) "
+            "w_grad_1 = Gemm<transA=1>(x, part) w_grad = Sum(w_grad_0, w_grad_1)",
+            "R",
+        ),
+        (
             "z = Transpose<perm=[0, 2, 1]>(x) w_grad_0 = MatMul(z, y_grad) "
             "axes = Constant<value_ints=[0]>() w_grad = ReduceSum<keepdims=0>(w_grad_0, axes)",
             "2, R",
         ),
     ],
-    ids=["factor", "fused-factor", "decay", "batched"],
+    ids=["factor", "fused-factor", "decay", "in-two-parts", "batched"],
 )
 def test_a_product_of_more_than_the_term_is_refused(products: str, batch: str) -> None:
-    """In row space the gradient is made of x and dy alone, so that the rest would be lost."""
+    """The rest would be lost in row space, or stay plain."""
     with pytest.raises(UnsupportedLayerError, match="can't be told apart"):
         tract_onnx_pass(graph(products, batch))

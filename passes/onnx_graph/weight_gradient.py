@@ -45,7 +45,8 @@ def find_weight_gradient(graph: ir.Graph, call: OnnxCall) -> WeightGradient | No
     dy = gradients.get(f"{call.output.name}_grad")
     products = [] if dy is None else _terms(call, dy)
     terms = [_turned(product, call) for product in products]
-    if dy is None or len(terms) != 1 or not pattern.fullmatch(terms[0].name or ""):
+    others = _terms_of_input(call, pattern) - len(_calls_alike(call))
+    if dy is None or len(terms) != 1 or others > 0 or not pattern.fullmatch(terms[0].name or ""):
         raise UnsupportedLayerError(
             f"node {call.node.name!r} ({call.node.op_type}) and {len(terms)} nodes that look like "
             f"its gradient for the weight {call.weight.name!r}",
@@ -89,6 +90,19 @@ def _terms(call: OnnxCall, dy: ir.Value) -> list[ir.Value]:
         for node in dict.fromkeys(matrix.consumers())
         if _is_product(node, call) and any(x in node.inputs[:2] for x in matrices)
     ]
+
+
+def _terms_of_input(call: OnnxCall, pattern: re.Pattern[str]) -> int:
+    """Count what is made of the call's input, and named as a term of its weight's gradient."""
+    readers = {node for x in _as_matrices(call.input, call) for node in x.consumers()}
+    made = {_turned(value, call) for node in readers for value in node.outputs}
+    return sum(pattern.fullmatch(value.name or "") is not None for value in made)
+
+
+def _calls_alike(call: OnnxCall) -> list[ir.Node]:
+    """The calls that multiply the same input with the same weight."""
+    readers = call.input.consumers()
+    return [node for node in readers if list(node.inputs[:2]) == [call.input, call.weight]]
 
 
 def _turned(product: ir.Value, call: OnnxCall) -> ir.Value:
