@@ -512,6 +512,9 @@ def test_train_refuses(exported: Path) -> None:
     assert "missing" in refused(1, "train", "missing", "--data", "data.npz", *options)
     error = refused(1, "train", "a", "--data", "data.npz", "--save", "a")
     assert "--overwrite" in error
+    # Before the training, not behind it.
+    error = refused(1, "train", "a", "--data", "data.npz", "--save", "data.npz/b")
+    assert "(Not a directory): the system refuses" in error
     assert "tpu" in refused(1, "train", "a", "--data", "data.npz", *options, "--device", "tpu")
 
 

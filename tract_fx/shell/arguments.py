@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import typer
 from torch import Tensor
 
+from tract_fx.atomic import system_errors
 from tract_fx.errors import ArtifactsExistError
 from tract_fx.preconditioner import DEFAULT_LAMBDA
 
@@ -101,3 +103,9 @@ def refuse_existing(place: Path, overwrite: bool) -> None:
             "it exists, and is not overwritten without being asked",
             "Choose another place, or give --overwrite",
         )
+    with system_errors(place):
+        folder = next(parent for parent in place.absolute().parents if parent.exists())
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
