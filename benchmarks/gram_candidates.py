@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sliced_products import add_sliced_products
 from tract_fx.preconditioner import PatchGeometry, gram_matrix, row_blocks
-from tract_fx.preconditioner.products import ALIGNED
+from tract_fx.preconditioner.products import ALIGNED, mirror_
 from tract_fx.preconditioner.row_blocks import Plan, left_rows
 
 _WIDTHS = (1, 2, 4, 8, 16)
@@ -39,11 +40,8 @@ class Candidate:
 
 def _has_triton(device: torch.device) -> bool:
     """Whether Triton's kernels run there: on a CPU by its interpreter alone, which is slow."""
-    with contextlib.suppress(ImportError):
-        import triton  # noqa: F401
-
-        return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return False
+    runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return runs and importlib.util.find_spec("triton") is not None
 
 
 def gram_candidates(x: Tensor, geometry: PatchGeometry) -> Iterator[Candidate]:
@@ -58,7 +56,8 @@ def gram_candidates(x: Tensor, geometry: PatchGeometry) -> Iterator[Candidate]:
     """
     for dtype in (torch.float64, torch.float32):
         yield Candidate(
-            f"library, {_short(dtype)}", functools.partial(_library, geometry=geometry, dtype=dtype)
+            f"library, {_short(dtype)}",
+            functools.partial(gram_matrix.gram_sum, geometry=geometry, dtype=dtype),
         )
     if not geometry.kernel:
         return
@@ -102,12 +101,8 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _library(x: Tensor, geometry: PatchGeometry, dtype: torch.dtype) -> Tensor:
-    return gram_matrix.gram_sum(x, geometry, dtype)
-
-
 def _unfolded(x: Tensor, geometry: PatchGeometry, dtype: torch.dtype, elements: int) -> Tensor:
-    return _upper(gram_matrix._unfolded_gram(x, geometry, dtype, elements))
+    return _whole(gram_matrix._unfolded_gram(x, geometry, dtype, elements))
 
 
 def _planned(
@@ -120,11 +115,12 @@ def _planned(
 ) -> Tensor:
     layer = replace(row_blocks._layer(x.shape, geometry), plan=plan)
     with _replaced(row_blocks, {"_layer": lambda *_: layer, **(instead or {})}):
-        return _upper(row_blocks.row_block_gram(x, geometry, dtype, elements))
+        return _whole(row_blocks.row_block_gram(x, geometry, dtype, elements))
 
 
-def _upper(matrix: Tensor) -> Tensor:
-    return matrix.triu() + matrix.triu(1).mT
+def _whole(upper: Tensor) -> Tensor:
+    mirror_(upper)
+    return upper
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tract_fx.preconditioner import PatchGeometry
-from tract_fx.preconditioner.products import ALIGNED
+from tract_fx.preconditioner.products import ALIGNED, mirror_
 from tract_fx.preconditioner.row_blocks import _Layer
 from tract_fx.preconditioner.windows import Window, fill, planes_of
 
@@ -158,9 +158,7 @@ def block_products(
                 num_warps=tiles.warps,
             )
             total += sums.sum(0)
-        # What lies below the diagonal of LᵀL was left out, by tiles.
-        square = total[:, : left * run]
-        square.copy_(square.triu() + square.triu(1).mT)
+        mirror_(total[:, : left * run])  # what lies below was left out, by tiles
         found.append(total.view(1, left, run, kernel, run))
     return torch.stack(found)
 

@@ -28,6 +28,14 @@ LAMBDA = 0.1
 FLOAT64 = 1e-10
 FLOAT32 = 1e-5
 WEIGHT = "first.weight"
+CUDA = pytest.param(
+    "cuda",
+    marks=(
+        pytest.mark.cuda,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    ),
+)
+"""The device of what only a GPU runs."""
 Layer = nn.Conv2d | nn.Linear
 
 

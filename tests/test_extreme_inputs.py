@@ -15,6 +15,7 @@ from oracle import Spec, precondition, relative_error, tract_gradient
 from photographs import photograph_range_255
 from rewritten import (
     CONV_CASES,
+    CUDA,
     FEW_CASES,
     FLOAT64,
     LAMBDA,
@@ -35,7 +36,6 @@ from tract_fx.preconditioner import (
 )
 from tract_fx.preconditioner.settings import CallSettings
 
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 
 
@@ -130,9 +130,7 @@ def test_huge_inputs(dtype: torch.dtype, scale: float, rows: int) -> None:
         assert dtype == torch.float32 and scale > 1e18
 
 
-@pytest.mark.parametrize(
-    "device", ["cpu", "elsewhere", pytest.param("cuda", marks=(pytest.mark.cuda, NO_CUDA))]
-)
+@pytest.mark.parametrize("device", ["cpu", "elsewhere", CUDA])
 @pytest.mark.parametrize(
     "layer",
     [nn.Conv2d(3, 8, 7, 2, 3), nn.Conv2d(3, 8, 8, 8), nn.Linear(96, 8)],

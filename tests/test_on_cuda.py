@@ -17,6 +17,7 @@ from oracle import relative_error
 from rewritten import (
     CASES,
     CONV_CASES,
+    CUDA,
     FEW_CASES,
     FLOAT64,
     WEIGHT,
@@ -32,10 +33,7 @@ from rewritten import (
 )
 from tract_fx import tract_pass, tract_step, tract_steps
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [*CUDA.marks]
 # cuBLAS and cuSOLVER in float32, magnified by 1/λ.
 FLOAT32 = 1e-4
 

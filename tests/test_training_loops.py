@@ -19,6 +19,7 @@ from oracle import relative_error, tract_gradient
 from rewritten import (
     CONV_ABOVE,
     CONV_CASES,
+    CUDA,
     FEW_CASES,
     FLOAT32,
     FLOAT64,
@@ -35,8 +36,6 @@ from rewritten import (
     weight_of,
 )
 from tract_fx import tract_module, tract_pass
-
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
@@ -230,7 +229,7 @@ def test_optimizers_see_the_same_parameters(case: Case) -> None:
     assert output_gradient(net, x).isfinite().all()
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=(pytest.mark.cuda, NO_CUDA))])
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
 @each(*FEW_CASES)
 def test_eight_bit_optimizers(case: Case, library: str, device: str) -> None:

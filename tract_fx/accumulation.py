@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, finalize, ref
@@ -65,26 +65,20 @@ def tract_step(model: nn.Module) -> Iterator[None]:
     layers = _layers(model, "tract_step")
     for name, layer in layers.items():
         _check(name, layer, model)
-    opened: list[tuple[Any, StepGram]] = []
-    hooks: list[Any] = []
-    try:
+    opened: list[tuple[Any, StepGram, int]] = []
+    with ExitStack() as stack:
         for name, layer in layers.items():
             group = group_of(tract_scope(layer)) or WORLD
             scope = GramScope(group, name, _tokens.setdefault(layer, str(next(_numbers))))
             gram = StepGram(scope, PatchGeometry.of_module(layer), _columns(layer))
-            opened.append((layer, gram))
+            stack.callback(_close, layer)
             _open(layer, scope, gram)
             weight: Any = layer.weight
-            hooks.append(weight.register_hook(partial(gram.require_counted, weight)))
-        versions = {layer: torch_private.version(layer.weight) for layer, _ in opened}
+            stack.callback(weight.register_hook(partial(gram.require_counted, weight)).remove)
+            opened.append((layer, gram, torch_private.version(weight)))
         yield
-    finally:
-        for layer, _ in opened:
-            _close(layer)
-        for hook in hooks:
-            hook.remove()
-    for layer, gram in opened:
-        _require_unchanged(gram.scope.layer, layer, versions[layer])
+    for layer, gram, version in opened:
+        _require_unchanged(gram.scope.layer, layer, version)
         lambda_ = tract_lambda(layer)
         assert lambda_ is not None
         gram.apply_(layer.weight, lambda_)

@@ -8,7 +8,7 @@ import importlib
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -217,6 +217,21 @@ def inference_session(model: bytes, device: Device = CPU) -> Any:
         options |= {"device_id": str(device.index)} if device.provider == _CUDA else {}
         providers.insert(0, (device.provider, options))
     return any_runtime().InferenceSession(model, session_options(device), providers=providers)
+
+
+def run_once(
+    model: bytes,
+    feeds: Mapping[str, np.ndarray[Any, Any]],
+    names: Sequence[str],
+    refused: Callable[[Exception], Exception],
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Run a graph in a session of its own on the CPU; what it fails with goes through `refused`."""
+    any_runtime()  # its own error, where it is not there
+    try:
+        results = inference_session(model).run(list(names), dict(feeds))
+    except Exception as error:  # ONNX Runtime's own classes are not public
+        raise refused(error) from error
+    return dict(zip(names, results, strict=True))
 
 
 def ort_value(array: np.ndarray[Any, Any], device: Device = CPU) -> Any:

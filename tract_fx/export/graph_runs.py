@@ -56,13 +56,8 @@ def run_graph(
     given = {str(v.name): feeds[str(v.name)] for v in model.graph.inputs}
     for node in model.graph:
         node.name = name_in_file(node)  # what ONNX Runtime calls it in its errors
-    proto = ir.to_proto(model)
-    ort_training.any_runtime()  # its own error, where it is not there
-    try:
-        session = ort_training.inference_session(proto.SerializeToString())
-        results = dict(zip(read, session.run(read, given), strict=True))
-    except Exception as error:  # ONNX Runtime's own classes are not public
-        raise refused(error) from error
+    file = ir.to_proto(model).SerializeToString()
+    results = ort_training.run_once(file, given, read, refused)
     return {name: results[name] if name in results else given[name] for name in names}
 
 

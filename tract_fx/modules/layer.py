@@ -155,7 +155,7 @@ def _run_standard(layer: Any, lambda_: float, input: Tensor) -> Tensor:  # noqa:
 def _run_with_op(layer: nn.Module, lambda_: float, forward: Any, args: Any, kwargs: Any) -> Any:
     op = OpOnWeight(layer, lambda_, tract_scope(layer))
     if "forward" in vars(layer):
-        vars(_inside).setdefault("ops", {})[id(layer)] = op
+        _running()[id(layer)] = op
     with op:
         result = forward(*args, **kwargs)
     op.check(result)
@@ -163,10 +163,12 @@ def _run_with_op(layer: nn.Module, lambda_: float, forward: Any, args: Any, kwar
 
 
 _inside = threading.local()
-"""The layers, by identity, whose instance's own forward method this thread is running.
 
-And their ops.
-"""
+
+def _running() -> dict[int, OpOnWeight | None]:
+    """Layers, by identity, whose instance's own forward method this thread runs, with their ops."""
+    running: dict[int, OpOnWeight | None] = vars(_inside).setdefault("layers", {})
+    return running
 
 
 def _run_own(layer: nn.Module, forward: Any, *args: Any, tract: bool = True, **kwargs: Any) -> Any:
@@ -174,21 +176,19 @@ def _run_own(layer: nn.Module, forward: Any, *args: Any, tract: bool = True, **k
     lambda_ = tract_lambda(layer)
     if lambda_ is None or _runs_own(layer):
         return forward(*args, **kwargs)
-    vars(_inside).setdefault("layers", set()).add(id(layer))
+    _running()[id(layer)] = None
     try:
         if tract:
             return _run_with_op(layer, lambda_, forward, args, kwargs)
         return forward(*args, **kwargs)
     finally:
-        _inside.layers.remove(id(layer))
-        vars(_inside).get("ops", {}).pop(id(layer), None)
+        del _running()[id(layer)]
 
 
 def _runs_own(layer: nn.Module) -> bool:
-    if not ("forward" in vars(layer) and id(layer) in vars(_inside).get("layers", ())):
+    if not ("forward" in vars(layer) and id(layer) in _running()):
         return False
-    op = vars(_inside).get("ops", {}).get(id(layer))
-    if op is not None:
+    if (op := _running()[id(layer)]) is not None:
         op.enter_class()
     return True
 

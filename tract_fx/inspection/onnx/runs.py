@@ -155,12 +155,7 @@ def run_form(
     proto = ir.to_proto(alone)
     taken = {value.name for value in graph.inputs}
     feeds = {str(source.name): array for source, array in sources if source.name in taken}
-    ort_training.any_runtime()  # its own error, where it is not there
-    try:
-        session = ort_training.inference_session(proto.SerializeToString())
-        return dict(zip(names, session.run(names, feeds), strict=True))
-    except Exception as error:  # ONNX Runtime's own classes are not public
-        raise _failed(error) from error
+    return ort_training.run_once(proto.SerializeToString(), feeds, names, _failed)
 
 
 def _inline(graph: ir.Graph, result: str, branch: str) -> None:
